@@ -1,0 +1,112 @@
+"""Which implementation serves an op: chosen by the device of its tensors, overridden loudly, never replaced silently.
+
+`cpu` serves CPU tensors; `cuda`, else `triton`, serve NVIDIA GPUs. `use_backend(name)` or the environment variable CRAM_KERNELS_BACKEND
+override. A backend that is missing raises when it is used, with the reason; the reference is used only where it is asked for.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+
+ENVIRONMENT = "CRAM_KERNELS_BACKEND"
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+_chosen: str | None = os.environ.get(ENVIRONMENT) or None
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for that cannot run here; the message says why."""
+
+
+class _Checked:
+    """A backend whose functions are plain Python: the native checks run first, so that every backend refuses the same input."""
+
+    def __init__(self, functions: Any) -> None:
+        self.functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.functions, name)
+        check = getattr(torch.ops.cram_kernels, f"check_{name}")
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return checked
+
+
+_reference = _Checked(reference)
+
+
+def why_missing(name: str) -> str | None:
+    """None where the backend can run here, else the reason why not."""
+    if name not in NAMES:
+        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+    if (reason := _native.why_missing("cpu")) is not None:
+        return reason  # every backend needs the op schemas and the checks of the native library
+    if name == "cuda":
+        return _native.why_missing("cuda")
+    if name == "triton":
+        return "the Triton backend is not part of this version"
+    return None
+
+
+def available() -> dict[str, str | None]:
+    """Every backend's name -> None where it can run here, else the reason why not."""
+    return {name: why_missing(name) for name in NAMES}
+
+
+def use_backend(name: str | None) -> "_Override":
+    """Serve every op with this backend from now on; None: choose by device again. As a context manager: within the block only.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailable: the backend cannot run here.
+    """
+    global _chosen
+    if name is not None:
+        _require(name)
+    previous, _chosen = _chosen, name
+    return _Override(previous)
+
+
+class _Override:
+    def __init__(self, previous: str | None) -> None:
+        self.previous = previous
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        global _chosen
+        _chosen = self.previous
+
+
+def _require(name: str) -> None:
+    if (reason := why_missing(name)) is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}")
+
+
+def name_for(device_type: str) -> str:
+    """The backend that serves tensors on this kind of device."""
+    if _chosen is not None:
+        if _chosen != "reference" and (_chosen == "cpu") != (device_type == "cpu"):
+            raise BackendUnavailable(f"backend {_chosen!r} was chosen by {ENVIRONMENT} or use_backend(), but the tensors are on {device_type!r}")
+        return _chosen
+    if device_type == "cpu":
+        return "cpu"
+    if device_type == "cuda":
+        return "cuda" if why_missing("cuda") is None or why_missing("triton") is not None else "triton"
+    raise BackendUnavailable(f"no backend serves tensors on {device_type!r}; use_backend('reference') runs anywhere")
+
+
+def select(tensors: Sequence[Tensor]) -> Any:
+    """The namespace whose functions implement the ops for these tensors (an empty list: for the CPU)."""
+    name = name_for(tensors[0].device.type if len(tensors) else "cpu")
+    _require(name)
+    return _reference if name == "reference" else torch.ops.cram_kernels

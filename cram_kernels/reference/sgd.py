@@ -1,0 +1,47 @@
+"""Restore + SGD (contract: Updates; torch.optim.SGD)."""
+
+import torch
+
+from .key import canonical, flat, fp32, value
+from .restore import restored
+
+
+@torch.no_grad()
+def restore_sgd_(
+    params,
+    saved,
+    grads,
+    first_grads,
+    masks,
+    perturbed,
+    momentum_buffers,
+    fresh,
+    lr,
+    *,
+    momentum=(0.0,),
+    dampening=(0.0,),
+    weight_decay=(0.0,),
+    nesterov=(0,),
+    maximize=(0,),
+    inv_scale=None,
+    first_inv_scale=None,
+    found_inf=None,
+    masters=(),
+):
+    for x in restored(
+        params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
+    ):
+        i, w, G = x.index, x.weight, x.gradient
+        mu, wd = value(momentum, i), value(weight_decay, i)
+        if value(maximize, i):
+            G = -G
+        if wd != 0:
+            G = G + fp32(wd, w) * w
+        if mu != 0:
+            buffer = flat(momentum_buffers[i])
+            b = G
+            if not value(fresh, i):
+                b = fp32(mu, w) * buffer.to(torch.float32) + fp32(1 - value(dampening, i), w) * G
+            buffer.copy_(canonical(b.to(buffer.dtype)))
+            G = G + fp32(mu, w) * b if value(nesterov, i) else b
+        x.store(w - value(lr, i) * G)
