@@ -16,8 +16,9 @@ def _load_cpu() -> str | None:
         return f"the native library {library} was not built: run `pip install .` (or `make setup`) with a C++ compiler"
     try:
         torch.ops.load_library(str(library))
-        from . import _host
+        from . import _host, _registration
 
+        _registration.register()
         host = _host
     except (OSError, ImportError) as error:
         return f"the native library {library} does not load: {error}"

@@ -344,4 +344,6 @@ def grad_norm(grads: Tensors, *, inv_scale: Tensor | None = None) -> Tensor:
     Returns:
         float32 [].
     """
+    if len(grads) == 0:
+        return torch.zeros(())
     return backend.select(grads).grad_norm(list(grads), inv_scale=inv_scale)

@@ -18,6 +18,12 @@ def power(base: float, exponent: int) -> float:
     return result
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded to float32 to nearest. torch's own float32 sqrt on the CPU is off by one ulp in a fifth of all cases; a float64
+    root rounded once is exact, since no root of a float32 comes that close to the middle of two."""
+    return x.double().sqrt().float()
+
+
 def store_state(state: Tensor, new: Tensor) -> None:
     state.copy_(canonical(new.to(state.dtype)))
 
@@ -71,4 +77,4 @@ def restore_adam_(
             v = torch.maximum(max_exp_avg_sq.to(torch.float32), v)  # NaN if either is
             store_state(max_exp_avg_sq, v)
         c1, c2 = fp32(1 - power(b1, step), w), fp32(1 - power(b2, step), w)
-        x.store(w - (rate / c1) * (m / (v.sqrt() / c2.sqrt() + fp32(value(eps, i), w))))
+        x.store(w - (rate / c1) * (m / (root(v) / root(c2) + fp32(value(eps, i), w))))

@@ -1,5 +1,7 @@
 """The norm of all gradients, in one fixed order of additions (contract: Norm)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,4 +34,5 @@ def grad_norm(grads: list[Tensor], *, inv_scale: Tensor | None = None) -> Tensor
         sums.append(fold(padded(squares, chunks * CHUNK).view(chunks, CHUNK)))
     total = torch.cat(sums)
     size = 1 << max(0, total.numel() - 1).bit_length()
-    return canonical(fold(padded(total, size)).sqrt().to(torch.float32))
+    root = math.sqrt(float(fold(padded(total, size))))  # correctly rounded, which torch's own roots need not be
+    return canonical(torch.tensor(root, dtype=torch.float32, device=total.device))

@@ -1,0 +1,83 @@
+"""What torch has to know of the native ops beyond their schemas: result shapes for tracing, and version counters.
+
+Ops of the stable ABI do not bump the version counters of what they mutate by themselves; a backward that saved an old weight would then be
+silently wrong instead of raising.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_library = torch.library.Library("cram_kernels", "IMPL")
+
+MUTATING = (
+    "prune_topk_",
+    "perturb_topk_",
+    "prune_nm_",
+    "perturb_nm_",
+    "perturb_masked_",
+    "restore_",
+    "restore_combine_",
+    "restore_sgd_",
+    "restore_adam_",
+)
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    """The tensors among arguments, lists of them opened."""
+    found = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found.extend(t for t in arg if isinstance(t, Tensor))
+    return found
+
+
+def _bump_versions(name: str) -> None:
+    op = getattr(torch.ops.cram_kernels, name).default
+    mutated = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    names = {argument.name for argument, written in zip(op._schema.arguments, mutated, strict=True) if written}
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        result = op.redispatch(keyset & below, *args, **kwargs)
+        written = [arg for arg, write in zip(args, mutated, strict=False) if write]
+        increment_version(_tensors([*written, *(kwargs[key] for key in kwargs.keys() & names)]))
+        return result
+
+    _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def _same_device(name: str, *args: Any, **kwargs: Any) -> None:
+    """A tensor on "meta" among others would bring a call here that then did nothing at all."""
+    devices = {t.device for t in _tensors([*args, *kwargs.values()])}
+    if len(devices) > 1:
+        raise RuntimeError(f"{name}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def _fake(name: str) -> Any:
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        _same_device(name, *args, **kwargs)
+        if name in ("prune_topk_", "perturb_topk_"):
+            k = args[-1]
+            return k.new_empty(k.numel(), dtype=torch.int32), k.new_empty(k.numel(), 3)
+        if name == "topk_threshold":
+            return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
+        if name == "grad_norm":
+            return args[0][0].new_empty((), dtype=torch.float32)
+        return None
+
+    return fake
+
+
+def register() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
+        for name in MUTATING:
+            _bump_versions(name)
+    for name in (*MUTATING, "topk_threshold", "grad_norm"):
+        torch.library.register_fake(f"cram_kernels::{name}", _fake(name))

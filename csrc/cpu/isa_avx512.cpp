@@ -1,0 +1,6 @@
+// The kernels of the SIMD level "avx512"; the build gives this file its compiler flags.
+#define CRAM_ISA isa_avx512
+#define CRAM_ISA_NAME "avx512"
+#include "kernels_impl.h"
+
+const cram::Kernels& cram::kernels_avx512() { return cram::CRAM_ISA::kTable; }

@@ -1,0 +1,57 @@
+#include <algorithm>
+#include <numeric>
+
+#include "drivers.h"
+
+namespace cram {
+namespace {
+
+constexpr int64_t kStrip = 2048;  // weights: their keys and their u stay in the first-level cache
+
+// Whole tiles (m rows of `inner`) and whole mask bytes.
+int64_t unit(const Item& item, int m) { return std::lcm(m * item.inner, static_cast<int64_t>(8)); }
+int64_t strip(const Item& item, int m) { return std::max<int64_t>(1, kStrip / unit(item, m)) * unit(item, m); }
+
+int64_t chunk(const Item& item, int m) {
+  if (item.inner == 0) return kChunk;
+  return std::max<int64_t>(1, kChunk / strip(item, m)) * strip(item, m);
+}
+
+void run(const Context& c, const std::vector<Item>& items, const Perturbation& p, int n, int m) {
+  const std::vector<Range> ranges = cut(items, [&](const Item& item) { return chunk(item, m); });
+  int64_t widest = 0;
+  for (const Item& item : items)
+    if (item.inner > 0) widest = std::max(widest, std::min(strip(item, m), item.numel));
+  std::vector<std::vector<char>> scratch(c.pool.threads, std::vector<char>(nm_scratch(widest)));
+  std::atomic<bool> nonfinite{false};
+  if (p.perturbed != nullptr) *p.perturbed = 1;
+  for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
+    const Range& r = ranges[task];
+    const Item& item = items[r.item];
+    const Source source = source_of(item, p, false);
+    bool bad = false;
+    if (item.inner == 0) {
+      c.kernels.masked(source, item.dtype, r.begin, r.end, item.param, item.saved, nullptr, &bad);
+    } else {
+      for (int64_t begin = r.begin; begin < r.end; begin += strip(item, m)) {
+        const int64_t end = std::min(begin + strip(item, m), r.end);
+        c.kernels.nm(source, item.dtype, begin, end, item.inner, n, m, item.param, item.saved, item.mask, scratch[worker].data(), &bad);
+      }
+    }
+    if (bad) nonfinite = true;
+  });
+  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
+}
+
+}  // namespace
+
+void prune_nm(const Context& c, const std::vector<Item>& items, int n, int m) {
+  std::vector<Item> pruned;
+  for (const Item& item : items)
+    if (item.inner > 0) pruned.push_back(item);
+  run(c, pruned, {}, n, m);
+}
+
+void perturb_nm(const Context& c, const std::vector<Item>& items, const Perturbation& p, int n, int m) { run(c, items, p, n, m); }
+
+}  // namespace cram

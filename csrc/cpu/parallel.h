@@ -1,0 +1,93 @@
+// Work shared among threads, torch-free: the library hands in torch's own pool, the thread-sanitizer harness a std::thread one.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include "../item.h"
+
+namespace cram {
+
+struct Pool {
+  int threads;
+  // Runs body(context, worker) for each worker in [0, threads), and returns when all are done. The body must not throw.
+  void (*run)(int threads, void (*body)(void* context, int worker), void* context);
+};
+
+// Denormals count and rounding is to nearest even, whatever mode the calling thread is in (torch.set_flush_denormal).
+class PlainArithmetic {
+#if defined(__SSE2__)
+ public:
+  PlainArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~PlainArithmetic() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// body(worker) for each worker; what one of them throws is thrown again when all are done.
+template <class Body>
+void parallel(const Pool& pool, Body body) {
+  struct Shared {
+    Body& body;
+    std::atomic<bool> failed;
+    std::exception_ptr error;
+  } shared = {body, {false}, nullptr};
+  pool.run(
+      pool.threads,
+      [](void* context, int worker) {
+        Shared& shared = *static_cast<Shared*>(context);
+        PlainArithmetic plain;
+        try {
+          shared.body(worker);
+        } catch (...) {
+          if (!shared.failed.exchange(true)) shared.error = std::current_exception();
+        }
+      },
+      &shared);
+  if (shared.error) std::rethrow_exception(shared.error);
+}
+
+// body(worker, task) for each task in [0, tasks), each handed to the next free worker.
+template <class Body>
+void for_tasks(const Pool& pool, int64_t tasks, Body body) {
+  std::atomic<int64_t> next{0};
+  Pool team = pool;
+  if (tasks < team.threads) team.threads = tasks < 1 ? 1 : static_cast<int>(tasks);
+  parallel(team, [&](int worker) {
+    for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
+  });
+}
+
+struct Range {
+  int32_t item;
+  int64_t begin, end;
+};
+
+constexpr int64_t kChunk = 32768;  // weights: 128 KB of fp32; offsets in it fit 16 bits
+
+// Cuts the items for which size(item) > 0 into ranges of size(item) weights.
+template <class Size>
+std::vector<Range> cut(const std::vector<Item>& items, Size size) {
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t step = size(items[i]);
+    if (step <= 0) continue;
+    for (int64_t begin = 0; begin < items[i].numel; begin += step)
+      ranges.push_back({static_cast<int32_t>(i), begin, begin + step < items[i].numel ? begin + step : items[i].numel});
+  }
+  return ranges;
+}
+
+inline std::vector<Range> cut(const std::vector<Item>& items) {
+  return cut(items, [](const Item&) { return kChunk; });
+}
+
+}  // namespace cram
