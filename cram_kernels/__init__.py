@@ -1,1 +1,27 @@
 """CrAM, the compression-aware minimizer (ICLR 2023), as kernels about as fast as copying the weights once."""
+
+from .backend import BackendUnavailable, use_backend
+from .batchnorm import frozen_batchnorm, tune_batchnorm
+from .optim import SAM, CrAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
+from .patterns import NM, Pattern, TopK
+from .prune import prune
+from .report import Report
+from .version import __version__
+
+__all__ = [
+    "NM",
+    "SAM",
+    "BackendUnavailable",
+    "CrAM",
+    "NMTopkCrAM",
+    "Pattern",
+    "Report",
+    "TopK",
+    "TopkCrAM",
+    "TopkCrAMPeriod",
+    "__version__",
+    "frozen_batchnorm",
+    "prune",
+    "tune_batchnorm",
+    "use_backend",
+]

@@ -20,11 +20,18 @@ CRAM_INLINE auto with_type(DType t, Function f) {
   }
 }
 
+// The bodies of the loops below are lambdas that must melt into them: called once a block, they would cost more than their work.
+#define CRAM_MELT __attribute__((always_inline))
+
+struct Whole {  // the number of lanes of a whole block, as a type: loads and stores need no tail
+  constexpr operator int() const { return kBlock; }
+};
+
 // Calls f(i, lanes) for each block of 16 elements in [begin, end); the last may have fewer lanes.
 template <class Function>
 CRAM_INLINE void for_blocks(int64_t begin, int64_t end, Function f) {
   int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) f(i, kBlock);
+  for (; i + kBlock <= end; i += kBlock) f(i, Whole{});
   if (i < end) f(i, static_cast<int>(end - i));
 }
 
@@ -32,24 +39,33 @@ constexpr Bits lanes_below(int lanes) { return (1u << lanes) - 1; }
 
 // Block loads and stores of which only `lanes` elements exist; the missing ones read as 0.
 template <class T>
+CRAM_INLINE F load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
 CRAM_INLINE F load(const T* p, int lanes) {
-  if (lanes == kBlock) return load(p);
   T copy[kBlock] = {};
   memcpy(copy, p, sizeof(T) * lanes);
   return load(copy);
 }
 
 template <class T>
+CRAM_INLINE void store(T* p, F a, Whole) {
+  store(p, a);
+}
+template <class T>
 CRAM_INLINE void store(T* p, F a, int lanes) {
-  if (lanes == kBlock) return store(p, a);
   T copy[kBlock];
   store(copy, a);
   memcpy(p, copy, sizeof(T) * lanes);
 }
 
 template <class T>
+CRAM_INLINE void keep_raw(T* p, Bits bits, Whole) {
+  keep_raw(p, bits);
+}
+template <class T>
 CRAM_INLINE void keep_raw(T* p, Bits bits, int lanes) {
-  if (lanes == kBlock) return keep_raw(p, bits);
   T copy[kBlock];
   memcpy(copy, p, sizeof(T) * lanes);
   keep_raw(copy, bits);
@@ -75,7 +91,7 @@ CRAM_INLINE void for_u(const Source& source, int64_t begin, int64_t end, bool* n
   const T* grad = static_cast<const T*>(source.grad);
   const F rho(source.rho), inv_scale(source.inv_scale);
   Bits bad = 0;
-  for_blocks(begin, end, [&](int64_t i, int lanes) {
+  for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
     F u = load(weights + i, lanes);
     if (grad != nullptr) {
       F g = load(grad + i, lanes);
@@ -91,9 +107,9 @@ CRAM_INLINE void for_u(const Source& source, int64_t begin, int64_t end, bool* n
 // for_u with the types of a source.
 template <class Function>
 CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_t end, bool* nonfinite, Function f) {
-  with_type(dtype, [&](auto t) {
+  with_type(dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
-    const auto typed = [&](int64_t i, int lanes, F u) { f(t, i, lanes, u); };
+    const auto typed = [&](int64_t i, auto lanes, F u) CRAM_MELT { f(t, i, lanes, u); };
     if (source.master)
       for_u<T, float>(source, begin, end, nonfinite, typed);
     else
@@ -102,8 +118,8 @@ CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_
 }
 
 // Writes u (or, without a gradient, prunes w where it is) under `bits`; w is saved first.
-template <class T>
-CRAM_INLINE void write(const Source& source, int64_t i, int lanes, F u, Bits bits, void* out, void* saved) {
+template <class T, class Lanes>
+CRAM_INLINE void write(const Source& source, int64_t i, Lanes lanes, F u, Bits bits, void* out, void* saved) {
   T* p = static_cast<T*>(out) + i;
   if (saved != nullptr) memcpy(static_cast<T*>(saved) + i, p, sizeof(T) * lanes);
   if (source.grad != nullptr)
@@ -118,7 +134,7 @@ static void topk_stream(const Source& source, DType dtype, int64_t begin, int64_
   I iota(0);
   for (int lane = 0; lane < kBlock; ++lane) iota.v[lane / kWidth][lane % kWidth] = lane;
   int64_t above = 0, candidates = 0, nans = 0;
-  with_u(source, dtype, begin, end, &counts.nonfinite, [&](auto t, int64_t i, int lanes, F u) {
+  with_u(source, dtype, begin, end, &counts.nonfinite, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
     const I key = magnitude_key(u);
     const Bits real = lanes_below(lanes);
     const Bits nan = greater_bits(key, largest);
@@ -145,7 +161,7 @@ static void topk_stream(const Source& source, DType dtype, int64_t begin, int64_
 static int64_t topk_apply(const Source& source, DType dtype, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask) {
   const I cut(threshold), largest(kInfKey);
   int64_t total = 0;
-  with_u(source, dtype, begin, end, nullptr, [&](auto t, int64_t i, int lanes, F u) {
+  with_u(source, dtype, begin, end, nullptr, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
     const I key = magnitude_key(u);
     const Bits nan = greater_bits(key, largest);
     const Bits kept = greater_bits(key, cut) & ~nan & lanes_below(lanes);
@@ -158,7 +174,7 @@ static int64_t topk_apply(const Source& source, DType dtype, int64_t begin, int6
 
 static void topk_histogram(const Source& source, DType dtype, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix,
                     int64_t* bins) {
-  with_u(source, dtype, begin, end, nullptr, [&](auto, int64_t, int lanes, F u) {
+  with_u(source, dtype, begin, end, nullptr, [&](auto, int64_t, auto lanes, F u) CRAM_MELT {
     int32_t keys[kBlock];
     store(keys, magnitude_key(u));
     for (int lane = 0; lane < lanes; ++lane)
@@ -168,13 +184,13 @@ static void topk_histogram(const Source& source, DType dtype, int64_t begin, int
 
 static void masked(const Source& source, DType dtype, int64_t begin, int64_t end, void* out, void* saved, const uint8_t* mask, bool* nonfinite) {
   const I largest(kInfKey);
-  with_u(source, dtype, begin, end, nonfinite, [&](auto t, int64_t i, int lanes, F u) {
+  with_u(source, dtype, begin, end, nonfinite, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
     const Bits kept = mask == nullptr ? ~Bits(0) : load_bits(mask, i, lanes);
     write<decltype(t)>(source, i, lanes, u, kept | greater_bits(magnitude_key(u), largest), out, saved);
   });
 }
 
-// keep[i] = 1 where fewer than m - n of the group of element i rank below it (stable ascending). keys: [tiles * m, inner], padded by kBlock in
+// keep[i] is a set flag where not fewer than m - n of the group of element i rank below it (stable ascending). keys: [tiles * m, inner], padded by kBlock in
 // front and behind; keep: written up to kBlock further.
 static void nm_rank(const int32_t* keys, int64_t size, int64_t inner, int n, int m, uint8_t* keep) {
   const int dropped = m - n;
@@ -189,8 +205,7 @@ static void nm_rank(const int32_t* keys, int64_t size, int64_t inner, int n, int
         rank = sub(rank, both(ahead, less(next, own)));
         rank = sub(rank, sub(less(wrapped, add(own, I(1))), both(ahead, less(wrapped, add(own, I(1))))));
       }
-      const I stays = less(I(dropped - 1), rank);
-      for (int lane = 0; lane < kBlock; ++lane) keep[i + lane] = static_cast<uint8_t>(stays.v[lane / kWidth][lane % kWidth] & 1);
+      store_flags(keep + i, greater_bits(rank, I(dropped - 1)));
     }
     return;
   }
@@ -204,9 +219,7 @@ static void nm_rank(const int32_t* keys, int64_t size, int64_t inner, int n, int
           if (other == row) continue;
           rank = sub(rank, less(load(keys + tile + other * inner + r), other < row ? own_or_equal : own));
         }
-        const I stays = less(I(dropped - 1), rank);
-        uint8_t* out = keep + tile + row * inner + r;
-        for (int lane = 0; lane < kBlock; ++lane) out[lane] = static_cast<uint8_t>(stays.v[lane / kWidth][lane % kWidth] & 1);
+        store_flags(keep + tile + row * inner + r, greater_bits(rank, I(dropped - 1)));
       }
     }
   }
@@ -218,19 +231,17 @@ static void nm(const Source& source, DType dtype, int64_t begin, int64_t end, in
   int32_t* keys = reinterpret_cast<int32_t*>(scratch) + kBlock;
   float* moved = reinterpret_cast<float*>(keys + size + 2 * kBlock);
   uint8_t* kept = reinterpret_cast<uint8_t*>(moved + size + kBlock);
-  with_u(source, dtype, begin, end, nonfinite, [&](auto, int64_t i, int, F u) {
+  with_u(source, dtype, begin, end, nonfinite, [&](auto, int64_t i, auto, F u) CRAM_MELT {
     store(keys + (i - begin), magnitude_key(u));
     store(moved + (i - begin), u);
   });
   nm_rank(keys, size, inner, n, m, kept);
   const I largest(kInfKey);
-  with_type(dtype, [&](auto t) {
+  with_type(dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
-    for_blocks(0, size, [&](int64_t i, int lanes) {
-      Bits bits = 0;
-      for (int lane = 0; lane < kBlock; ++lane) bits |= static_cast<Bits>(kept[i + lane]) << lane;
+    for_blocks(0, size, [&](int64_t i, auto lanes) CRAM_MELT {
       const Bits nan = greater_bits(load(keys + i), largest);
-      bits &= ~nan & lanes_below(lanes);
+      const Bits bits = load_flags(kept + i) & ~nan & lanes_below(lanes);
       write<T>(source, begin + i, lanes, load(moved + i), bits | nan, out, saved);
       if (mask != nullptr) store_bits(mask, begin + i, bits, lanes);
     });
@@ -238,15 +249,15 @@ static void nm(const Source& source, DType dtype, int64_t begin, int64_t end, in
 }
 
 static void round_master(const float* master, DType dtype, int64_t begin, int64_t end, void* out) {
-  with_type(dtype, [&](auto t) {
+  with_type(dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
-    for_blocks(begin, end, [&](int64_t i, int lanes) { store(static_cast<T*>(out) + i, rounded(load(master + i, lanes), t), lanes); });
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT { store(static_cast<T*>(out) + i, rounded(load(master + i, lanes), t), lanes); });
   });
 }
 
 // The gradient of the update for the block at i.
-template <class T>
-CRAM_INLINE F update_gradient(const Item& item, const Scales& scales, int64_t i, int lanes) {
+template <class T, class Lanes>
+CRAM_INLINE F update_gradient(const Item& item, const Scales& scales, int64_t i, Lanes lanes) {
   const T *second = static_cast<const T*>(item.grad), *first = static_cast<const T*>(item.first_grad);
   F g2(0.0f), g1(0.0f);
   if (second != nullptr) {
@@ -259,9 +270,9 @@ CRAM_INLINE F update_gradient(const Item& item, const Scales& scales, int64_t i,
 }
 
 static void combine(const Item& item, int64_t begin, int64_t end, const Scales& scales) {
-  with_type(item.dtype, [&](auto t) {
+  with_type(item.dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
-    for_blocks(begin, end, [&](int64_t i, int lanes) {
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
       store(static_cast<T*>(item.grad) + i, rounded(update_gradient<T>(item, scales, i, lanes), t), lanes);
     });
   });
@@ -270,7 +281,7 @@ static void combine(const Item& item, int64_t begin, int64_t end, const Scales& 
 // f(T{}, S{}): the types of the parameter and of its state and weights.
 template <class Function>
 CRAM_INLINE void with_types(const Item& item, Function f) {
-  with_type(item.dtype, [&](auto t) {
+  with_type(item.dtype, [&](auto t) CRAM_MELT {
     if (item.master != nullptr)
       f(t, float{});
     else
@@ -278,8 +289,8 @@ CRAM_INLINE void with_types(const Item& item, Function f) {
   });
 }
 
-template <class T, class S>
-CRAM_INLINE void store_weight(const Item& item, int64_t i, F w, int lanes) {
+template <class T, class Lanes>
+CRAM_INLINE void store_weight(const Item& item, int64_t i, F w, Lanes lanes) {
   if (item.master != nullptr) {
     w = canonical(w);
     store(item.master + i, w, lanes);
@@ -287,37 +298,37 @@ CRAM_INLINE void store_weight(const Item& item, int64_t i, F w, int lanes) {
   store(static_cast<T*>(item.param) + i, rounded(w, T{}), lanes);
 }
 
-template <class S>
-CRAM_INLINE F load_state(void* state, int64_t i, int lanes) {
+template <class S, class Lanes>
+CRAM_INLINE F load_state(void* state, int64_t i, Lanes lanes) {
   return state == nullptr ? F(0.0f) : load(static_cast<const S*>(state) + i, lanes);
 }
 
-template <class S>
-CRAM_INLINE void store_state(void* state, int64_t i, F x, int lanes) {
+template <class S, class Lanes>
+CRAM_INLINE void store_state(void* state, int64_t i, F x, Lanes lanes) {
   if (state != nullptr) store(static_cast<S*>(state) + i, rounded(x, S{}), lanes);
 }
 
 static void sgd(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const SgdOptions& options) {
   void* buffer = options.momentum != 0 ? item.state[0] : nullptr;
-  with_types(item, [&](auto t, auto s) {
+  with_types(item, [&](auto t, auto s) CRAM_MELT {
     using T = decltype(t);
     using S = decltype(s);
-    for_blocks(begin, end, [&](int64_t i, int lanes) {
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
       F w = load(static_cast<const S*>(weights) + i, lanes);
       F b = load_state<S>(options.fresh ? nullptr : buffer, i, lanes);
       sgd_step(w, b, update_gradient<T>(item, scales, i, lanes), options);
       store_state<S>(buffer, i, b, lanes);
-      store_weight<T, S>(item, i, w, lanes);
+      store_weight<T>(item, i, w, lanes);
     });
   });
 }
 
 static void adam(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options, bool decays) {
   void* maximum = options.amsgrad ? item.state[2] : nullptr;
-  with_types(item, [&](auto t, auto s) {
+  with_types(item, [&](auto t, auto s) CRAM_MELT {
     using T = decltype(t);
     using S = decltype(s);
-    for_blocks(begin, end, [&](int64_t i, int lanes) {
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
       F w = load(static_cast<const S*>(weights) + i, lanes);
       F m = load_state<S>(item.state[0], i, lanes);
       F v = load_state<S>(item.state[1], i, lanes);
@@ -326,13 +337,13 @@ static void adam(const Item& item, const void* weights, int64_t begin, int64_t e
       store_state<S>(item.state[0], i, m, lanes);
       store_state<S>(item.state[1], i, v, lanes);
       store_state<S>(maximum, i, x, lanes);
-      store_weight<T, S>(item, i, w, lanes);
+      store_weight<T>(item, i, w, lanes);
     });
   });
 }
 
 static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, int64_t end, float inv_scale, bool scaled, double* sums) {
-  with_type(dtype, [&](auto t) {
+  with_type(dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
     const T* g = static_cast<const T*>(grad);
     const F factor(inv_scale);
@@ -341,7 +352,7 @@ static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, in
       const int64_t first = chunk * kNormChunk;
       const int64_t last = first + kNormChunk < numel ? first + kNormChunk : numel;
       if (last - first < kNormChunk) memset(x, 0, sizeof x);
-      for_blocks(first, last, [&](int64_t i, int lanes) {
+      for_blocks(first, last, [&](int64_t i, auto lanes) CRAM_MELT {
         F block = load(g + i, lanes);
         if (scaled) block = mul(block, factor);
         store(x + (i - first), block, lanes);

@@ -139,6 +139,10 @@ CRAM_INLINE void compress16(uint16_t* p, I a, Bits bits) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)a.v[0])));
 }
 
+// Flags: a byte a lane, of which the top bit counts; for bits whose places are not whole bytes.
+CRAM_INLINE void store_flags(uint8_t* p, Bits bits) { _mm_storeu_si128((__m128i*)p, _mm_movm_epi8((__mmask16)bits)); }
+CRAM_INLINE Bits load_flags(const uint8_t* p) { return _mm_movepi8_mask(_mm_loadu_si128((const __m128i*)p)); }
+
 #elif defined(__AVX2__)
 
 CRAM_INLINE F root(F a) {
@@ -156,6 +160,13 @@ CRAM_INLINE I keep(I a, Bits bits) {
   return a;
 }
 CRAM_INLINE F keep(F a, Bits bits) { return as_float(keep(as_int(a), bits)); }
+
+CRAM_INLINE void store_flags(uint8_t* p, Bits bits) {
+  const __m128i halves = _mm_set_epi64x((bits >> 8) * 0x0101010101010101ll, (bits & 0xff) * 0x0101010101010101ll);
+  const __m128i lane = _mm_set1_epi64x(0x8040201008040201ll);
+  _mm_storeu_si128((__m128i*)p, _mm_cmpeq_epi8(_mm_and_si128(halves, lane), lane));
+}
+CRAM_INLINE Bits load_flags(const uint8_t* p) { return (Bits)_mm_movemask_epi8(_mm_loadu_si128((const __m128i*)p)); }
 
 CRAM_INLINE I load16(const uint16_t* p) {
   I r;
@@ -196,6 +207,15 @@ CRAM_INLINE I keep(I a, Bits bits) {
   return a;
 }
 CRAM_INLINE F keep(F a, Bits bits) { return as_float(keep(as_int(a), bits)); }
+
+CRAM_INLINE void store_flags(uint8_t* p, Bits bits) {
+  for (int lane = 0; lane < kBlock; ++lane) p[lane] = (uint8_t)((bits >> lane & 1) << 7);
+}
+CRAM_INLINE Bits load_flags(const uint8_t* p) {
+  Bits bits = 0;
+  for (int lane = 0; lane < kBlock; ++lane) bits |= (Bits)(p[lane] >> 7) << lane;
+  return bits;
+}
 
 CRAM_INLINE I load16(const uint16_t* p) {
   I r;
