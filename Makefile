@@ -32,5 +32,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The op tests on a library built with a sanitizer. Leaks of Python and torch themselves are not ours to count.
+OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py
+
+test-asan: setup
+	$(BIN)/python native_build.py build/asan address
+	CRAM_KERNELS_LIBRARIES=build/asan ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+
+test-ubsan: setup
+	$(BIN)/python native_build.py build/ubsan undefined
+	CRAM_KERNELS_LIBRARIES=build/ubsan $(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+
+# Without torch, on std::thread: the thread sanitizer flags a correct libgomp loop.
+test-tsan: setup
+	$(BIN)/python native_build.py --harness build/tsan thread
+	build/tsan/harness
+
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed

@@ -1,25 +1,30 @@
-"""Compiles the native libraries: writes a build.ninja and runs it. Used by setup.py; importable without torch."""
+"""Compiles the native libraries: writes a build.ninja and runs it. Used by setup.py; importable without torch.
+
+By hand: python native_build.py FOLDER [address | undefined | thread], --harness before FOLDER for tests/native/harness.cpp alone.
+"""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 
-BASE_FLAGS = "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 # Every operation is rounded on its own, in every library: no contraction, no fast math.
 NUMERIC_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math -fwrapv"
+AVX2 = "-mavx2 -mf16c -mbmi -mbmi2 -mpopcnt"
 ISA_FLAGS = {
     "isa_portable": "",
-    "isa_avx2": "-mavx2 -mf16c -mbmi -mbmi2 -mpopcnt",
+    "isa_avx2": AVX2,
     # g++ 12 warns about its own AVX-512 header
-    "isa_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mf16c -mbmi -mbmi2 -mpopcnt -mprefer-vector-width=512"
-    " -Wno-uninitialized -Wno-maybe-uninitialized",
+    "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
 }
+TORCH_FREE = ("nm", "perturb", "simd", "topk", "update", *ISA_FLAGS)  # what the harness links
 
 
 class BuildError(Exception):
@@ -28,8 +33,7 @@ class BuildError(Exception):
 
 def torch_folder() -> Path | None:
     """The folder of the installed torch, also from inside pip's isolated build environment; None where there is none."""
-    places = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-    for place in map(Path, places):
+    for place in map(Path, [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]):
         if (place / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return place / "torch"
     return None
@@ -53,65 +57,88 @@ def compiler() -> str:
     raise BuildError("cram_kernels needs a C++17 compiler: install g++ (Debian and Ubuntu: `apt install g++`) or clang++, or set CXX")
 
 
+class Ninja:
+    """A build.ninja in the making."""
+
+    def __init__(self, cxx: str, sanitize: str) -> None:
+        self.cxx = cxx
+        self.sanitize = sanitize
+        mode = f"-O1 -fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer" if sanitize else "-O3"
+        self.lines = [
+            "rule cxx",
+            f"  command = {cxx} -MMD -MF $out.d {FLAGS} {NUMERIC_FLAGS} {mode} $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} {mode} $in -o $out $extra",
+        ]
+        self.targets: list[str] = []
+
+    def compile(self, source: Path, extra: str = "") -> str:
+        """An object file; `source` once."""
+        out = f"{source.parent.name}_{source.stem}.o"
+        self.lines += [f"build {out}: cxx {source}", f"  extra = {ISA_FLAGS.get(source.stem, '')} {extra}"]
+        return out
+
+    def link(self, out: Path, objects: list[str], extra: str, after: str = "") -> str:
+        self.lines += [f"build {out}: link {' '.join(objects)}{' | ' + after if after else ''}", f"  extra = {extra}"]
+        self.targets.append(str(out))
+        return str(out)
+
+    def run(self, name: str) -> None:
+        import ninja
+
+        python = f"{sys.version_info.major}{sys.version_info.minor}"
+        work = ROOT / "build" / "-".join(filter(None, [name, sysconfig.get_platform(), python, self.sanitize]))
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text("\n".join([*self.lines, f"default {' '.join(self.targets)}", ""]))
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
+
+
+def sources() -> list[Path]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    found = sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
+    return [source for source in found if x86 or source.stem not in ("isa_avx2", "isa_avx512")]
+
+
 def build(package: Path, sanitize: str = "") -> None:
-    """Compile everything into the folder `package`. sanitize: "", "address", "undefined".
+    """Compile the libraries into the folder `package`. sanitize: "", "address", "undefined".
 
     Raises:
         BuildError: torch or a compiler is missing.
         subprocess.CalledProcessError: a compilation failed.
     """
-    cxx = compiler()
+    import pybind11
+
+    ninja = Ninja(compiler(), sanitize)
     torch = torch_folder()
     if torch is None:
         raise BuildError("cram_kernels is built against the headers of torch >= 2.10: `pip install torch` first")
-    work = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.version_info.major}{sys.version_info.minor}{'-' + sanitize if sanitize else ''}"
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(ninja_file(cxx, torch, package, sanitize))
-    import ninja
-
-    subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
-
-
-def ninja_file(cxx: str, torch: Path, package: Path, sanitize: str) -> str:
-    """The text of build.ninja."""
-    import pybind11
-
-    x86 = sysconfig.get_platform().endswith("x86_64")
-    sanitizer = f"-fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer" if sanitize else ""
-    flags = f"{BASE_FLAGS} {NUMERIC_FLAGS} {sanitizer} -DTORCH_TARGET_VERSION=0x020a000000000000"
-    includes = f"-isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
-    version = subprocess.run([cxx, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    package.mkdir(parents=True, exist_ok=True)
+    version = subprocess.run([ninja.cxx, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
     facts = {"CRAM_COMPILER": version, "CRAM_TORCH_VERSION": torch_version(torch), "CRAM_GPU_ARCHS": ""}
     defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
+    stable_abi = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
 
-    lines = [
-        "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {flags} $extra -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {cxx} -shared {sanitizer} $in -o $out $extra",
-    ]
+    objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]
+    library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10")
+    host = ninja.compile(CSRC / "host.cpp", f"{python} {defines}")
+    module = package / ("_host" + sysconfig.get_config_var("EXT_SUFFIX"))
+    ninja.link(module, [host], f"-shared -L{package} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)
+    ninja.run("native")
 
-    def compile_(source: Path, extra: str) -> str:
-        out = f"{source.parent.name}_{source.stem}.o"
-        lines.extend([f"build {out}: cxx {source}", f"  extra = {extra}"])
-        return out
 
-    def link(name: str, objects: list[str], extra: str, after: str = "") -> str:
-        out = str(package / name)
-        lines.extend([f"build {out}: link {' '.join(objects)} {'| ' + after if after else ''}", f"  extra = {extra}"])
-        return out
+def build_harness(folder: Path, sanitize: str = "") -> None:
+    """Compile tests/native/harness.cpp into `folder`: the CPU kernels without torch and Python."""
+    ninja = Ninja(compiler(), sanitize)
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = [ninja.compile(source) for source in sources() if source.stem in TORCH_FREE]
+    ninja.link(folder / "harness", [ninja.compile(ROOT / "tests" / "native" / "harness.cpp"), *kernels], "-lpthread")
+    ninja.run("harness")
 
-    sources = sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
-    libraries = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
-    objects = [
-        compile_(source, includes + " " + ISA_FLAGS.get(source.stem, ""))
-        for source in sources
-        if source.stem != "host" and (x86 or source.stem not in ("isa_avx2", "isa_avx512"))
-    ]
-    library = link("libcram_kernels_cpu.so", objects, libraries)
-    host = compile_(CSRC / "host.cpp", f"{python} {defines}")
-    module = link("_host" + sysconfig.get_config_var("EXT_SUFFIX"), [host], f"-L{package} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", library)
-    return "\n".join([*lines, f"default {library} {module}", ""])
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if a != "--harness"]
+    target = build_harness if "--harness" in sys.argv else build
+    target(Path(arguments[0]).resolve(), *arguments[1:])

@@ -5,7 +5,6 @@ libcram_kernels_cuda.so the same for NVIDIA GPUs, where nvcc and CUDA sources ar
 _host                   a pybind11 module: SIMD level, build facts
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +21,8 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         package = Path(__file__).parent / "cram_kernels" if self.inplace else Path(self.build_lib) / "cram_kernels"
-        package.mkdir(parents=True, exist_ok=True)
         try:
-            native_build.build(package.resolve(), sanitize=os.environ.get("CRAM_KERNELS_SANITIZE", ""))
+            native_build.build(package.resolve())
         except native_build.BuildError as error:
             sys.exit(f"error: {error}")
         except subprocess.CalledProcessError:

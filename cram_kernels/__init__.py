@@ -1,5 +1,6 @@
 """CrAM, the compression-aware minimizer (ICLR 2023), as kernels about as fast as copying the weights once."""
 
+from . import _native, _registration
 from .backend import BackendUnavailable, use_backend
 from .batchnorm import frozen_batchnorm, tune_batchnorm
 from .optim import SAM, CrAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
@@ -7,6 +8,9 @@ from .patterns import NM, Pattern, TopK
 from .prune import prune
 from .report import Report
 from .version import __version__
+
+if _native.why_missing("cpu") is None:
+    _registration.register()
 
 __all__ = [
     "NM",

@@ -1,12 +1,16 @@
 """Loads the native libraries; remembers why one is missing instead of failing the import."""
 
+import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-_FOLDER = Path(__file__).parent
+# Elsewhere than in the package for the sanitizers' builds (`make test-asan`).
+_FOLDER = Path(os.environ.get("CRAM_KERNELS_LIBRARIES") or Path(__file__).parent)
 _missing: dict[str, str] = {}  # backend -> reason
-host = None  # the pybind11 module: build facts, SIMD level, copy kernels of the benchmarks
+host: Any = None  # the pybind11 module: build facts, SIMD level, copy kernels of the benchmarks
 
 
 def _load_cpu() -> str | None:
@@ -16,13 +20,22 @@ def _load_cpu() -> str | None:
         return f"the native library {library} was not built: run `pip install .` (or `make setup`) with a C++ compiler"
     try:
         torch.ops.load_library(str(library))
-        from . import _host, _registration
-
-        _registration.register()
-        host = _host
+        host = _load_host()
     except (OSError, ImportError) as error:
         return f"the native library {library} does not load: {error}"
     return None
+
+
+def _load_host() -> Any:
+    """The pybind11 module beside the library."""
+    path = next(_FOLDER.glob("_host.*.so"), None)
+    if path is None:
+        raise ImportError(f"{_FOLDER} has no _host module")
+    spec = importlib.util.spec_from_file_location("cram_kernels._host", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _load_cuda() -> str | None:

@@ -35,7 +35,7 @@ struct Counts {
 };
 
 struct Candidates {
-  int32_t* keys;      // room for the range and 16 more
+  int32_t* bits;      // of u as a float; room for the range and 16 more
   uint16_t* offsets;  // from begin
 };
 

@@ -72,6 +72,16 @@ CRAM_INLINE void keep_raw(T* p, Bits bits, int lanes) {
   memcpy(p, copy, sizeof(T) * lanes);
 }
 
+// Raw bits, past the cache where the destination allows it: what is saved is not read again soon, and its old lines are not worth reading.
+template <class T>
+CRAM_INLINE void copy(T* to, const T* from, Whole) {
+  stream(to, from);
+}
+template <class T>
+CRAM_INLINE void copy(T* to, const T* from, int lanes) {
+  memcpy(to, from, sizeof(T) * lanes);
+}
+
 // Mask bits of the block at element i, a multiple of 8.
 CRAM_INLINE void store_bits(uint8_t* mask, int64_t i, Bits bits, int lanes) {
   mask[i / 8] = static_cast<uint8_t>(bits);
@@ -121,7 +131,7 @@ CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_
 template <class T, class Lanes>
 CRAM_INLINE void write(const Source& source, int64_t i, Lanes lanes, F u, Bits bits, void* out, void* saved) {
   T* p = static_cast<T*>(out) + i;
-  if (saved != nullptr) memcpy(static_cast<T*>(saved) + i, p, sizeof(T) * lanes);
+  if (saved != nullptr) copy(static_cast<T*>(saved) + i, p, lanes);
   if (source.grad != nullptr)
     store(p, keep(u, bits), lanes);
   else
@@ -144,7 +154,7 @@ static void topk_stream(const Source& source, DType dtype, int64_t begin, int64_
     above += __builtin_popcount(over);
     nans += __builtin_popcount(nan);
     if (bracket.append) {
-      compress(found.keys + candidates, key, candidate);
+      compress(found.bits + candidates, as_int(canonical(u)), candidate);
       compress16(found.offsets + candidates, add(iota, I(static_cast<int32_t>(i - begin))), candidate);
     }
     candidates += __builtin_popcount(candidate);
@@ -195,16 +205,19 @@ static void masked(const Source& source, DType dtype, int64_t begin, int64_t end
 static void nm_rank(const int32_t* keys, int64_t size, int64_t inner, int n, int m, uint8_t* keep) {
   const int dropped = m - n;
   if (inner == 1 && m <= kBlock && kBlock % m == 0) {  // whole groups in a block: the neighbours by shifted loads
+    // The neighbour d places on, in the lanes where that is the same group (-1); in the others it wraps to d - m, comes before, and wins ties.
+    I ahead[kBlock], wins_ties[kBlock];
+    for (int d = 1; d < m; ++d)
+      for (int lane = 0; lane < kBlock; ++lane) {
+        const int32_t in_group = lane % m + d < m ? -1 : 0;
+        ahead[d].v[lane / kWidth][lane % kWidth] = in_group;
+        wins_ties[d].v[lane / kWidth][lane % kWidth] = 1 + in_group;
+      }
     for (int64_t i = 0; i < size; i += kBlock) {
       const I own = load(keys + i);
       I rank(0);
-      for (int d = 1; d < m; ++d) {
-        I ahead(0);  // -1 in the lanes whose neighbour d places on is in the same group; the others wrap to d - m
-        for (int lane = 0; lane < kBlock; ++lane) ahead.v[lane / kWidth][lane % kWidth] = -(lane % m + d < m);
-        const I next = load(keys + i + d), wrapped = load(keys + i + d - m);
-        rank = sub(rank, both(ahead, less(next, own)));
-        rank = sub(rank, sub(less(wrapped, add(own, I(1))), both(ahead, less(wrapped, add(own, I(1))))));
-      }
+      for (int d = 1; d < m; ++d)
+        rank = sub(rank, less(choose(ahead[d], load(keys + i + d), load(keys + i + d - m)), add(own, wins_ties[d])));
       store_flags(keep + i, greater_bits(rank, I(dropped - 1)));
     }
     return;

@@ -32,6 +32,13 @@ class PlainArithmetic {
 #endif
 };
 
+// Stores that bypass the cache are ordered before whatever the worker signals next.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // body(worker) for each worker; what one of them throws is thrown again when all are done.
 template <class Body>
 void parallel(const Pool& pool, Body body) {
@@ -47,6 +54,7 @@ void parallel(const Pool& pool, Body body) {
         PlainArithmetic plain;
         try {
           shared.body(worker);
+          finish_streaming();
         } catch (...) {
           if (!shared.failed.exchange(true)) shared.error = std::current_exception();
         }

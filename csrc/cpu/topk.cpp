@@ -1,5 +1,5 @@
-// Global top-k in one pass: sample a bracket around the threshold, perturb and prune on the guess while writing down what falls into the
-// bracket, select exactly among those, fix them up. Where the guess fails, a radix select over the saved weights: costs time, never exactness.
+// Global top-k in one pass: sample a bracket around the threshold, perturb and prune on a guess while writing down what falls into the
+// bracket, select exactly among those, set right what the guess got wrong. Where the guess fails, a radix select over the saved weights: costs time, never exactness.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -13,7 +13,7 @@ namespace cram {
 namespace {
 
 constexpr int64_t kDirect = 2048;    // sets up to this size: every weight is a candidate
-constexpr int64_t kSample = 65536;   // elements, at most
+constexpr int64_t kSample = 32768;   // elements, at most
 constexpr double kDeviations = 4;    // half width of the bracket; the guess fails about once in 16,000 steps
 constexpr int64_t kSampleTask = 4096;
 
@@ -28,6 +28,15 @@ struct Set {
   int64_t kept = 0;
   std::atomic<int64_t> above{0}, candidates{0}, nans{0};
   std::atomic<bool> overflow{false};
+
+  // By the width of the bracket in ranks, and a tenth more.
+  int64_t expected_candidates() const {
+    if (numel <= kDirect) return numel;
+    const double share = static_cast<double>(k) / static_cast<double>(numel);
+    return static_cast<int64_t>(2.2 * kDeviations * std::sqrt(share * (1 - share) / static_cast<double>(sample())) * static_cast<double>(numel));
+  }
+
+  int64_t sample() const { return std::clamp(numel / 8, kDirect / 2, kSample); }
 
   int64_t most_candidates() const { return std::max(2 * kDirect, numel / 16); }
 };
@@ -90,17 +99,32 @@ uint64_t scramble(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-// Keys of sample elements [begin, end) of `total`: one at a hashed place of each of `total` equal strata of the set.
+// Keys of sample elements [begin, end) of `total`: one at a hashed place of each of `total` equal strata of the set. Each place is a cache
+// miss, so that a batch of them is on its way before the first is read.
 void sample_keys(const std::vector<Item>& items, const Set& set, const Perturbation& p, int64_t total, int64_t begin, int64_t end, int32_t* keys) {
+  constexpr int kBatch = 32;
   size_t at = 0;
   int64_t first = 0;  // of item `at`, among the set's weights
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t low = static_cast<int64_t>(static_cast<__int128>(j) * set.numel / total);
-    const int64_t high = static_cast<int64_t>(static_cast<__int128>(j + 1) * set.numel / total);
-    const int64_t place = low + static_cast<int64_t>(scramble(j) % (high - low));
-    while (place >= first + items[set.items[at]].numel) first += items[set.items[at++]].numel;
-    const Item& item = items[set.items[at]];
-    keys[j] = key_at(source_of(item, p, false), item.dtype, place - first);
+  while (begin < end) {
+    std::pair<size_t, int64_t> places[kBatch];  // item, element
+    const int batch = static_cast<int>(std::min<int64_t>(kBatch, end - begin));
+    for (int b = 0; b < batch; ++b) {
+      const int64_t j = begin + b;
+      const int64_t low = static_cast<int64_t>(static_cast<__int128>(j) * set.numel / total);
+      const int64_t high = static_cast<int64_t>(static_cast<__int128>(j + 1) * set.numel / total);
+      const int64_t place = low + static_cast<int64_t>(scramble(j) % (high - low));
+      while (place >= first + items[set.items[at]].numel) first += items[set.items[at++]].numel;
+      const Item& item = items[set.items[at]];
+      places[b] = {static_cast<size_t>(set.items[at]), place - first};
+      const Source source = source_of(item, p, false);
+      __builtin_prefetch(static_cast<const char*>(source.weights) + (place - first) * (source.master ? 4 : size_of(item.dtype)));
+      if (source.grad != nullptr) __builtin_prefetch(static_cast<const char*>(source.grad) + (place - first) * size_of(item.dtype));
+    }
+    for (int b = 0; b < batch; ++b) {
+      const Item& item = items[places[b].first];
+      keys[begin + b] = key_at(source_of(item, p, false), item.dtype, places[b].second);
+    }
+    begin += batch;
   }
 }
 
@@ -111,20 +135,24 @@ Bracket bracket_of(int32_t* keys, int64_t size, const Set& set) {
   const double width = kDeviations * std::sqrt(rank * (1 - share)) + 1;
   const int64_t upper = static_cast<int64_t>(std::floor(rank - width)) - 1;  // from the largest, 0-based
   const int64_t lower = static_cast<int64_t>(std::ceil(rank + width));
+  const int64_t middle = std::clamp<int64_t>(std::llround(rank) - 1, 0, size - 1);
   Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
-  int32_t* from = keys;
+  int32_t *from = keys, *to = keys + size;
   if (upper >= 0) {
-    std::nth_element(keys, keys + upper, keys + size, std::greater<>());
+    std::nth_element(from, keys + upper, to, std::greater<>());
     bracket.high = keys[upper];
     from = keys + upper + 1;
   }
   if (lower < size) {
-    std::nth_element(from, keys + lower, keys + size, std::greater<>());
+    std::nth_element(from, keys + lower, to, std::greater<>());
     bracket.low = keys[lower] - 1;
+    to = keys + lower;
   }
+  if (keys + middle >= from && keys + middle < to) std::nth_element(from, keys + middle, to, std::greater<>());
+  bracket.cut = std::clamp(keys[middle], bracket.low, bracket.high);  // the best guess: few weights will have to be set right
   // A bracket of one key (heavy ties): if the guess holds, that key is the threshold, and no list is needed.
   bracket.append = bracket.high - bracket.low > 1;
-  bracket.cut = bracket.append ? bracket.low : bracket.high;
+  if (!bracket.append) bracket.cut = bracket.high;
   return bracket;
 }
 
@@ -139,7 +167,7 @@ void guess(const Context& c, const std::vector<Item>& items, const Perturbation&
   for (size_t s = 0; s < sets.size(); ++s) {
     const Set& set = *sets[s];
     if (set.settled || set.numel <= kDirect) continue;
-    const int64_t total = std::clamp(set.numel / 8, kDirect / 2, kSample);
+    const int64_t total = set.sample();
     brackets.push_back({static_cast<int64_t>(s), total, 0, total, size});
     for (int64_t begin = 0; begin < total; begin += kSampleTask)
       tasks.push_back({static_cast<int64_t>(s), total, begin, std::min(begin + kSampleTask, total), size});
@@ -167,7 +195,7 @@ class CandidateList {
   };
 
   ~CandidateList() {
-    free(keys_);
+    free(bits_);
     free(offsets_);
   }
 
@@ -175,16 +203,16 @@ class CandidateList {
   bool reserve(int64_t count) {
     if (size_ + count <= capacity_) return true;
     const int64_t capacity = std::max(2 * capacity_, size_ + count);
-    void* keys = realloc(keys_, capacity * sizeof(int32_t));
-    if (keys != nullptr) keys_ = static_cast<int32_t*>(keys);
-    void* offsets = keys == nullptr ? nullptr : realloc(offsets_, capacity * sizeof(uint16_t));
+    void* bits = realloc(bits_, capacity * sizeof(int32_t));
+    if (bits != nullptr) bits_ = static_cast<int32_t*>(bits);
+    void* offsets = bits == nullptr ? nullptr : realloc(offsets_, capacity * sizeof(uint16_t));
     if (offsets == nullptr) return false;
     offsets_ = static_cast<uint16_t*>(offsets);
     capacity_ = capacity;
     return true;
   }
 
-  Candidates end() { return {keys_ + size_, offsets_ + size_}; }
+  Candidates end() { return {bits_ + size_, offsets_ + size_}; }
 
   void append(int64_t range, int64_t count) {
     if (count > 0) records_.push_back({range, size_, count});
@@ -192,11 +220,11 @@ class CandidateList {
   }
 
   const std::vector<Record>& records() const { return records_; }
-  const int32_t* keys(const Record& r) const { return keys_ + r.first; }
+  const int32_t* bits(const Record& r) const { return bits_ + r.first; }
   const uint16_t* offsets(const Record& r) const { return offsets_ + r.first; }
 
  private:
-  int32_t* keys_ = nullptr;
+  int32_t* bits_ = nullptr;  // of u as a float
   uint16_t* offsets_ = nullptr;
   int64_t size_ = 0, capacity_ = 0;
   std::vector<Record> records_;
@@ -214,6 +242,10 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
     return write || open ? kChunk : 0;
   });
   pass.found = std::vector<CandidateList>(c.pool.threads);
+  int64_t expected = 0;
+  for (const auto& set : sets)
+    if (set->bracket.append) expected += set->expected_candidates();
+  for (CandidateList& found : pass.found) found.reserve(expected / c.pool.threads + kChunk + 16);
   std::atomic<bool> nonfinite{false};
   if (p.perturbed != nullptr) *p.perturbed = 1;
   for_tasks(c.pool, pass.ranges.size(), [&](int worker, int64_t task) {
@@ -242,72 +274,110 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
 
 // ---- 3. Finish ----
 
-// The rank-th largest (1-based) of the keys in (low, high]: by a histogram of 4096 bins, then exactly in one bin.
-int32_t select(const std::vector<std::pair<const int32_t*, int64_t>>& lists, const Bracket& bracket, int64_t rank) {
-  constexpr int kBins = 4096;
+struct Span {
+  const int32_t* bits;
+  int64_t count;
+};
+
+int32_t key_of(int32_t bits) { return bits & 0x7fffffff; }
+
+struct Selected {
+  int32_t key;
+  int64_t larger;  // candidates with a larger key
+};
+
+// The rank-th largest (1-based) key of candidates, all in (low, high]: by a histogram, then exactly in one of its bins.
+Selected select(const Pool& pool, const std::vector<Span>& spans, const Bracket& bracket, int64_t rank) {
+  constexpr int kBins = 2048;
   int shift = 0;
   while (((static_cast<int64_t>(bracket.high) - bracket.low) >> shift) >= kBins) ++shift;
-  std::vector<int64_t> bins(kBins, 0);
-  for (auto [keys, count] : lists)
-    for (int64_t i = 0; i < count; ++i) ++bins[(keys[i] - bracket.low - 1) >> shift];
-  int bin = kBins - 1;
-  while (rank > bins[bin]) rank -= bins[bin--];
-  std::vector<int32_t> in_bin;
-  in_bin.reserve(bins[bin]);
-  for (auto [keys, count] : lists)
-    for (int64_t i = 0; i < count; ++i)
-      if ((keys[i] - bracket.low - 1) >> shift == bin) in_bin.push_back(keys[i]);
-  std::nth_element(in_bin.begin(), in_bin.begin() + (rank - 1), in_bin.end(), std::greater<>());
-  return in_bin[rank - 1];
+  const auto bin_of = [&](int32_t bits) { return (key_of(bits) - bracket.low - 1) >> shift; };
+
+  std::vector<std::vector<int64_t>> bins(pool.threads, std::vector<int64_t>(kBins, 0));
+  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
+    int64_t* own = bins[worker].data();
+    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits) ++own[bin_of(*bits)];
+  });
+  int64_t larger = 0, in_bin = 0;
+  int bin = kBins;
+  while (larger + in_bin < rank) {
+    larger += in_bin;
+    in_bin = 0;
+    --bin;
+    for (const auto& own : bins) in_bin += own[bin];
+  }
+
+  std::vector<std::vector<int32_t>> found(pool.threads);
+  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
+    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits)
+      if (bin_of(*bits) == bin) found[worker].push_back(key_of(*bits));
+  });
+  std::vector<int32_t>& keys = found[0];
+  for (size_t worker = 1; worker < found.size(); ++worker) keys.insert(keys.end(), found[worker].begin(), found[worker].end());
+  std::nth_element(keys.begin(), keys.begin() + (rank - larger - 1), keys.end(), std::greater<>());
+  const int32_t key = keys[rank - larger - 1];
+  return {key, larger + std::count_if(keys.begin(), keys.end(), [&](int32_t other) { return other > key; })};
 }
 
-// The threshold of each set from its candidates, or the fallback mark.
+// The threshold of a set from its candidates, or the fallback mark.
+void settle(const Pool& pool, Set& set, const std::vector<Span>& spans) {
+  int64_t larger = set.above;
+  if (!set.settled) {
+    const int64_t rank = set.k - set.above;
+    set.fallback = rank < 1 || rank > set.candidates || (set.bracket.append && set.overflow);
+    if (set.fallback) return;
+    const Selected selected = set.bracket.append ? select(pool, spans, set.bracket, rank) : Selected{set.bracket.high, 0};
+    set.threshold = selected.key;
+    larger += selected.larger;
+  }
+  set.kept = set.threshold == kNanKey ? 0 : larger - set.nans;
+}
+
+// Large sets one after the other, each in parallel; small ones side by side.
 void finish(const Context& c, const std::vector<Item>& items, Sets& sets, const Pass& pass) {
-  std::vector<std::vector<std::pair<const int32_t*, int64_t>>> lists(sets.size());
+  constexpr int64_t kLarge = 32768;  // candidates
+  std::vector<std::vector<Span>> spans(sets.size());
   for (const CandidateList& found : pass.found)
-    for (const auto& record : found.records()) lists[items[pass.ranges[record.range].item].set].push_back({found.keys(record), record.count});
+    for (const auto& record : found.records()) spans[items[pass.ranges[record.range].item].set].push_back({found.bits(record), record.count});
+  for (size_t s = 0; s < sets.size(); ++s)
+    if (sets[s]->candidates > kLarge) settle(c.pool, *sets[s], spans[s]);
+  const Pool alone{1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }};
   for_tasks(c.pool, sets.size(), [&](int, int64_t s) {
-    Set& set = *sets[s];
-    int64_t larger = set.above;
-    if (!set.settled) {
-      const int64_t rank = set.k - set.above;
-      const bool inside = rank >= 1 && rank <= set.candidates;
-      set.fallback = !inside || (set.bracket.append && set.overflow);
-      if (set.fallback) return;
-      set.threshold = set.bracket.append ? select(lists[s], set.bracket, rank) : set.bracket.high;
-      if (set.bracket.append)
-        for (auto [keys, count] : lists[s])
-          for (int64_t i = 0; i < count; ++i) larger += keys[i] > set.threshold;
-    }
-    set.kept = set.threshold == kNanKey ? 0 : larger - set.nans;
+    if (sets[s]->candidates <= kLarge) settle(alone, *sets[s], spans[s]);
   });
 }
 
-void zero(const Item& item, int64_t i) {
-  if (item.dtype == DType::kFloat32)
-    static_cast<float*>(item.param)[i] = 0;
-  else
-    static_cast<uint16_t*>(item.param)[i] = 0;
-  if (item.mask != nullptr) item.mask[i / 8] &= static_cast<uint8_t>(~(1u << (i % 8)));
+template <class T>
+void put(const Item& item, int64_t i, T value, bool keep) {
+  static_cast<T*>(item.param)[i] = value;
+  if (item.mask == nullptr) return;
+  const uint8_t bit = static_cast<uint8_t>(1u << (i % 8));
+  item.mask[i / 8] = static_cast<uint8_t>(keep ? item.mask[i / 8] | bit : item.mask[i / 8] & ~bit);
 }
 
-// Candidates at or below the threshold were kept on the guess: prune them.
+// Sets right what the guess `cut` got wrong: the candidates between it and the threshold.
 void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, const Pass& pass) {
   std::vector<std::pair<const CandidateList*, const CandidateList::Record*>> records;
   for (const CandidateList& found : pass.found)
     for (const auto& record : found.records()) records.push_back({&found, &record});
-  constexpr int64_t kStep = 64;
-  for_tasks(c.pool, (records.size() + kStep - 1) / kStep, [&](int, int64_t task) {
-    for (size_t i = task * kStep; i < std::min<size_t>((task + 1) * kStep, records.size()); ++i) {
-      const auto [found, record] = records[i];
-      const Range& r = pass.ranges[record->range];
-      const Item& item = items[r.item];
-      const Set& set = *sets[item.set];
-      if (set.fallback) continue;
-      const int32_t* keys = found->keys(*record);
-      const uint16_t* offsets = found->offsets(*record);
-      for (int64_t j = 0; j < record->count; ++j)
-        if (keys[j] <= set.threshold && keys[j] != kNanKey) zero(item, r.begin + offsets[j]);
+  for_tasks(c.pool, records.size(), [&](int, int64_t task) {
+    const auto [found, record] = records[task];
+    const Range& r = pass.ranges[record->range];
+    const Item& item = items[r.item];
+    const Set& set = *sets[item.set];
+    if (set.fallback) return;
+    const int32_t *bits = found->bits(*record), low = std::min(set.bracket.cut, set.threshold), high = std::max(set.bracket.cut, set.threshold);
+    const uint16_t* offsets = found->offsets(*record);
+    const bool keep = set.threshold < set.bracket.cut;
+    for (int64_t j = 0; j < record->count; ++j) {
+      const int32_t key = key_of(bits[j]);
+      if (key <= low || key > high || key == kNanKey) continue;
+      const float u = from_bits(keep ? static_cast<uint32_t>(bits[j]) : 0u);
+      const int64_t i = r.begin + offsets[j];
+      if (item.dtype == DType::kFloat32)
+        put(item, i, u, keep);
+      else
+        put(item, i, item.dtype == DType::kFloat16 ? half_bits(u) : static_cast<uint16_t>(to_bits(u) >> 16), keep);
     }
   });
 }

@@ -76,6 +76,12 @@ CRAM_INLINE I less(I a, I b) {
   return a;
 }
 
+// a where mask is -1, b where it is 0.
+CRAM_INLINE I choose(I mask, I a, I b) {
+  CRAM_PARTS a.v[part] = mask.v[part] ? a.v[part] : b.v[part];
+  return a;
+}
+
 CRAM_INLINE F negate(F a) {
   CRAM_PARTS a.v[part] = (FloatVec)((IntVec)a.v[part] ^ (IntVec{} + INT32_MIN));
   return a;
@@ -280,6 +286,22 @@ CRAM_INLINE F rounded(F a, Float16) {
 CRAM_INLINE void keep_raw(float* p, Bits bits) { store(p, keep(load(p), bits)); }
 CRAM_INLINE void keep_raw(BFloat16* p, Bits bits) { store16(&p->bits, keep(load16(&p->bits), bits)); }
 CRAM_INLINE void keep_raw(Float16* p, Bits bits) { store16(&p->bits, keep(load16(&p->bits), bits)); }
+
+// A whole block of raw bits to an address that is written once and not read soon.
+template <class T>
+CRAM_INLINE void stream(T* to, const T* from) {
+#if defined(__AVX512F__)
+  if (sizeof(T) == 4 && reinterpret_cast<uintptr_t>(to) % 64 == 0) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#endif
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    for (int byte = 0; byte < kBlock * (int)sizeof(T); byte += 32)
+      _mm256_stream_si256((__m256i*)((char*)to + byte), _mm256_loadu_si256((const __m256i*)((const char*)from + byte)));
+    return;
+  }
+#endif
+  memcpy(to, from, kBlock * sizeof(T));
+}
 
 }  // namespace CRAM_ISA
 }  // namespace cram

@@ -1,0 +1,204 @@
+"""What CrAM keeps beside the parameters: saved weights, mask bits, first gradients, the flags of the ops. Nothing of it is optimizer state,
+which torch casts to the parameter's dtype when it loads a checkpoint; but for the mask bits of `mask_period` it matters within a step only.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..batchnorm import frozen_batchnorm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ALIGNMENT = 16  # bytes
+
+
+class Slot:
+    """One parameter and what is kept beside it. `nothing`, of 0 elements, stands for what is absent, as in the ops."""
+
+    def __init__(self, param: Tensor) -> None:
+        self.param = param
+        self.layout = layout_of(param)
+        self.nothing = torch.empty(0, dtype=param.dtype, device=param.device)
+        self.group = self.position = 0  # where it is in param_groups
+        self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
+        self.borrowed: Tensor | None = None  # memory for first gradients that are not ours to keep
+        self.bits: dict[int | None, Tensor] = {}  # uint8 [ceil(numel / 8)] a pattern whose masks are kept; None: of this step
+        self.finished: set[int] = set()  # patterns whose mask is there
+        self.grad = self.nothing  # the parameter's gradient, with the parameter's strides
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what belongs to one step."""
+        self.origin = self.nothing  # where a restore finds the weights
+        self.first = self.nothing  # the first gradient
+        self.mask = self.nothing  # what masks the second gradient
+
+    def has_gradient(self) -> bool:
+        """Whether the parameter has a gradient, and if so `grad` is set.
+
+        Raises:
+            RuntimeError: it is sparse.
+        """
+        grad = self.param.grad
+        if grad is None:
+            self.grad = self.nothing
+            return False
+        if grad.layout is not torch.strided:
+            where = f"parameter {self.position} of group {self.group}"
+            raise RuntimeError(f"CrAM: the gradient of {where} must be dense, got a sparse one ({grad.layout})")
+        strides = self.layout[-1]
+        if grad.stride() == strides:
+            self.grad = grad
+        elif all(a == b or size == 1 for a, b, size in zip(grad.stride(), strides, grad.shape, strict=True)):
+            self.grad = grad.as_strided(grad.shape, strides)  # the stride of an axis of size 1 means nothing
+        else:
+            self.grad = torch.empty_like(self.param).copy_(grad)
+        return True
+
+    def keep_gradient(self) -> None:
+        """Keep the gradient as the first of two."""
+        grad = self.param.grad
+        # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
+        if grad is not None and (grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes):
+            if self.borrowed is None:
+                self.borrowed = torch.empty_like(self.param)
+            self.first = self.borrowed.copy_(self.grad)
+        else:
+            self.first = self.grad
+
+
+class Arena:
+    """The slots of all parameters, and how far the step is: between steps `begun` is None. Whatever a step changes is undone here."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Slot] = {}  # by id: the slot keeps its parameter alive
+        self.flags: dict[torch.device, Tensor] = {}  # `perturbed` of the ops: int32 []
+        self.begun: list[Slot] | None = None  # what the step perturbs
+        self.uphill = False  # whether weights are, or may be, perturbed: set before the op runs, lowered after it is undone
+        self.model: nn.Module | None = None  # whose batch norms are frozen meanwhile
+        self.frozen: AbstractContextManager[None] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple, dict[str, Any]]:
+        """A copy starts without slots: what lasts of them is in `pack_masks`."""
+        if self.begun is not None:
+            message = "cannot be copied or pickled (nor the model it is attached to) within a step: step() or restore() first"
+            raise RuntimeError(f"CrAM: {message}")
+        return type(self), (), {"model": self.model}
+
+    def of(self, param_groups: list[dict[str, Any]]) -> list[Slot]:
+        """The slots of all parameters, in order. A parameter whose dtype, device, shape or strides were changed gets a new one."""
+        slots = []
+        for i, group in enumerate(param_groups):
+            for j, param in enumerate(group["params"]):
+                slot = self.slots.get(id(param))
+                if slot is None or (self.begun is None and slot.layout != layout_of(param)):
+                    slot = self.slots[id(param)] = Slot(param)
+                slot.group, slot.position = i, j
+                slots.append(slot)
+        return slots
+
+    def flag(self, device: torch.device) -> Tensor:
+        if device not in self.flags:
+            self.flags[device] = torch.zeros((), dtype=torch.int32, device=device)
+        return self.flags[device]
+
+    def begin(self, slots: list[Slot]) -> None:
+        """From here on `restore` brings the weights of these slots back, whether or not an op has moved them."""
+        self.begun, self.uphill = slots, True
+        for slot in slots:
+            if slot.saved is None:
+                slot.saved = torch.empty_like(slot.param)
+            slot.origin = slot.saved
+        if self.model is not None:
+            frozen = frozen_batchnorm(self.model)
+            frozen.__enter__()
+            self.frozen = frozen
+
+    def restore(self) -> None:
+        """Bring the weights back, to the bit; the step stays open. Idempotent: the op knows by its flag whether it has something to do."""
+        if self.uphill:
+            for device, slots in by_device(self.begun or ()):
+                ops.restore_([s.param for s in slots], [s.origin for s in slots], self.flag(device))
+            self._back()
+
+    def end(self) -> None:
+        """The weights are back; the step is over, or given up."""
+        self._back()
+        for slot in self.begun or ():
+            slot.forget()
+        self.begun = None
+
+    def _back(self) -> None:
+        if self.frozen is not None:
+            self.frozen.__exit__(None, None, None)
+        self.frozen, self.uphill = None, False
+
+    def unperturbed(self, param: Tensor) -> Tensor | None:
+        """The saved weights of a parameter that is perturbed now, else None."""
+        slot = self.slots.get(id(param)) if self.uphill else None
+        if slot is None or slot.origin is slot.nothing or int(self.flag(param.device)) == 0:
+            return None
+        return slot.origin
+
+    def allocate_bits(self, slots: list[Slot], place: int | None) -> None:
+        """Memory for a mask of each slot, at `place`: aligned slices of one buffer a device."""
+        for device, lacking in by_device(s for s in slots if place not in s.bits):
+            sizes = [-(-s.param.numel() // 8) for s in lacking]
+            room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+            parts = torch.zeros(sum(room), dtype=torch.uint8, device=device).split(room)
+            for slot, part, size in zip(lacking, parts, sizes, strict=True):
+                slot.bits[place] = part[:size]
+
+    def drop_masks(self) -> None:
+        for slot in self.slots.values():
+            slot.finished.clear()
+
+    def pack_masks(self, param_groups: list[dict[str, Any]]) -> dict[int, dict[int, dict[str, Any]]]:
+        """The masks that are kept, copied: {index of the parameter: {place: {"bits": uint8 [ceil(numel / 8)], "stride": tuple}}}."""
+        return {
+            i: {place: {"bits": slot.bits[place].clone(), "stride": slot.layout[-1]} for place in sorted(slot.finished)}
+            for i, slot in enumerate(self.of(param_groups))
+            if slot.finished
+        }
+
+    def load_masks(self, packed: dict[int, dict[int, dict[str, Any]]], param_groups: list[dict[str, Any]]) -> None:
+        """What `pack_masks` gave. Bits are in memory order: a parameter with other strides gets none, they are computed anew."""
+        for i, slot in enumerate(self.of(param_groups)):
+            for place, mask in packed.get(i, {}).items():
+                if tuple(mask["stride"]) == slot.layout[-1]:
+                    self.allocate_bits([slot], place)
+                    slot.bits[place].copy_(mask["bits"])
+                    slot.finished.add(place)
+
+
+def release_gradients(slots: list[Slot]) -> None:
+    """p.grad = None."""
+    for slot in slots:
+        slot.param.grad, slot.grad = None, slot.nothing
+
+
+def layout_of(param: Tensor) -> tuple:
+    return param.dtype, param.device, param.shape, param.stride() if param.layout is torch.strided else None
+
+
+def by_device(slots: Iterable[Slot]) -> Iterator[tuple[torch.device, list[Slot]]]:
+    """The slots of each device, in order: an op takes the tensors of one device."""
+    devices: dict[torch.device, list[Slot]] = {}
+    for slot in slots:
+        devices.setdefault(slot.layout[1], []).append(slot)
+    yield from devices.items()
+
+
+def why_unfit(param: Tensor) -> str | None:
+    """None where the ops can work on the parameter, else what is wrong, as "must ..., got ..."."""
+    if param.layout is not torch.strided:
+        return f"must have a strided layout, got {param.layout}"
+    if param.dtype not in DTYPES:
+        return f"must have dtype float32, bfloat16 or float16, got {param.dtype}"
+    if torch.empty_like(param, device="meta").stride() != param.stride():  # empty_like keeps the strides of a dense tensor, and of no other
+        return f"must be dense (no holes, no overlap), got strides {param.stride()} for shape {tuple(param.shape)}; make it contiguous"
+    return None

@@ -1,0 +1,27 @@
+"""A model that knows of its optimizer: its state_dict() has no perturbed weights."""
+
+from typing import Any
+
+from torch import nn
+
+from .arena import Arena
+
+
+class Attachment:
+    """A hook of every module of the model, so that the state_dict of a part of it is right, too.
+
+    Copied together with model and optimizer it belongs to the copies. In a copy of the model alone its arena has no slots: it does nothing.
+    """
+
+    def __init__(self, model: nn.Module, arena: Arena) -> None:
+        self.arena = arena
+        self.handles = [module.register_state_dict_post_hook(self) for module in model.modules()]
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if prefix + name in state_dict and (saved := self.arena.unperturbed(param)) is not None:
+                state_dict[prefix + name] = saved.clone()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

@@ -1,0 +1,305 @@
+"""CrAM as a torch optimizer: what happens in a step, in which order, and how everything else leads back to a clean state."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, nn
+from torch.optim import Optimizer
+
+from ..patterns import NM, Pattern, TopK
+from .arena import Arena, Slot, release_gradients
+from .attachment import Attachment
+from .groups import check_options, check_params, excluded
+from .levels import COUNTERS, count, draw, first_counters, uses
+from .perturb import Perturbation, perturb_
+from .scalars import Scalars
+from .selection import Selection
+from .update import update_of
+from .wrapper import Wrapper, base_of
+
+MASKS = "cram_masks"  # their key in a state_dict, beside torch's "state" and "param_groups"
+
+
+class Coverage(NamedTuple):
+    """One parameter under a pattern; `why_dense` is None where it is pruned."""
+
+    name: str
+    shape: Size
+    numel: int
+    why_dense: str | None
+
+
+class CrAM(Wrapper):
+    """The compression-aware minimizer (Peste et al., ICLR 2023) around a base optimizer. In plain torch, a step is
+
+        w' = w + rho * g                     g, the first gradient, of the loss at w
+        w' = compression of the step (w')    the largest weights, or n of every m; the others 0
+        G  = g + mask * (gradient at w')     without g where not `plus`, without the mask where not `sparse_grad`
+        base_optimizer steps from w with G   then the gradients are released (None)
+
+    in one of three forms; `step()` alone is the plain step of the base optimizer:
+
+        loss = opt.step(closure)                                               # the closure is run twice; the clean loss is returned
+        loss(model).backward(); opt.perturb(); loss(model).backward(); opt.step()
+        loss(model).backward()
+        with opt.perturbed(): loss(model).backward()
+        opt.step()
+
+    Whatever is raised in between, the weights come back to the bit: at once in the first form and in the `with` block, else with the next
+    call of any method (but `zero_grad`, `state_dict`, `coverage`). Storage never moves. A parameter without a gradient in the first pass is
+    not perturbed; without one in the second it is updated with g alone (`plus`) or not at all. `maximize` of the base concerns its update
+    only. Schedulers, hooks and copies work as in torch, and checkpoints of the base optimizer go both ways.
+
+    Args:
+        params: as in torch: tensors, (name, tensor) or groups, whose own `rho`, `plus`, `sparse_grad` and `prune` go before the defaults
+            here; or an instance of a base optimizer. Parameters are float32, bfloat16 or float16, dense in any memory order.
+        base_optimizer: a class, or an instance over the same parameters. SGD, Adam and AdamW are fused with the restore, any other takes
+            its own step.
+        compression: `TopK` and `NM` patterns; each step takes one, by a hash of `seed` and the number of steps. Empty or None: no pruning
+            (SAM).
+        rho: how far uphill, >= 0.
+        plus: CrAM+, the sum of both gradients.
+        sparse_grad: mask the second gradient.
+        prune: False: perturbed, but never pruned.
+        normalize_grad: rho / (norm of all gradients + 1e-12) instead of rho.
+        mask_period: a pattern's masks are computed at every mask_period-th use of that pattern.
+        seed: of the draw of the pattern.
+        exclude: names, as in `fnmatch`, of parameters that are not pruned: ["head.*"]; needs named parameters.
+        base_options: for the class: lr, momentum, ...
+
+    Raises:
+        ValueError: an option out of its range, `differentiable`, `exclude` without names; a parameter that is sparse, not dense, given
+            twice, or of another dtype.
+    """
+
+    _copied = (*Wrapper._copied, "compression", "normalize_grad", "mask_period", "exclude", "_arena", "_attachment")
+
+    def __init__(
+        self,
+        params: Any = None,
+        base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
+        *,
+        compression: Sequence[Pattern] | None = (TopK(0.5), TopK(0.7), TopK(0.9)),
+        rho: float = 0.05,
+        plus: bool = True,
+        sparse_grad: bool = True,
+        prune: bool = True,
+        normalize_grad: bool = False,
+        mask_period: int = 1,
+        seed: int = 0,
+        exclude: Iterable[str] = (),
+        **base_options: Any,
+    ) -> None:
+        self.compression = tuple(compression or ())
+        self.normalize_grad, self.mask_period = bool(normalize_grad), mask_period
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        if wrong := [p for p in self.compression if not isinstance(p, TopK | NM)]:
+            raise ValueError(f"CrAM: compression must be TopK and NM patterns, got {wrong[0]!r}")
+        if not isinstance(mask_period, int) or mask_period < 1:
+            raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
+        if not isinstance(seed, int):
+            raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
+        options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune}
+        self._arena = Arena()
+        self._attachment: Attachment | None = None
+        super().__init__(base_of(params, base_optimizer, base_options), options | first_counters(seed, len(self.compression)))
+
+    def _link(self) -> None:
+        super()._link()
+        self._apply_update, self._scalars = update_of(self.base_optimizer), Scalars()
+        self._read_names()
+        self.last: Perturbation | None = None  # what the last perturb() did
+        self._arena.drop_masks()
+
+    def _read_names(self) -> None:
+        self._selections: dict[Pattern | None, tuple[list[tuple[bool, int]], Selection]] = {}
+        self._excluded = {id(p): glob for group in self.param_groups for p, glob in excluded(group, self.exclude)}
+
+    # --- a step ---
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Move the weights uphill and prune them; the gradients are taken away (p.grad = None). An open step is given up first.
+
+        Raises:
+            RuntimeError: a gradient is sparse; TopK ranks weights of several devices together. Nothing was changed.
+        """
+        self.restore()
+        groups, patterns = self.param_groups, self.compression
+        check_options(groups)
+        level = draw(groups, len(patterns)) if patterns else None
+        slots = [s for s in self._arena.of(groups) if s.has_gradient()]
+        selection = self._selection(None if level is None else patterns[level], slots)
+        place = level if self.mask_period > 1 else None
+        reuse = (
+            place is not None
+            and uses(groups, len(patterns))[place] % self.mask_period > 0
+            and all(place in s.finished for s in selection.pruned)  # not so where one is new, or has got its first gradient now
+        )
+        try:
+            self.last = perturb_(self._arena, selection, groups, self._scalars, place, reuse, self.normalize_grad)
+            for slot in slots:
+                if groups[slot.group]["plus"]:
+                    slot.keep_gradient()
+        except BaseException:
+            self.restore()
+            raise
+        release_gradients(slots)
+
+    def restore(self) -> None:
+        """Bring the weights back, to the bit, and give the open step up, if there is one."""
+        self._arena.restore()
+        self._arena.end()
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """`perturb()`, and at the end of the block the weights are back; `step()` follows. If the block raises, the step is given up and
+        its gradients are released."""
+        self.perturb()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            self.zero_grad()
+            raise
+        self._arena.restore()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Complete the step that `perturb()` began; without one, the plain step of the base optimizer. Afterwards all gradients are None.
+
+        Args:
+            closure: computes the loss, calls backward, returns the loss. For a whole step it is run twice, at the clean and at the
+                perturbed weights. If it raises, the weights are the clean ones and the gradients are released.
+
+        Returns:
+            The clean loss; None without a closure.
+        """
+        if closure is None:
+            self._update()
+            return None
+        self.restore()
+        try:
+            with torch.enable_grad():
+                loss = closure()
+            self.perturb()
+            with torch.enable_grad():
+                closure()
+            self._update()
+        except BaseException:
+            self.restore()
+            self.zero_grad()
+            raise
+        return loss
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """`perturb()`, under the name that SAM implementations use."""
+        self.perturb()
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """`step()`, under the name that SAM implementations use. (It releases the gradients anyway.)"""
+        self.step()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        arena = self._arena
+        try:
+            check_options(self.param_groups)
+            slots = arena.of(self.param_groups)
+            active = [s for s in slots if s.has_gradient() or s.first is not s.nothing]
+            if not set(active).issuperset(arena.begun or ()):
+                arena.restore()  # all of them, here: those without a gradient take no part in the update
+            self._apply_update(self.base_optimizer, arena, active, self._scalars)
+        except BaseException:
+            self.restore()
+            raise
+        completed = arena.begun is not None
+        arena.end()
+        release_gradients(slots)
+        if completed:
+            count(self.param_groups, len(self.compression))
+
+    # --- what is pruned ---
+
+    def _selection(self, pattern: Pattern | None, slots: list[Slot]) -> Selection:
+        """The last one for this pattern where it still holds."""
+        groups = [(group["prune"], len(group["params"])) for group in self.param_groups]
+        kept_groups, kept = self._selections.get(pattern, (None, None))
+        if kept is None or kept_groups != groups or kept.slots != slots:
+            kept = Selection(pattern, slots, [pattern is not None and self._why_dense(s, pattern) is None for s in slots])
+            self._selections[pattern] = groups, kept
+        return kept
+
+    def _why_dense(self, slot: Slot, pattern: Pattern) -> str | None:
+        """None where the pattern prunes this parameter."""
+        if not self.param_groups[slot.group]["prune"]:
+            return "prune=False"
+        if (glob := self._excluded.get(id(slot.param))) is not None:
+            return f"excluded by {glob!r}"
+        return pattern.why_dense(slot.param.shape)
+
+    def coverage(self, pattern: Pattern) -> list[Coverage]:
+        """What this pattern does to each parameter: pruned, or why it stays dense."""
+        report = []
+        for slot in self._arena.of(self.param_groups):
+            names = self.param_groups[slot.group].get("param_names")
+            name = names[slot.position] if names else f"{slot.group}.{slot.position}"
+            report.append(Coverage(name, slot.param.shape, slot.param.numel(), self._why_dense(slot, pattern)))
+        return report
+
+    # --- groups ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.restore()
+        if self.param_groups:
+            param_group |= {key: self.param_groups[0][key] for key in COUNTERS}
+        super().add_param_group(param_group)
+        self._read_names()
+
+    def _check_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        check_options([group])
+        check_params(group, index)
+        excluded(group, self.exclude)
+
+    # --- the model ---
+
+    def attach(self, model: nn.Module) -> "CrAM":
+        """From now on, while the weights are perturbed, batch norms of the model keep their statistics, and `state_dict()` of it or of a
+        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. Returns the optimizer."""
+        self.detach()
+        self._arena.model, self._attachment = model, Attachment(model, self._arena)
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        self.restore()
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._arena.model, self._attachment = None, None
+
+    # --- checkpoints and copies ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the base optimizer, which it loads into; with `mask_period` also the masks, under a key of their own that torch ignores."""
+        state_dict = super().state_dict()
+        if masks := self._arena.pack_masks(self.param_groups):
+            state_dict[MASKS] = masks
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Ours, or one of the base optimizer: options that it lacks keep their values, masks that it lacks are computed anew."""
+        self.restore()
+        super().load_state_dict(state_dict)
+        self._arena.load_masks(state_dict.get(MASKS, {}), self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {MASKS: self._arena.pack_masks(self.param_groups)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        masks = state.pop(MASKS, {})
+        super().__setstate__(state)
+        self._arena.load_masks(masks, self.param_groups)

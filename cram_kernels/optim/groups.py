@@ -1,0 +1,43 @@
+"""What a parameter group must be, and which of its parameters `exclude` names."""
+
+import math
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from .arena import why_unfit
+
+
+def check_options(groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError where an option cannot be worked with."""
+    for group in groups:
+        rho = group["rho"]
+        if not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
+            raise ValueError(f"CrAM: rho must be a number >= 0, got {rho!r}")
+        if group.get("differentiable"):
+            raise ValueError("CrAM: differentiable must be False, got True: the ops have no backward")
+
+
+def check_params(group: dict[str, Any], index: int) -> None:
+    """Raise ValueError where a parameter cannot be worked with; those that are frozen may be anything."""
+    params = group["params"]
+    if len(set(map(id, params))) < len(params):
+        raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
+    for i, p in enumerate(params):
+        if p.requires_grad and (wrong := why_unfit(p)) is not None:
+            raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
+
+
+def excluded(group: dict[str, Any], globs: tuple[str, ...]) -> list[tuple[Tensor, str]]:
+    """The parameters whose name one of the globs matches, with that glob.
+
+    Raises:
+        ValueError: the parameters have no names.
+    """
+    if not globs:
+        return []
+    if "param_names" not in group:
+        raise ValueError(f"CrAM: exclude needs named parameters, such as model.named_parameters(), got {list(globs)} and no names")
+    return [(p, glob) for name, p in zip(group["param_names"], group["params"], strict=True) for glob in globs if fnmatchcase(name, glob)]

@@ -1,0 +1,58 @@
+"""What a pattern prunes among the parameters of a step, in the words of the ops."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..patterns import Pattern, TopK
+from .arena import Slot, by_device
+
+
+class Side(NamedTuple):
+    """The slots of one device."""
+
+    device: torch.device
+    slots: list[Slot]
+    prune: list[int]  # [n] 0 or 1
+    sets: list[int]  # [n] the selection set of TopK, -1: in none
+    k: list[int]  # a selection set
+
+
+class Selection:
+    """Which of the slots are pruned, and which are ranked together. Computed anew only when slots or groups change.
+
+    Args:
+        pattern: None: nothing is pruned.
+        slots: of the step, in order.
+        pruned: [n] whether the pattern applies.
+
+    Raises:
+        RuntimeError: weights of several devices would be ranked together.
+    """
+
+    def __init__(self, pattern: Pattern | None, slots: list[Slot], pruned: list[bool]) -> None:
+        self.pattern, self.slots = pattern, slots
+        self.pruned = [s for s, yes in zip(slots, pruned, strict=True) if yes]
+        self.sides: list[Side] = []
+        marked = set(self.pruned)
+        ranked = {s: _ranked_with(pattern, s, i) for i, s in enumerate(slots) if s in marked} if isinstance(pattern, TopK) else {}
+        homes: dict[int, torch.device] = {}
+        for device, part in by_device(slots):
+            for key in {ranked[s] for s in part if s in ranked}:
+                if homes.setdefault(key, device) != device:
+                    raise RuntimeError(f"CrAM: weights that {pattern} ranks together must be on one device, got {homes[key]} and {device}")
+            sizes: dict[int, int] = {}
+            for slot in part:
+                if slot in ranked:
+                    sizes[ranked[slot]] = sizes.get(ranked[slot], 0) + slot.param.numel()
+            number = {key: i for i, key in enumerate(sizes)}
+            sets = [number[ranked[s]] if s in ranked else -1 for s in part]
+            k = [pattern.k(size) for size in sizes.values()] if isinstance(pattern, TopK) else []
+            self.sides.append(Side(device, part, [int(s in marked) for s in part], sets, k))
+
+
+def _ranked_with(pattern: TopK, slot: Slot, index: int) -> int:
+    """Equal for slots that are ranked together."""
+    if pattern.scope == "model":
+        return 0
+    return slot.group if pattern.scope == "group" else index

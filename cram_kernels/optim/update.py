@@ -1,0 +1,121 @@
+"""The last half of a step: restore, form the gradient of the update, and take a step of the base optimizer.
+
+SGD, Adam and AdamW are one op for all groups of a device; their state is made and kept as torch makes it, so that checkpoints go both ways.
+Torch's flags for how to run (`foreach`, `fused`) choose among its own implementations; as in torch, `fused` and `capturable` put Adam's
+step counter on the device.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from .. import ops
+from .arena import Arena, Slot, by_device
+from .scalars import Scalars, per_tensor
+
+Tensors = list[Tensor]
+Update = Callable[[Optimizer, Arena, list[Slot], Scalars], None]
+
+
+def update_of(base: Optimizer) -> Update:
+    """How to update with this base optimizer. A subclass may do anything in its step(), hence only the very classes are fused."""
+    updates: dict[type, Update] = {SGD: sgd_, Adam: adam_, AdamW: adam_}
+    return updates.get(type(base), any_other_)
+
+
+def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+    groups = base.param_groups
+    for device, part in by_device(slots):
+        buffers, fresh = zip(*(_momentum(base, s) for s in part), strict=True)
+        ops.restore_sgd_(
+            *_common(arena, device, part),
+            buffers,
+            fresh,
+            scalars.option("lr", groups, part, device),
+            momentum=per_tensor(groups, part, lambda g: float(g["momentum"])),
+            dampening=per_tensor(groups, part, lambda g: float(g["dampening"])),
+            weight_decay=per_tensor(groups, part, lambda g: float(g["weight_decay"])),
+            nesterov=per_tensor(groups, part, lambda g: int(g["nesterov"])),
+            maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
+        )
+        for slot, buffer, new in zip(part, buffers, fresh, strict=True):
+            if new and buffer is not slot.nothing:
+                base.state[slot.param]["momentum_buffer"] = buffer
+
+
+def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+    groups = base.param_groups
+    decoupled = {bool(g["decoupled_weight_decay"]) for g in groups}
+    if len(decoupled) > 1:
+        raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
+    for device, part in by_device(slots):
+        for slot in part:
+            _adam_state(base, slot)
+        ops.restore_adam_(
+            *_common(arena, device, part),
+            [_kept(base, s, "exp_avg") for s in part],
+            [_kept(base, s, "exp_avg_sq") for s in part],
+            [_kept(base, s, "max_exp_avg_sq") if groups[s.group]["amsgrad"] else s.nothing for s in part],
+            [base.state[s.param]["step"] for s in part],
+            scalars.option("lr", groups, part, device),
+            beta1=per_tensor(groups, part, lambda g: float(g["betas"][0])),
+            beta2=per_tensor(groups, part, lambda g: float(g["betas"][1])),
+            eps=per_tensor(groups, part, lambda g: float(g["eps"])),
+            weight_decay=per_tensor(groups, part, lambda g: float(g["weight_decay"])),
+            decoupled=decoupled.pop(),
+            amsgrad=per_tensor(groups, part, lambda g: int(g["amsgrad"])),
+            maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
+        )
+
+
+def any_other_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+    """The combined gradient goes into p.grad; the rest is the base's own step."""
+    if arena.begun is not None:
+        for device, part in by_device(slots):
+            ops.restore_combine_(*_common(arena, device, part))
+    for slot in slots:
+        slot.param.grad = slot.first if slot.grad is slot.nothing else slot.grad
+    base.step()
+
+
+def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensor]:
+    """The arguments with which every restoring op begins: params ... perturbed."""
+    return (
+        [s.param for s in slots],
+        [s.origin for s in slots],
+        [s.grad for s in slots],
+        [s.first for s in slots],
+        [s.mask for s in slots],
+        arena.flag(device),
+    )
+
+
+def _momentum(base: Optimizer, slot: Slot) -> tuple[Tensor, int]:
+    """The momentum buffer, and 1 where it has no value yet."""
+    if base.param_groups[slot.group]["momentum"] == 0:
+        return slot.nothing, 1
+    if base.state[slot.param].get("momentum_buffer") is None:
+        return torch.empty_like(slot.param), 1
+    return _kept(base, slot, "momentum_buffer"), 0
+
+
+def _adam_state(base: Optimizer, slot: Slot) -> None:
+    state, group = base.state[slot.param], base.param_groups[slot.group]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=slot.layout[1] if group["capturable"] or group["fused"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(slot.param)
+        state["exp_avg_sq"] = torch.zeros_like(slot.param)
+    elif state["step"].dtype != torch.float32:  # made under a default dtype of float64
+        state["step"] = state["step"].float()
+    if group["amsgrad"] and "max_exp_avg_sq" not in state:
+        state["max_exp_avg_sq"] = torch.zeros_like(slot.param)
+
+
+def _kept(base: Optimizer, slot: Slot, key: str) -> Tensor:
+    """A state tensor, moved to the parameter's strides where it has others (a checkpoint of a model in another memory format)."""
+    state = base.state[slot.param]
+    if state[key].stride() != slot.layout[-1]:
+        state[key] = torch.empty_like(slot.param).copy_(state[key])
+    return state[key]

@@ -1,0 +1,101 @@
+"""An optimizer around another one: for the outside world (schedulers, checkpoints, hooks, copies) there is one."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+
+class Wrapper(Optimizer):
+    """Groups and state are the very objects of the base optimizer, whatever is added, loaded or copied.
+
+    Args:
+        base: the base optimizer.
+        options: defaults of group options, beside those of the base.
+    """
+
+    _copied: tuple[str, ...] = ("base_optimizer",)  # attributes that go with a copy or a pickle, beside those of torch
+
+    def __init__(self, base: Optimizer, options: dict[str, Any]) -> None:
+        self.base_optimizer = base
+        super().__init__(base.param_groups, {**base.defaults, **options})
+        self.state = base.state
+        self._link()
+
+    def _link(self) -> None:
+        """Give the base our groups and state; its own __setstate__ does so, and brings what an old checkpoint lacks up to date."""
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    def _check_group(self, index: int) -> None:
+        """Raise ValueError where a new group cannot be worked with."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; options that the group does not have are those of the constructor.
+
+        Raises:
+            ValueError: as the constructor. Nothing was changed.
+        """
+        if self.param_groups is self.base_optimizer.param_groups:
+            self.base_optimizer.add_param_group(param_group)
+            for key, value in self.defaults.items():
+                param_group.setdefault(key, value)
+        else:  # within the constructor, where the base has the group already
+            super().add_param_group(param_group)
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {key: self.__dict__[key] for key in self._copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies and pickles, and as the last part of torch's load_state_dict: there, what a loaded group lacks keeps its value."""
+        for old, new in zip(self.__dict__.get("param_groups", ()), state["param_groups"], strict=False):
+            for key, value in old.items():
+                new.setdefault(key, value)
+        super().__setstate__(state)
+        self._link()
+
+
+def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, options: dict[str, Any]) -> Optimizer:
+    """`base_optimizer(params, **options)`; or the instance that either argument is, to which `params` may give names.
+
+    Raises:
+        ValueError: no parameters, options beside an instance, other parameters than those of the instance, or not such an optimizer.
+    """
+    if isinstance(params, Optimizer):
+        params, base_optimizer = None, params
+    if isinstance(base_optimizer, Optimizer):
+        base = base_optimizer
+        if options:
+            raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(options)} beside the instance")
+        if params is not None:
+            _name(base, params)
+    elif params is None:
+        raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
+    else:
+        base = base_optimizer(params, **options)
+    if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):
+        raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
+    return base
+
+
+def _name(base: Optimizer, params: Iterable[Any]) -> None:
+    """Check that `params` are those of the instance; take over their names, if they have any."""
+    entries = list(params)
+    if entries and isinstance(entries[0], dict):
+        if extra := sorted({key for group in entries for key in group} - {"params"}):
+            raise ValueError(f"CrAM: group options must be given to the base optimizer itself, got {', '.join(extra)} beside the instance")
+        entries = [p for group in entries for p in ([group["params"]] if isinstance(group["params"], Tensor) else group["params"])]
+    names = {id(entry[1]): entry[0] for entry in entries if isinstance(entry, tuple)}
+    given = set(names) | {id(p) for p in entries if not isinstance(p, tuple)}
+    held = [id(p) for group in base.param_groups for p in group["params"]]
+    if given != set(held):
+        found = f"{len(given)}, of which it has {len(given & set(held))}"
+        raise ValueError(f"CrAM: params must be the {len(held)} parameters of the base optimizer, got {found}")
+    if len(names) == len(held):
+        for group in base.param_groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
