@@ -96,7 +96,7 @@ def name_for(device_type: str) -> str:
     """The backend that serves tensors on this kind of device."""
     if _chosen is not None:
         if _chosen != "reference" and (_chosen == "cpu") != (device_type == "cpu"):
-            raise BackendUnavailable(f"backend {_chosen!r} was chosen by {ENVIRONMENT} or use_backend(), but the tensors are on {device_type!r}")
+            raise BackendUnavailable(f"backend {_chosen!r} was chosen ({ENVIRONMENT} or use_backend()), got tensors on {device_type!r}")
         return _chosen
     if device_type == "cpu":
         return "cpu"

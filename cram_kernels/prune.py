@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops
+from .params import why_unfit
 from .patterns import NM, Pattern, TopK
 from .report import Layer, Report
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -91,25 +90,7 @@ def _why_dense(p: Tensor, pattern: Pattern) -> str | None:
 
 def _check(weights: dict[str, Tensor]) -> None:
     for name, w in weights.items():
-        what = f"prune: parameter {name!r}"
-        if w.dtype not in DTYPES:
-            raise ValueError(f"{what} must have dtype float32, bfloat16 or float16, got {w.dtype}; exclude it to leave it dense")
-        if not _is_dense(w):
-            found = f"strides {w.stride()} for shape {tuple(w.shape)}" if w.layout == torch.strided else f"layout {w.layout}"
-            raise ValueError(f"{what} must be dense (no holes, no overlap), got {found}; make it contiguous or exclude it")
+        if (wrong := why_unfit(w)) is not None:
+            raise ValueError(f"prune: parameter {name!r} {wrong}, or exclude it")
     if nan := [name for name, w in weights.items() if w.isnan().any()]:
         raise ValueError(f"prune: parameters must not be NaN, got NaN in {', '.join(map(repr, nan))}")
-
-
-def _is_dense(w: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in any order of the axes."""
-    if w.layout != torch.strided:
-        return False
-    if w.numel() == 0:
-        return True
-    block = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(w.stride(), w.shape, strict=True) if size > 1):
-        if stride != block:
-            return False
-        block *= size
-    return True

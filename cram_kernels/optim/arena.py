@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..batchnorm import frozen_batchnorm
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes
 
 
@@ -118,11 +117,17 @@ class Arena:
             frozen.__enter__()
             self.frozen = frozen
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Bring the weights back, to the bit; the step stays open. Idempotent: the op knows by its flag whether it has something to do."""
         if self.uphill:
             for device, slots in by_device(self.begun or ()):
-                ops.restore_([s.param for s in slots], [s.origin for s in slots], self.flag(device))
+                flag = self.flag(device)
+                same = [s for s in slots if s.layout == layout_of(s.param)]
+                if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
+                    for slot in set(slots).difference(same):
+                        slot.param.copy_(slot.origin)
+                ops.restore_([s.param for s in same], [s.origin for s in same], flag)
             self._back()
 
     def end(self) -> None:
@@ -191,14 +196,3 @@ def by_device(slots: Iterable[Slot]) -> Iterator[tuple[torch.device, list[Slot]]
     for slot in slots:
         devices.setdefault(slot.layout[1], []).append(slot)
     yield from devices.items()
-
-
-def why_unfit(param: Tensor) -> str | None:
-    """None where the ops can work on the parameter, else what is wrong, as "must ..., got ..."."""
-    if param.layout is not torch.strided:
-        return f"must have a strided layout, got {param.layout}"
-    if param.dtype not in DTYPES:
-        return f"must have dtype float32, bfloat16 or float16, got {param.dtype}"
-    if torch.empty_like(param, device="meta").stride() != param.stride():  # empty_like keeps the strides of a dense tensor, and of no other
-        return f"must be dense (no holes, no overlap), got strides {param.stride()} for shape {tuple(param.shape)}; make it contiguous"
-    return None

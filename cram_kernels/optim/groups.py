@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .arena import why_unfit
+from ..params import why_unfit
 
 
 def check_options(groups: list[dict[str, Any]]) -> None:

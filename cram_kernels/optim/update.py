@@ -47,8 +47,8 @@ def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> 
 
 def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
     groups = base.param_groups
-    decoupled = {bool(g["decoupled_weight_decay"]) for g in groups}
-    if len(decoupled) > 1:
+    decoupled = any(g["decoupled_weight_decay"] for g in groups)
+    if decoupled and not all(g["decoupled_weight_decay"] for g in groups):
         raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
     for device, part in by_device(slots):
         for slot in part:
@@ -64,7 +64,7 @@ def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) ->
             beta2=per_tensor(groups, part, lambda g: float(g["betas"][1])),
             eps=per_tensor(groups, part, lambda g: float(g["eps"])),
             weight_decay=per_tensor(groups, part, lambda g: float(g["weight_decay"])),
-            decoupled=decoupled.pop(),
+            decoupled=decoupled,
             amsgrad=per_tensor(groups, part, lambda g: int(g["amsgrad"])),
             maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
         )

@@ -19,8 +19,11 @@ def power(base: float, exponent: int) -> float:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, rounded to float32 to nearest. torch's own float32 sqrt on the CPU is off by one ulp in a fifth of all cases; a float64
-    root rounded once is exact, since no root of a float32 comes that close to the middle of two."""
+    """The square root, rounded to float32 to nearest.
+
+    torch's own float32 sqrt on the CPU is off by one ulp in a fifth of all cases; a float64 root rounded once is exact, since no root of a
+    float32 comes that close to the middle of two.
+    """
     return x.double().sqrt().float()
 
 
@@ -57,7 +60,7 @@ def restore_adam_(
     for x in restored(
         params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
     ):
-        i, w, G = x.index, x.weight, x.gradient
+        i, w, G = x.i, x.weight, x.gradient
         b1, b2, wd, rate = value(beta1, i), value(beta2, i), value(weight_decay, i), value(lr, i)
         steps[i] += 1
         step = int(steps[i])

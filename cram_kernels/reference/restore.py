@@ -60,13 +60,14 @@ def restore_combine_(
     for i in range(len(params)):
         if (grad := entry(grads, i)) is not None:
             combined = update_gradient(grad, entry(first_grads, i), entry(masks, i), inv_scale, first_inv_scale)
+            assert combined is not None  # there is a gradient
             flat(grad).copy_(canonical(combined.to(grad.dtype)))
 
 
 class Weight(NamedTuple):
     """One parameter that has a gradient, on its way through an update; everything is [numel] in memory order."""
 
-    index: int
+    i: int  # in the lists
     gradient: Tensor  # float32
     weight: Tensor  # float32, unperturbed
     stores: list[Tensor]  # where the new weight goes: the master, if any, and the parameter

@@ -31,7 +31,7 @@ def restore_sgd_(
     for x in restored(
         params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
     ):
-        i, w, G = x.index, x.weight, x.gradient
+        i, w, G = x.i, x.weight, x.gradient
         mu, wd = value(momentum, i), value(weight_decay, i)
         if value(maximize, i):
             G = -G
