@@ -116,7 +116,13 @@ CRAM_INLINE void store(int32_t* p, I a) { memcpy(p, &a, sizeof a); }
 #if defined(__AVX512F__)
 
 CRAM_INLINE F root(F a) { return a.v[0] = (FloatVec)_mm512_sqrt_ps((__m512)a.v[0]), a; }
-CRAM_INLINE Bits greater_bits(I a, I b) { return _mm512_cmpgt_epi32_mask((__m512i)a.v[0], (__m512i)b.v[0]); }
+// A mask in a general register, zero-extended for certain: g++ 12 spills the 16 bits of a mask register and may read 32 back.
+CRAM_INLINE Bits bits_of(__mmask16 mask) {
+  Bits bits;
+  asm("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
+}
+CRAM_INLINE Bits greater_bits(I a, I b) { return bits_of(_mm512_cmpgt_epi32_mask((__m512i)a.v[0], (__m512i)b.v[0])); }
 CRAM_INLINE F keep(F a, Bits bits) { return a.v[0] = (FloatVec)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)a.v[0]), a; }
 CRAM_INLINE I keep(I a, Bits bits) { return a.v[0] = (IntVec)_mm512_maskz_mov_epi32((__mmask16)bits, (__m512i)a.v[0]), a; }
 
@@ -147,7 +153,7 @@ CRAM_INLINE void compress16(uint16_t* p, I a, Bits bits) {
 
 // Flags: a byte a lane, of which the top bit counts; for bits whose places are not whole bytes.
 CRAM_INLINE void store_flags(uint8_t* p, Bits bits) { _mm_storeu_si128((__m128i*)p, _mm_movm_epi8((__mmask16)bits)); }
-CRAM_INLINE Bits load_flags(const uint8_t* p) { return _mm_movepi8_mask(_mm_loadu_si128((const __m128i*)p)); }
+CRAM_INLINE Bits load_flags(const uint8_t* p) { return bits_of(_mm_movepi8_mask(_mm_loadu_si128((const __m128i*)p))); }
 
 #elif defined(__AVX2__)
 
