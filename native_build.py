@@ -21,8 +21,8 @@ AVX2 = "-mavx2 -mf16c -mbmi -mbmi2 -mpopcnt"
 ISA_FLAGS = {
     "isa_portable": "",
     "isa_avx2": AVX2,
-    # g++ 12 warns about its own AVX-512 header
-    "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
+    "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+    " -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
 }
 TORCH_FREE = ("nm", "perturb", "simd", "topk", "update", *ISA_FLAGS)  # what the harness links
 
@@ -118,7 +118,9 @@ def build(package: Path, sanitize: str = "") -> None:
     version = subprocess.run([ninja.cxx, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
     facts = {"CRAM_COMPILER": version, "CRAM_TORCH_VERSION": torch_version(torch), "CRAM_GPU_ARCHS": ""}
     defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
-    stable_abi = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
+    stable_abi = (
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
+    )
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
 
     objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]

@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-import native_build  # noqa: E402
+import native_build
 
 
 class NativeBuild(build_ext):

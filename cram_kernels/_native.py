@@ -61,4 +61,3 @@ for _name, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
 def why_missing(name: str) -> str | None:
     """None where the native library of the backend is loaded, else the reason why not."""
     return _missing.get(name)
-

@@ -11,7 +11,7 @@ Scope = Literal["model", "group", "tensor"]
 
 @dataclass(frozen=True)
 class TopK:
-    """Unstructured: prune the share `sparsity` of the weights, those of smallest magnitude, ranked over the model, a parameter group, or a tensor.
+    """Unstructured: prune the share `sparsity` of the weights, the smallest, ranked over the model, a parameter group, or a tensor.
 
     Raises:
         ValueError: sparsity outside [0, 1), or an unknown scope.

@@ -185,7 +185,7 @@ def start_worker(epochs_done: Any) -> None:
 
 def run_all(s: Settings) -> Results:
     """Run every method with every seed; shows the progress meanwhile."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     context = multiprocessing.get_context("spawn")
     epochs_done = context.Queue()
@@ -193,15 +193,7 @@ def run_all(s: Settings) -> Results:
     processes = min(len(jobs), os.cpu_count() or 1)
     print(f"training {len(jobs)} networks for {s.epochs} epochs, {processes} at a time", flush=True)
     workers = ProcessPoolExecutor(processes, context, start_worker, (epochs_done,))
-    columns = (
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with workers, Progress(*columns) as progress:
+    with workers, Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()) as progress:
         bars = {method: progress.add_task(METHODS[method][0], total=s.epochs * s.seeds) for method in s.methods}
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it: Ctrl-C is for this process alone

@@ -12,7 +12,8 @@ import torch
 
 from cram_kernels import __version__, backend
 
-Summary = dict[str, dict[str, dict[str, dict[str, float]]]]  # method -> tuned | untuned -> pattern -> mean | std
+Spread = dict[str, Any]  # mean; std, None for a single seed
+Summary = dict[str, dict[str, dict[str, Spread]]]  # method -> tuned | untuned -> pattern -> spread
 
 
 def summarise(results: dict[str, list[dict[str, Any]]]) -> Summary:
@@ -23,15 +24,15 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> Summary:
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+def _spread(values: list[float]) -> Spread:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def print_table(labels: dict[str, str], summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Test accuracy in percent, mean ± std over the seeds (before batch-norm tuning)", title_justify="left")
+    table = Table(title="Test accuracy in % (before batch-norm tuning), mean ± std over seeds", title_justify="left")
     table.add_column("pruned to")
     for label in labels.values():
         table.add_column(label, justify="right")
@@ -40,16 +41,18 @@ def print_table(labels: dict[str, str], summary: Summary) -> None:
     Console().print(table)
 
 
-def _cell(method: dict[str, dict[str, dict[str, float]]], row: str) -> str:
+def _cell(method: dict[str, dict[str, Spread]], row: str) -> str:
     tuned, untuned = method["tuned"][row], method["untuned"].get(row)
-    return f"{tuned['mean']:.2f} ± {tuned['std']:.2f} " + (f"({untuned['mean']:3.0f})" if untuned else " " * 5)
+    before = f"({untuned['mean']:.0f})" if untuned else ""
+    spread = "" if tuned["std"] is None else f" ± {tuned['std']:.2f}"
+    return f"{tuned['mean']:.2f}{spread} {before:>5}"
 
 
 def effect(labels: dict[str, str], summary: Summary) -> dict[str, bool]:
     """What CrAM promises, and whether it holds."""
 
     def mean(method: str, row: str) -> float:
-        return summary[method]["tuned"][row]["mean"]
+        return float(summary[method]["tuned"][row]["mean"])
 
     gain = round(mean("multi", "90 %") - mean("sgd", "90 %"), 6)  # of 0.1 = one image; only float error is rounded away
     checks = {f"at 90 % {labels['multi']} is at least 10 points over SGD: {gain:+.2f}": gain >= 10}
@@ -72,19 +75,22 @@ def draw(labels: dict[str, str], summary: Summary, sparsities: dict[str, float],
         tuned = summary[method]["tuned"]
         others = [row for row in tuned if row not in curve]
         style: dict[str, Any] = {"marker": "o", "capsize": 3, "label": label, "color": f"C{i}"}
-        left.errorbar(list(curve.values()), [tuned[r]["mean"] for r in curve], [tuned[r]["std"] for r in curve], **style)
-        x = [j + 0.15 * (i - 1) for j in range(len(others))]
-        right.errorbar(x, [tuned[r]["mean"] for r in others], [tuned[r]["std"] for r in others], linestyle="none", **style)
+        left.errorbar(list(curve.values()), *_points(tuned, list(curve)), **style)
+        right.errorbar([j + 0.15 * (i - 1) for j in range(len(others))], *_points(tuned, others), linestyle="none", **style)
         right.set_xticks(range(len(others)), others)
     left.set(
         xlabel="sparsity, %", ylabel="test accuracy, %", title="MNIST-5k, pruned in one shot", xticks=list(curve.values()), ylim=(None, 100)
     )
-    right.set(title="N:M", xlim=(-0.5, 1.5))
+    right.set(title="N:M (own scale)", xlim=(-0.5, 1.5))
     left.legend(loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _points(tuned: dict[str, Spread], rows: list[str]) -> tuple[list[float], list[float]]:
+    return [tuned[row]["mean"] for row in rows], [tuned[row]["std"] or 0.0 for row in rows]
 
 
 def write(
@@ -110,7 +116,7 @@ def write(
         "settings": settings,
         "versions": {"cram_kernels": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "mlxtend")},
-        "machine": {"backend": backend.name_for("cpu"), "simd": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()},
+        "machine": {"backend": backend.name_for("cpu"), "cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()},
         "seconds": seconds,
         "checks": checks,
         "methods": methods,

@@ -1,4 +1,4 @@
-"""A model that knows of its optimizer: its state_dict() has no perturbed weights."""
+"""A model that knows of its optimizer: its state_dict() has no perturbed weights, and what is loaded into it stays."""
 
 from typing import Any
 
@@ -16,11 +16,17 @@ class Attachment:
     def __init__(self, model: nn.Module, arena: Arena) -> None:
         self.arena = arena
         self.handles = [module.register_state_dict_post_hook(self) for module in model.modules()]
+        self.handles += [module.register_load_state_dict_pre_hook(self.before_load) for module in model.modules()]
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if prefix + name in state_dict and (saved := self.arena.unperturbed(param)) is not None:
                 state_dict[prefix + name] = saved.clone()
+
+    def before_load(self, *args: Any) -> None:
+        """What is loaded within a step must not be overwritten by the weights that were saved before: they come back first."""
+        self.arena.restore()
+        self.arena.end()
 
     def remove(self) -> None:
         for handle in self.handles:

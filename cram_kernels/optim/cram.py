@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..patterns import NM, Pattern, TopK
 from .arena import Arena, Slot, release_gradients
 from .attachment import Attachment
-from .groups import check_options, check_params, excluded
+from .groups import check_matches, check_options, check_params, excluded
 from .levels import COUNTERS, count, draw, first_counters, uses
 from .perturb import Perturbation, perturb_
 from .scalars import Scalars
@@ -105,6 +105,7 @@ class CrAM(Wrapper):
         self._arena = Arena()
         self._attachment: Attachment | None = None
         super().__init__(base_of(params, base_optimizer, base_options), options | first_counters(seed, len(self.compression)))
+        check_matches(self.param_groups, self.exclude)
 
     def _link(self) -> None:
         super()._link()
@@ -143,10 +144,10 @@ class CrAM(Wrapper):
             for slot in slots:
                 if groups[slot.group]["plus"]:
                     slot.keep_gradient()
+            release_gradients(slots)
         except BaseException:
             self.restore()
             raise
-        release_gradients(slots)
 
     def restore(self) -> None:
         """Bring the weights back, to the bit, and give the open step up, if there is one."""
@@ -157,8 +158,8 @@ class CrAM(Wrapper):
     def perturbed(self) -> Iterator[None]:
         """`perturb()`, and at the end of the block the weights are back; `step()` follows. If the block raises, the step is given up and
         its gradients are released."""
-        self.perturb()
         try:
+            self.perturb()
             yield
         except BaseException:
             self.restore()

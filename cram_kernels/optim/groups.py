@@ -41,3 +41,11 @@ def excluded(group: dict[str, Any], globs: tuple[str, ...]) -> list[tuple[Tensor
     if "param_names" not in group:
         raise ValueError(f"CrAM: exclude needs named parameters, such as model.named_parameters(), got {list(globs)} and no names")
     return [(p, glob) for name, p in zip(group["param_names"], group["params"], strict=True) for glob in globs if fnmatchcase(name, glob)]
+
+
+def check_matches(groups: list[dict[str, Any]], globs: tuple[str, ...]) -> None:
+    """Raise ValueError where a glob matches no name: a slip of the pen would prune what was to stay dense."""
+    names = [name for group in groups for name in group.get("param_names", ())]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(names)}")

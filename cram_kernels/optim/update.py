@@ -104,9 +104,10 @@ def _momentum(base: Optimizer, slot: Slot) -> tuple[Tensor, int]:
 def _adam_state(base: Optimizer, slot: Slot) -> None:
     state, group = base.state[slot.param], base.param_groups[slot.group]
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=slot.layout[1] if group["capturable"] or group["fused"] else "cpu")
-        state["exp_avg"] = torch.zeros_like(slot.param)
-        state["exp_avg_sq"] = torch.zeros_like(slot.param)
+        home = slot.layout[1] if group["capturable"] or group["fused"] else "cpu"
+        first = {"step": torch.zeros((), dtype=torch.float32, device=home)}
+        first |= {key: torch.zeros_like(slot.param) for key in ("exp_avg", "exp_avg_sq")}
+        state.update(first)  # all of it or, out of memory, nothing
     elif state["step"].dtype != torch.float32:  # made under a default dtype of float64
         state["step"] = state["step"].float()
     if group["amsgrad"] and "max_exp_avg_sq" not in state:

@@ -57,9 +57,7 @@ def restore_adam_(
     found_inf=None,
     masters=(),
 ):
-    for x in restored(
-        params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
-    ):
+    for x in restored(params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters):
         i, w, G = x.i, x.weight, x.gradient
         b1, b2, wd, rate = value(beta1, i), value(beta2, i), value(weight_decay, i), value(lr, i)
         steps[i] += 1

@@ -34,9 +34,7 @@ def prune_nm_(weights, masks, prune, n, m):
 
 
 @torch.no_grad()
-def perturb_nm_(
-    params, grads, saved, masks, perturbed, rho, prune, n, m, *, inv_scale=None, found_inf=None, masters=()
-):
+def perturb_nm_(params, grads, saved, masks, perturbed, rho, prune, n, m, *, inv_scale=None, found_inf=None, masters=()):
     save_(params, saved, perturbed)
     for p, u in zip(params, uphill(params, grads, rho, inv_scale, found_inf, masters), strict=True):
         write_(p, u, None)

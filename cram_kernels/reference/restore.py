@@ -81,17 +81,13 @@ def skipped(found_inf: Tensor | None) -> bool:
     return found_inf is not None and float(found_inf) != 0
 
 
-def restored(
-    params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
-) -> Iterator[Weight]:
+def restored(params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters) -> Iterator[Weight]:
     """Restore everything, then yield each parameter that is to be updated."""
     restore_(params, saved, perturbed, masters=masters)
     if skipped(found_inf):
         return
     for i, p in enumerate(params):
-        gradient = update_gradient(
-            entry(grads, i), entry(first_grads, i), entry(masks, i), inv_scale, first_inv_scale
-        )
+        gradient = update_gradient(entry(grads, i), entry(first_grads, i), entry(masks, i), inv_scale, first_inv_scale)
         if gradient is not None:
             master = entry(masters, i)
             stores = [flat(p)] if master is None else [flat(master), flat(p)]

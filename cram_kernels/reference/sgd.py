@@ -28,9 +28,7 @@ def restore_sgd_(
     found_inf=None,
     masters=(),
 ):
-    for x in restored(
-        params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters
-    ):
+    for x in restored(params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters):
         i, w, G = x.i, x.weight, x.gradient
         mu, wd = value(momentum, i), value(weight_decay, i)
         if value(maximize, i):

@@ -47,9 +47,7 @@ def prune_topk_(weights, masks, sets, k):
 
 
 @torch.no_grad()
-def perturb_topk_(
-    params, grads, saved, masks, perturbed, rho, sets, k, *, inv_scale=None, found_inf=None, masters=()
-):
+def perturb_topk_(params, grads, saved, masks, perturbed, rho, sets, k, *, inv_scale=None, found_inf=None, masters=()):
     save_(params, saved, perturbed)
     for p, u in zip(params, uphill(params, grads, rho, inv_scale, found_inf, masters), strict=True):
         write_(p, u, None)

@@ -1,0 +1,53 @@
+"""The backends under test, as one fixture; what cannot run here is skipped with its reason."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from cram_kernels import _native, ops
+from cram_kernels.backend import use_backend, why_missing
+
+BACKENDS = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # name -> device
+SIMD_LEVELS = ("portable", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Calls public ops on one backend. Its variants compute the same bits in other ways: the SIMD levels of the CPU."""
+
+    name: str
+    device: str
+    variants: tuple[str, ...]
+
+    def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
+        with use_backend(self.name):
+            return getattr(ops, op)(**arguments)
+
+    def select(self, variant: str) -> None:
+        if self.name == "cpu":
+            _native.host.set_simd_level(variant)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Compare with `compare.check`, which runs every variant; a bare call runs the one that a user gets."""
+    name = request.param
+    if (reason := why_missing(name)) is not None:
+        pytest.skip(f"backend {name} cannot run here: {reason}")
+    if name != "cpu":
+        yield Backend(name, BACKENDS[name], ("default",))
+        return
+    chosen = _native.host.simd_level()
+    yield Backend(name, "cpu", tuple(_native.host.simd_levels()))
+    _native.host.set_simd_level(chosen)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

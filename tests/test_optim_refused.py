@@ -1,0 +1,81 @@
+"""What CrAM refuses, when it is given and with nothing changed."""
+
+import pytest
+import torch
+from optim_cases import assert_same_bits, clones, random_tensors, set_gradients
+from torch import Tensor, nn
+
+from cram_kernels import CrAM
+
+SHAPES = [(8, 16), (16,), (4, 8, 3, 3), (16, 8)]
+
+
+def fresh() -> list[nn.Parameter]:
+    return [nn.Parameter(t) for t in random_tensors(SHAPES, 0)]
+
+
+def refused(optimizer: CrAM, params: list[Tensor], *words: str) -> None:
+    before = clones(params)
+    for call in (optimizer.perturb, optimizer.step):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            call()
+        assert all(word in str(error.value).lower() for word in words), str(error.value)
+        assert_same_bits(params, before)
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(10, 4, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    refused(CrAM(table.parameters(), lr=0.1), [table.weight], "sparse")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
+def test_other_dtypes_are_refused(dtype):
+    p = nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    before = p.detach().clone()
+    with pytest.raises((RuntimeError, ValueError), match=str(dtype).removeprefix("torch.")[:7] + "|" + str(dtype)[6:7].upper()):
+        optimizer = CrAM([p], lr=0.1)
+        p.grad = torch.ones_like(p)
+        optimizer.perturb()
+    assert torch.equal(p.detach(), before)
+
+
+def test_one_bad_parameter_among_good_ones_changes_nothing():
+    params = fresh()
+    table = nn.Embedding(10, 4, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    set_gradients(params, random_tensors(SHAPES, 1))
+    refused(CrAM([*params, table.weight], lr=0.1, momentum=0.9), params, "sparse")
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"rho": -0.1}, "rho"),
+        ({"rho": float("nan")}, "rho"),
+        ({"compression": [0.5]}, "compression"),
+        ({"mask_period": 0}, "mask_period"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_when_they_are_given(options, word):
+    with pytest.raises((ValueError, TypeError), match=word):
+        CrAM(fresh(), lr=0.1, **options)
+
+
+def test_bad_group_options_are_refused():
+    with pytest.raises(ValueError, match="rho"):
+        CrAM([{"params": fresh(), "rho": -1.0}], lr=0.1)
+    optimizer = CrAM(fresh()[:1], lr=0.1)
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": fresh()[1:], "rho": -1.0})
+
+
+def test_overlapping_storage_is_refused():
+    """Two parameters over one storage would be perturbed twice; the same parameter twice is torch's own error."""
+    store = torch.ones(4, 8)
+    params = [nn.Parameter(store), nn.Parameter(store)]
+    set_gradients(params, [torch.ones(4, 8)] * 2)
+    with pytest.raises((RuntimeError, ValueError)):
+        CrAM(params, lr=0.1).perturb()
+    assert torch.equal(store, torch.ones(4, 8))
