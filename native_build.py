@@ -24,6 +24,8 @@ ISA_FLAGS = {
     "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     " -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
 }
+GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and PTX of the last
+CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 TORCH_FREE = ("nm", "perturb", "simd", "topk", "update", *ISA_FLAGS)  # what the harness links
 
 
@@ -69,19 +71,28 @@ class Ninja:
             f"  command = {cxx} -MMD -MF $out.d {FLAGS} {NUMERIC_FLAGS} {mode} $extra -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule cuda",
+            f"  command = nvcc {CUDA_FLAGS} {archs()} -MMD -MF $out.d $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             "rule link",
             f"  command = {cxx} {mode} $in -o $out $extra",
+            "rule link_cuda",
+            f"  command = nvcc -shared -cudart shared {archs()} $in -o $out $extra",
         ]
         self.targets: list[str] = []
 
     def compile(self, source: Path, extra: str = "") -> str:
         """An object file; `source` once."""
         out = f"{source.parent.name}_{source.stem}.o"
-        self.lines += [f"build {out}: cxx {source}", f"  extra = {ISA_FLAGS.get(source.stem, '')} {extra}"]
+        self.lines += [
+            f"build {out}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}",
+            f"  extra = {ISA_FLAGS.get(source.stem, '')} {extra}",
+        ]
         return out
 
-    def link(self, out: Path, objects: list[str], extra: str, after: str = "") -> str:
-        self.lines += [f"build {out}: link {' '.join(objects)}{' | ' + after if after else ''}", f"  extra = {extra}"]
+    def link(self, out: Path, objects: list[str], extra: str, after: str = "", rule: str = "link") -> str:
+        self.lines += [f"build {out}: {rule} {' '.join(objects)}{' | ' + after if after else ''}", f"  extra = {extra}"]
         self.targets.append(str(out))
         return str(out)
 
@@ -93,6 +104,17 @@ class Ninja:
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text("\n".join([*self.lines, f"default {' '.join(self.targets)}", ""]))
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
+
+
+def archs() -> str:
+    """nvcc's options for machine code of every arch, and PTX of the newest for those to come."""
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in GPU_ARCHS]
+    return " ".join([*codes, f"-gencode arch=compute_{GPU_ARCHS[-1]},code=compute_{GPU_ARCHS[-1]}"])
+
+
+def cuda_sources() -> list[Path]:
+    """Empty where there is no nvcc, or nothing for it to compile."""
+    return sorted((CSRC / "cuda").glob("*.cu")) if shutil.which("nvcc") else []
 
 
 def sources() -> list[Path]:
@@ -116,7 +138,11 @@ def build(package: Path, sanitize: str = "") -> None:
         raise BuildError("cram_kernels is built against the headers of torch >= 2.10: `pip install torch` first")
     package.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([ninja.cxx, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
-    facts = {"CRAM_COMPILER": version, "CRAM_TORCH_VERSION": torch_version(torch), "CRAM_GPU_ARCHS": ""}
+    facts = {
+        "CRAM_COMPILER": version,
+        "CRAM_TORCH_VERSION": torch_version(torch),
+        "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in GPU_ARCHS) if cuda_sources() else "",
+    }
     defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
     stable_abi = (
         f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
@@ -125,6 +151,8 @@ def build(package: Path, sanitize: str = "") -> None:
 
     objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]
     library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10")
+    if device := [ninja.compile(source, stable_abi) for source in cuda_sources()]:
+        ninja.link(package / "libcram_kernels_cuda.so", device, f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10", rule="link_cuda")
     host = ninja.compile(CSRC / "host.cpp", f"{python} {defines}")
     module = package / ("_host" + sysconfig.get_config_var("EXT_SUFFIX"))
     ninja.link(module, [host], f"-shared -L{package} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)

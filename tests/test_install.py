@@ -1,0 +1,93 @@
+"""What a user meets before the first step: the import, `info`, the choice of a backend, and what is said where something is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cram_kernels import BackendUnavailable, cli, ops, use_backend
+from cram_kernels.backend import available
+
+ROOT = Path(__file__).parent.parent
+ADD = "import torch, cram_kernels.ops as o; w = [torch.ones(4, 4)]; o.prune_topk_(w, [], [0], torch.tensor([3])); print(int(w[0].sum()))"
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
+def test_info_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["torch"].strip().startswith(torch.__version__)
+    assert facts["backend cpu"].strip() == "available"
+    for name in ("cuda", "triton"):
+        assert (facts[f"backend {name}"].strip() == "available") == (available()[name] is None)
+    assert any(name in facts["compiler"] for name in ("g++", "clang", "GCC", "gcc"))
+    assert facts["SIMD level"].split()[0] in ("portable", "avx2", "avx512")
+
+
+def test_the_import_survives_a_missing_library_and_use_says_why(tmp_path: Path) -> None:
+    result = python("import cram_kernels; print('imported'); " + ADD, CRAM_KERNELS_LIBRARIES=str(tmp_path))
+    assert result.stdout == "imported\n"
+    assert "BackendUnavailable: backend 'cpu' cannot run here: the native library" in result.stderr
+    assert "was not built: run `pip install .`" in result.stderr
+
+
+def test_a_broken_library_is_a_reason_too(tmp_path: Path) -> None:
+    (tmp_path / "libcram_kernels_cpu.so").write_bytes(b"not a library")
+    result = python("import cram_kernels; print('imported'); " + ADD, CRAM_KERNELS_LIBRARIES=str(tmp_path))
+    assert result.stdout == "imported\n"
+    assert "does not load" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_the_environment_chooses_a_backend(name: str) -> None:
+    result = python("from cram_kernels import backend; print(backend.name_for('cpu')); " + ADD, CRAM_KERNELS_BACKEND=name)
+    assert result.stdout.split() == [name, "0"], result.stderr  # all equal: the k-th and its ties go
+
+
+def test_a_missing_backend_is_refused_with_its_reason() -> None:
+    missing = {name: reason for name, reason in available().items() if reason is not None}
+    if not missing:
+        pytest.skip("every backend runs here; a machine without a GPU would run this")
+    for name, reason in missing.items():
+        with pytest.raises(BackendUnavailable, match=f"backend '{name}' cannot run here") as error:
+            use_backend(name)
+        assert reason in str(error.value)
+    with pytest.raises(ValueError, match="name must be one of cpu, cuda, triton, reference, got 'gpu'"):
+        use_backend("gpu")
+
+
+def test_use_backend_ends_with_its_block() -> None:
+    def kept() -> int:
+        _, stats = ops.prune_topk_([torch.arange(1.0, 5001.0)], [], [0], torch.tensor([2000]))
+        return int(stats[0, 1])
+
+    with use_backend("reference"):
+        assert kept() == 0  # the reference has no candidates
+    assert kept() > 0
+
+
+def test_simd_level_by_environment() -> None:
+    code = "from cram_kernels._native import host; print(host.simd_level())"
+    assert python(code, CRAM_KERNELS_SIMD="portable").stdout == "portable\n"
+    wrong = python(ADD, CRAM_KERNELS_SIMD="avx1024")
+    assert wrong.returncode != 0 and "must be one that this CPU has (portable" in wrong.stderr
+
+
+def test_no_compiler_is_one_sentence() -> None:
+    if not (ROOT / "native_build.py").exists():
+        pytest.skip("not run from a source checkout")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build; native_build.compiler()"
+    result = python(code, PATH="/nowhere", CXX="")
+    assert "needs a C++17 compiler: install g++" in result.stderr.splitlines()[-1]
+
+
+def test_run_time_needs_only_torch() -> None:
+    heavy = ("matplotlib", "rich", "safetensors", "mlxtend", "onnx", "pandas")
+    result = python(f"import sys, cram_kernels; print([m for m in {heavy!r} if m in sys.modules])")
+    assert result.stdout == "[]\n", result.stderr
