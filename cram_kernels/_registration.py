@@ -52,16 +52,33 @@ def _bump_versions(name: str) -> None:
     _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
-def _same_device(name: str, *args: Any, **kwargs: Any) -> None:
+def _same_device(name: str, args: Any, kwargs: Any) -> None:
     """A tensor on "meta" among others would bring a call here that then did nothing at all."""
-    devices = {t.device for t in _tensors([*args, *kwargs.values()])}
-    if len(devices) > 1:
-        raise RuntimeError(f"{name}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    device = None
+    schema = getattr(torch.ops.cram_kernels, name).default._schema
+    for argument, value in [*zip(schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in schema.arguments[len(args) :])]:
+        for i, t in enumerate(_tensors([value])):
+            device = device or t.device
+            if t.device != device and t.numel() > 0:
+                where = f"{argument.name}[{i}]" if isinstance(value, (list, tuple)) else argument.name
+                raise RuntimeError(f"{name}: {where} must be on {device} like the tensors before it, got {t.device}")
+
+
+def _refuse_sparse(name: str) -> None:
+    """A sparse tensor among the arguments brings the call to kernels of its own: they name it."""
+    check = getattr(torch.ops.cram_kernels, f"check_{name}")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        raise RuntimeError(f"{name}: every tensor must be dense (strided), got a sparse one")
+
+    for key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
+        _library.impl(name, kernel, key)
 
 
 def _fake(name: str) -> Any:
     def fake(*args: Any, **kwargs: Any) -> Any:
-        _same_device(name, *args, **kwargs)
+        _same_device(name, args, kwargs)
         if name in ("prune_topk_", "perturb_topk_"):
             k = args[-1]
             return k.new_empty(k.numel(), dtype=torch.int32), k.new_empty(k.numel(), 3)
@@ -81,3 +98,4 @@ def register() -> None:
             _bump_versions(name)
     for name in (*MUTATING, "topk_threshold", "grad_norm"):
         torch.library.register_fake(f"cram_kernels::{name}", _fake(name))
+        _refuse_sparse(name)

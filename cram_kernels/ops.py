@@ -102,6 +102,8 @@ def prune_nm_(weights: Tensors, masks: Tensors, prune: Sequence[int], n: int, m:
         prune: 0 or 1 a tensor.
         n, m: 1 <= n < m <= 1024.
     """
+    if len(weights) == 0:
+        return
     backend.select(weights).prune_nm_(list(weights), list(masks), list(prune), n, m)
 
 

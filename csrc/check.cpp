@@ -115,6 +115,10 @@ void Check::require(bool holds, const std::string& what, const std::string& want
   if (!holds) throw std::runtime_error(std::string(op_) + ": " + what + " must " + wanted + ", got " + found);
 }
 
+void Check::strided(const std::string& what, const Tensor& t) {
+  require(layout_of(t) == aoti_torch_layout_strided(), what, "be a dense (strided) tensor", "a sparse or other layout");
+}
+
 void Check::on_device(const std::string& what, const Tensor& t) {
   const auto device = device_of(t);
   if (!device_.has_value()) device_ = device;
@@ -122,7 +126,7 @@ void Check::on_device(const std::string& what, const Tensor& t) {
 }
 
 void Check::dense(const std::string& what, const Tensor& t) {
-  require(layout_of(t) == aoti_torch_layout_strided(), what, "be a dense (strided) tensor", "a sparse or other layout");
+  strided(what, t);
   on_device(what, t);
   require(is_dense(t), what, "be dense (non-overlapping, without holes, in any memory order)",
           "shape " + show(t.sizes()) + " with strides " + show(t.strides()));
@@ -160,7 +164,7 @@ void Check::attach(std::vector<Item>& items, const char* name, const Tensors& te
     const Tensor& t = tensors[i];
     const Tensor& like = (*like_)[i];
     const std::string what = entry(name, i);
-    require(layout_of(t) == aoti_torch_layout_strided(), what, "be a dense (strided) tensor", "a sparse or other layout");
+    strided(what, t);
     if (t.numel() == 0) continue;
     on_device(what, t);
     require(dtype_of(t) == wanted(items[i]), what, "be " + show(wanted(items[i])), show(t.scalar_type()));
@@ -181,8 +185,9 @@ void Check::masks(std::vector<Item>& items, const Tensors& masks, bool written) 
   if (!present("masks", masks, items)) return;
   for (size_t i = 0; i < masks.size(); ++i) {
     const Tensor& t = masks[i];
-    if (t.numel() == 0) continue;
     const std::string what = entry("masks", i);
+    strided(what, t);
+    if (t.numel() == 0) continue;
     on_device(what, t);
     require(t.scalar_type() == ScalarType::Byte, what, "be uint8", show(t.scalar_type()));
     require(t.dim() == 1 && t.numel() == mask_bytes(items[i].numel) && t.is_contiguous(), what,
@@ -215,6 +220,7 @@ void Check::steps(std::vector<Item>& items, const Tensors& steps) {
 }
 
 void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k) {
+  strided("k", k);
   require(k.scalar_type() == ScalarType::Long, "k", "be int64", show(k.scalar_type()));
   require(k.dim() == 1 && k.is_contiguous(), "k", "be contiguous of shape [number of selection sets]", show(k.sizes()));
   on_device("k", k);
@@ -239,6 +245,7 @@ void Check::nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64
 }
 
 void* Check::scalar(const char* name, const Tensor& t, const char* dtype) {
+  strided(name, t);
   require(show(t.scalar_type()) == dtype, name, std::string("be ") + dtype, show(t.scalar_type()));
   require(t.numel() == 1, name, "have one element", "shape " + show(t.sizes()));
   on_device(name, t);
@@ -246,6 +253,7 @@ void* Check::scalar(const char* name, const Tensor& t, const char* dtype) {
 }
 
 void Check::per_item(const char* name, const Tensor& t, size_t items) {
+  strided(name, t);
   require(t.scalar_type() == ScalarType::Float, name, "be float32", show(t.scalar_type()));
   require(t.dim() == 0 || (t.dim() == 1 && static_cast<size_t>(t.numel()) == items && t.is_contiguous()), name,
           "have shape [] or [" + std::to_string(items) + "]", show(t.sizes()));

@@ -80,6 +80,7 @@ class Check {
   void attach(std::vector<Item>& items, const char* name, const Tensors& tensors, bool written, DType (*wanted)(const Item&),
               const std::function<void(Item&, void*)>& set);
   bool present(const char* name, const Tensors& tensors, const std::vector<Item>& items) const;
+  void strided(const std::string& what, const Tensor& t);
   void on_device(const std::string& what, const Tensor& t);
   void dense(const std::string& what, const Tensor& t);
   void remember(const char* name, int64_t index, const Tensor& t, bool written);

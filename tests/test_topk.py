@@ -1,11 +1,13 @@
 """Top-k: topk_threshold, prune_topk_, perturb_topk_ equal the reference to the bit."""
 
+import math
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 from calls import PERTURB_VARIANTS, SELECTIONS, perturb, poisoned_masks, selection, without
-from cases import HOSTILE, LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
+from cases import DTYPES, HOSTILE, LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
 from compare import assert_bitwise_equal, check
 
 from cram_kernels.patterns import TopK
@@ -63,16 +65,32 @@ def test_large_selections(backend, name: str) -> None:
     check(backend, "prune_topk_", {"weights": arguments["grads"], **{key: arguments[key] for key in ("masks", "sets", "k")}})
 
 
-def test_a_misleading_sample_costs_time_and_no_bits(backend) -> None:
-    """All keys equal, or nearly: no bracket is narrow enough, and the backend says that it fell back; ordinary data do not need it."""
-    fallbacks = {}
-    for case in (Case("equal", "uneven", "fp32"), Case("narrow", "large", "fp32"), Case("normal", "large", "fp32")):
-        arguments = perturb(case)
-        _, stats = check(backend, "perturb_topk_", arguments | selection("half", arguments["params"]))
-        assert stats.shape == (1, 3) and stats.dtype == torch.int64
-        fallbacks[case.values] = int(stats[0, 2])
-    assert fallbacks["normal"] == 0
-    assert set(fallbacks.values()) == {0, 1}, f"no case reached the fallback: {fallbacks}"
+@pytest.mark.parametrize("case", [Case("two", "uneven", dtype) for dtype in DTYPES], ids=str)
+def test_a_threshold_between_heavy_ties_costs_time_and_no_bits(backend, case: Case) -> None:
+    """The k-th largest is the last of half a million equal ones: every bracket around it holds all weights, and the backend falls back."""
+    arguments = perturb(case, "amp" if case.dtype == "fp32" else "masters")
+    for g in arguments["grads"]:
+        g.zero_()
+    weights = arguments["masters"] if "masters" in arguments else arguments["params"]
+    k = sum(int((w.abs() > 0.3).sum()) for w in weights)
+    _, stats = check(backend, "perturb_topk_", arguments | {"sets": [0] * len(weights), "k": torch.tensor([k])})
+    assert stats[0, 2] == 1, f"no fallback, statistics {stats.tolist()}"
+
+
+def test_ordinary_weights_need_no_fallback(backend) -> None:
+    arguments = perturb(Case("normal", "large", "fp32"))
+    _, stats = check(backend, "perturb_topk_", arguments | selection("half", arguments["params"]))
+    assert stats.shape == (1, 3) and stats.dtype == torch.int64
+    assert 0 < stats[0, 1] < 0.1 * sum(p.numel() for p in arguments["params"]) and stats[0, 2] == 0
+
+
+@pytest.mark.parametrize("rho", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["half", "keep_all", "groups"])
+def test_rho(backend, name: str, rho: float) -> None:
+    """An infinite or NaN rho makes NaN of weights, and of nothing else that a backend counts."""
+    for values in ("normal", "zeros"):
+        arguments = perturb(Case(values, "shapes", "mixed"), rho=rho)
+        check(backend, "perturb_topk_", arguments | selection(name, arguments["params"]))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.95, 0.999])

@@ -59,15 +59,15 @@ def restore_adam_(
 ):
     for x in restored(params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters):
         i, w, G = x.i, x.weight, x.gradient
-        b1, b2, wd, rate = value(beta1, i), value(beta2, i), value(weight_decay, i), value(lr, i)
+        b1, b2, wd, rate = value(beta1, i), value(beta2, i), fp32(value(weight_decay, i), w), value(lr, i)
         steps[i] += 1
         step = int(steps[i])
         if value(maximize, i):
             G = -G
         if wd != 0 and decoupled:
-            w = w - (rate * fp32(wd, w)) * w
+            w = w - (rate * wd) * w
         elif wd != 0:
-            G = G + fp32(wd, w) * w
+            G = G + wd * w
         exp_avg, exp_avg_sq = flat(exp_avgs[i]), flat(exp_avg_sqs[i])
         m = fp32(b1, w) * exp_avg.to(torch.float32) + fp32(1 - b1, w) * G
         v = fp32(b2, w) * exp_avg_sq.to(torch.float32) + fp32(1 - b2, w) * (G * G)

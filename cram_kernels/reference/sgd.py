@@ -30,16 +30,16 @@ def restore_sgd_(
 ):
     for x in restored(params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters):
         i, w, G = x.i, x.weight, x.gradient
-        mu, wd = value(momentum, i), value(weight_decay, i)
+        mu, wd = fp32(value(momentum, i), w), fp32(value(weight_decay, i), w)
         if value(maximize, i):
             G = -G
         if wd != 0:
-            G = G + fp32(wd, w) * w
+            G = G + wd * w
         if mu != 0:
             buffer = flat(momentum_buffers[i])
             b = G
             if not value(fresh, i):
-                b = fp32(mu, w) * buffer.to(torch.float32) + fp32(1 - value(dampening, i), w) * G
+                b = mu * buffer.to(torch.float32) + fp32(1 - value(dampening, i), w) * G
             buffer.copy_(canonical(b.to(buffer.dtype)))
-            G = G + fp32(mu, w) * b if value(nesterov, i) else b
+            G = G + mu * b if value(nesterov, i) else b
         x.store(w - value(lr, i) * G)

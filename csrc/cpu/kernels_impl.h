@@ -147,7 +147,7 @@ static void topk_stream(const Source& source, DType dtype, int64_t begin, int64_
   with_u(source, dtype, begin, end, &counts.nonfinite, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
     const I key = magnitude_key(u);
     const Bits real = lanes_below(lanes);
-    const Bits nan = greater_bits(key, largest);
+    const Bits nan = greater_bits(key, largest) & real;  // beyond the end, 0 * an infinite rho is one
     const Bits over = greater_bits(key, high) & real;
     const Bits candidate = greater_bits(key, low) & ~over & real;
     const Bits kept = greater_bits(key, cut) & ~nan & real;
