@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint format bench test-asan test-ubsan test-tsan clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan clean
 
 setup: $(VENV)/.installed
 

@@ -17,7 +17,9 @@ def _load_cpu() -> str | None:
     global host
     library = _FOLDER / "libcram_kernels_cpu.so"
     if not library.exists():
-        return f"the native library {library} was not built: run `pip install .` (or `make setup`) with a C++ compiler"
+        if (_FOLDER.parent / "setup.py").exists():
+            return f"{_FOLDER} is a source folder without its native library: `pip install -e .` builds it there, or run from another folder"
+        return f"the native library {library} was not built: run `pip install .` with a C++ compiler"
     try:
         torch.ops.load_library(str(library))
         host = _load_host()

@@ -10,6 +10,8 @@ def why_unfit(param: Tensor) -> str | None:
     """None where the ops can work on the parameter, else what is wrong, as "must ..., got ..."."""
     if param.layout is not torch.strided:
         return f"must be dense (no holes, no overlap), got layout {param.layout}"
+    if param.is_meta:
+        return "must have data, got a meta tensor"
     if param.dtype not in DTYPES:
         return f"must have dtype float32, bfloat16 or float16, got {param.dtype}"
     if torch.empty_like(param, device="meta").stride() != param.stride():  # empty_like keeps the strides of a dense tensor, and of no other

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from torch import Size
@@ -21,8 +22,8 @@ class TopK:
     scope: Scope = "model"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:  # also refuses NaN
-            raise ValueError(f"TopK: sparsity must be in [0, 1), got {self.sparsity}")
+        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:  # also refuses NaN
+            raise ValueError(f"TopK: sparsity must be a number in [0, 1), 0.9 for 90 %, got {self.sparsity!r}")
         if self.scope not in ("model", "group", "tensor"):
             raise ValueError(f"TopK: scope must be 'model', 'group' or 'tensor', got {self.scope!r}")
 
@@ -43,15 +44,15 @@ class NM:
     """Semi-structured: keep n of every m consecutive weights along axis 1 (2:4 is what sparse tensor cores read).
 
     Raises:
-        ValueError: not 1 <= n < m <= 1024.
+        ValueError: not ints with 1 <= n < m <= 1024.
     """
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m <= 1024:
-            raise ValueError(f"NM: n and m must satisfy 1 <= n < m <= 1024, got n={self.n}, m={self.m}")
+        if not isinstance(self.n, int) or not isinstance(self.m, int) or not 1 <= self.n < self.m <= 1024:
+            raise ValueError(f"NM: n and m must be ints with 1 <= n < m <= 1024, got n={self.n!r}, m={self.m!r}")
 
     def why_dense(self, shape: Size) -> str | None:
         """None where a weight of this shape can be pruned, else the reason why it stays dense."""

@@ -32,6 +32,10 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> Re
         ValueError: a weight is NaN, has another dtype, is not dense or not initialised; the scope is "group", and a model has no
             parameter groups; a pattern in `exclude` matches no parameter. Nothing was changed.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"prune: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(pattern, TopK | NM):
+        raise ValueError(f"prune: pattern must be TopK(sparsity) or NM(n, m), got {pattern!r}")
     if isinstance(pattern, TopK) and pattern.scope == "group":
         raise ValueError("prune: pattern must have scope 'model' or 'tensor', got 'group': a model has no parameter groups")
     parameters = _tied_once(model)

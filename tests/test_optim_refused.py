@@ -5,7 +5,7 @@ import torch
 from optim_cases import assert_same_bits, clones, random_tensors, set_gradients
 from torch import Tensor, nn
 
-from cram_kernels import CrAM
+from cram_kernels import NM, CrAM, TopK
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3), (16, 8)]
 
@@ -79,3 +79,33 @@ def test_overlapping_storage_is_refused():
     with pytest.raises((RuntimeError, ValueError)):
         CrAM(params, lr=0.1).perturb()
     assert torch.equal(store, torch.ones(4, 8))
+
+
+def test_a_grad_scaler_is_refused_and_the_weights_are_back() -> None:
+    model = nn.Linear(8, 8)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt, scaler = CrAM(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+    opt.perturb()
+    scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+    with pytest.raises(RuntimeError, match="must not be called by a GradScaler"):
+        scaler.step(opt)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    opt.zero_grad()
+    model(torch.ones(2, 8)).sum().backward()
+    opt.step()  # without a scaler it goes on
+    assert not torch.equal(model.weight, before[0])
+
+
+@pytest.mark.parametrize("compression", [0.9, "2:4", [0.9]])
+def test_a_compression_must_be_patterns(compression: object) -> None:
+    with pytest.raises(ValueError, match="CrAM: compression must be"):
+        CrAM(nn.Linear(4, 4).parameters(), lr=0.1, compression=compression)
+
+
+def test_patterns_say_what_they_want() -> None:
+    for wrong in (90, "0.9", None, float("nan")):
+        with pytest.raises(ValueError, match="TopK: sparsity must be a number in"):
+            TopK(wrong)
+    with pytest.raises(ValueError, match="NM: n and m must be ints"):
+        NM(2.0, 4.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,7 @@ class CrAM(Wrapper):
             twice, or of another dtype.
     """
 
+    _step_supports_amp_scaling = True  # so that a GradScaler hands its scale over to step(), which refuses it: it cannot be right
     _copied = (*Wrapper._copied, "compression", "normalize_grad", "mask_period", "exclude", "_arena", "_attachment")
 
     def __init__(
@@ -81,7 +83,7 @@ class CrAM(Wrapper):
         params: Any = None,
         base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
         *,
-        compression: Sequence[Pattern] | None = (TopK(0.5), TopK(0.7), TopK(0.9)),
+        compression: Sequence[Pattern] | Pattern | None = (TopK(0.5), TopK(0.7), TopK(0.9)),
         rho: float = 0.05,
         plus: bool = True,
         sparse_grad: bool = True,
@@ -92,6 +94,10 @@ class CrAM(Wrapper):
         exclude: Iterable[str] = (),
         **base_options: Any,
     ) -> None:
+        if isinstance(compression, TopK | NM):
+            compression = (compression,)
+        if not isinstance(compression, list | tuple | NoneType):
+            raise ValueError(f"CrAM: compression must be a list of TopK and NM patterns, got {compression!r}")
         self.compression = tuple(compression or ())
         self.normalize_grad, self.mask_period = bool(normalize_grad), mask_period
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -176,7 +182,15 @@ class CrAM(Wrapper):
 
         Returns:
             The clean loss; None without a closure.
+
+        Raises:
+            RuntimeError: a GradScaler calls it; the weights are the clean ones, nothing is updated.
         """
+        if {"grad_scale", "found_inf"} & set(self.__dict__):  # set by a GradScaler
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            self.restore()
+            raise RuntimeError("CrAM: step() must not be called by a GradScaler (the first gradients were scaled): use bfloat16 autocast, or no scaler")
         if closure is None:
             self._update()
             return None

@@ -85,6 +85,8 @@ class TopkCrAM(SAM):
     ) -> None:
         options = {"plus": plus_version, "sparse_grad": sparse_grad, "normalize_grad": grad_norm}
         self.unif_prune = unif_prune
+        if not isinstance(sparsities, list | tuple):
+            raise ValueError(f"{type(self).__name__}: sparsities must be a list of numbers in [0, 1), got {sparsities!r}")
         patterns = [TopK(float(s), "tensor" if unif_prune else "group") for s in sparsities]
         super().__init__(params, base_optimizer, rho, compression=patterns, **options, **kwargs)
 
