@@ -167,9 +167,9 @@ def sgd(case: Case, variant: str = "plain", **options: Any) -> dict[str, Any]:
     combinations = [  # momentum, dampening, weight_decay, nesterov, maximize, fresh
         (0.0, 0.0, 0.0, 0, 0, 0),
         (0.9, 0.0, 5e-4, 1, 0, 0),
-        (0.9, 0.1, 0.0, 0, 1, 0),
-        (0.9, 0.1, 5e-4, 0, 0, 1),
-        (0.0, 0.0, 1e-60, 0, 1, 0),  # 0 in float32, but a term all the same: -0 + 0 * w is +0, and 0 * Inf is NaN
+        (0.9, 1 / 3, 0.0, 0, 1, 0),
+        (0.9, 1 / 3, 5e-4, 0, 0, 1),
+        (0.0, 0.0, 1e-60, 0, 1, 0),  # 0 once it is float32, so absent: -0 + 0 * w would be +0, and 0 * Inf NaN
         (0.9, 1.0, 0.0, 0, 0, 0),
         (1e-3, 0.0, 0.1, 1, 1, 1),
     ]

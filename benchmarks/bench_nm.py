@@ -1,0 +1,61 @@
+"""N:M: perturb + prune on Linear and convolution weights, contiguous and channels_last, against a copy and eager torch."""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from cram_kernels.patterns import NM
+
+from . import inputs, run
+from .eager import against_eager
+from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
+from .measure import Contest, Setup
+from .shapes import MODELS, Shape
+
+PATTERNS = (NM(2, 4), NM(4, 8))
+COPY_BOUND = 1 / 1.1
+
+
+def perturb_run(shapes: list[Shape], pattern: NM, dtype: str, setup: Setup, masters: bool = False, channels_last: bool = False) -> OpRun:
+    def arguments(shapes):
+        return inputs.perturb(shapes, pattern, dtype, setup.device, masters=masters, channels_last=channels_last)
+
+    return OpRun(setup, "perturb_nm_", shapes, arguments, MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC, inputs.restored)
+
+
+def perturb(model: str, pattern: NM, setup: Setup) -> Contest:
+    op = perturb_run(setup.shapes(model), pattern, "fp32", setup)
+    return against_eager(op, pattern, COPY_BOUND) if setup.device == "cpu" else op.contest(copy_bound=COPY_BOUND)
+
+
+def channels_last(pattern: NM, setup: Setup) -> Contest:
+    return perturb_run(setup.shapes("ResNet-50"), pattern, "fp32", setup, channels_last=True).contest(copy_bound=COPY_BOUND)
+
+
+def dtypes(setup: Setup) -> Contest:
+    return inputs.dtype_contest(lambda dtype, masters: perturb_run(setup.shapes("ResNet-50"), NM(2, 4), dtype, setup, masters))
+
+
+def prune(model: str, setup: Setup) -> Contest:
+    def arguments(shapes):
+        return inputs.weights_only(shapes, NM(2, 4), "fp32", setup.device)
+
+    return inputs.prune_run(setup, "prune_nm_", setup.shapes(model), arguments).contest()
+
+
+def cases() -> Iterator[run.Case]:
+    for pattern in PATTERNS:
+        for model in MODELS:
+            yield run.Case(f"perturb_nm_ {model} {pattern}", partial(perturb, model, pattern))
+        yield run.Case(f"perturb_nm_ ResNet-50 channels_last {pattern}", partial(channels_last, pattern))
+    yield run.Case("perturb_nm_ ResNet-50 2:4, dtypes", dtypes)
+    for model in MODELS:
+        yield run.Case(f"prune_nm_ {model} 2:4", partial(prune, model))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run.main("bench_nm", cases(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Global top-k: perturb + prune against a copy and eager torch; selection alone against torch.topk, torch.kthvalue and numpy.partition."""
+
+import math
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from cram_kernels.patterns import TopK
+
+from . import gate, inputs, run
+from .eager import against_eager
+from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
+from .measure import Contest, Contestant, Setup
+from .partition import Partition, features_above_avx2
+from .shapes import MODELS, Shape
+
+SPARSITIES = (0.5, 0.7, 0.9, 0.95)
+COPY_BOUND = 1 / 1.25
+
+
+def perturb_run(shapes: list[Shape], pattern: TopK, dtype: str, setup: Setup, masters: bool = False) -> OpRun:
+    return OpRun(
+        setup,
+        "perturb_topk_",
+        shapes,
+        lambda shapes: inputs.perturb(shapes, pattern, dtype, setup.device, masters=masters),
+        MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC,
+        inputs.restored,
+    )
+
+
+def perturb(model: str, sparsity: float, setup: Setup) -> Contest:
+    op = perturb_run(setup.shapes(model), TopK(sparsity), "fp32", setup)
+    return against_eager(op, TopK(sparsity), COPY_BOUND) if setup.device == "cpu" else op.contest(copy_bound=COPY_BOUND)
+
+
+def dtypes(setup: Setup) -> Contest:
+    return inputs.dtype_contest(lambda dtype, masters: perturb_run(setup.shapes("ResNet-50"), TopK(0.9), dtype, setup, masters))
+
+
+def prune(model: str, setup: Setup) -> Contest:
+    def arguments(shapes):
+        return inputs.weights_only(shapes, TopK(0.9), "fp32", setup.device)
+
+    return inputs.prune_run(setup, "prune_topk_", setup.shapes(model), arguments).contest()
+
+
+def threshold(model: str, sparsity: float, setup: Setup) -> Contest:
+    """The peers get the magnitudes as one flat tensor, already there."""
+    pattern = TopK(sparsity)
+
+    def arguments(shapes):
+        return inputs.weights_only(shapes, pattern, "fp32", setup.device, with_masks=False)
+
+    op = OpRun(setup, "topk_threshold", setup.shapes(model), arguments, {"weights": 1})
+    peers = list(threshold_peers(op))
+    contest = op.contest(*peers, rounds=5)
+    contest.checks += [partial(same_threshold, op, peer) for peer in peers]
+    return contest
+
+
+def threshold_peers(op: OpRun) -> Iterator[Contestant]:
+    magnitudes = torch.cat([w.abs().flatten() for w in op.arguments["weights"]])
+    k, n = int(op.arguments["k"]), magnitudes.numel()
+    yield Contestant("torch.topk", lambda: magnitudes.topk(k).values[-1], bound=(40, math.inf))
+    yield Contestant("torch.topk, unsorted", lambda: magnitudes.topk(k, sorted=False).values.min())
+    yield Contestant("torch.kthvalue", lambda: magnitudes.kthvalue(n - k + 1).values, bound=(20, math.inf))
+    if op.device == "cpu":
+        for name, features in {"numpy.partition": "", "numpy.partition, AVX2": features_above_avx2()}.items():
+            numpy = Partition(magnitudes, k, features)
+            yield Contestant(name, numpy.run, numpy.reset, bound=(3, math.inf))
+
+
+def same_threshold(op: OpRun, peer: Contestant) -> None:
+    """A peer that selects something else is no peer."""
+    op.run()
+    peer.reset()
+    found = peer.run()
+    ours = float(op.result.view(torch.float32))
+    gate.require(float(found) == ours, f"{peer.name}: threshold must be {ours}, got {float(found)}")
+
+
+def cases() -> Iterator[run.Case]:
+    for model in MODELS:
+        for sparsity in SPARSITIES:
+            yield run.Case(f"perturb_topk_ {model} {TopK(sparsity)}", partial(perturb, model, sparsity))
+    yield run.Case("perturb_topk_ ResNet-50 90 %, dtypes", dtypes)
+    for model in MODELS:
+        yield run.Case(f"prune_topk_ {model} 90 %", partial(prune, model))
+    for sparsity in SPARSITIES:
+        yield run.Case(f"topk_threshold ResNet-50 {TopK(sparsity)}", partial(threshold, "ResNet-50", sparsity))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run.main("bench_topk", cases(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Times contestants side by side, copies of as many bytes among them: in every round each of them runs once."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cram_kernels import _native
+
+from .shapes import MODELS, Shape, shrink
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was asked for on the command line."""
+
+    backend: str = "cpu"
+    quick: bool = False
+    rounds: int | None = None  # None: as many as the contest wants
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.backend == "cpu" else "cuda"
+
+    def shapes(self, model: str) -> list[Shape]:
+        """Of a model by name; `quick`: every seventh tensor of the shrunk model."""
+        shapes = MODELS[model]()
+        return shrink(shapes)[::7] if self.quick else shapes
+
+
+@dataclass
+class Contestant:
+    """Something that is timed. `bound`: the issue's target, the lowest and highest time over ours that it may take, per byte."""
+
+    name: str
+    run: Callable[[], Any]
+    reset: Callable[[], Any] = lambda: None  # before every run, not timed
+    bound: tuple[float, float] = (0.0, math.inf)
+    bytes: int | None = None  # where it moves others than the contest
+    facts: Callable[[], Row] = dict  # more columns, asked for after the last round
+
+
+@dataclass
+class Contest:
+    """Contestants that do the same work, ours first, on as many bytes as the work has to move at least."""
+
+    contestants: list[Contestant]
+    bytes: int
+    formula: str  # of the bytes
+    weights: int
+    device: str = "cpu"
+    checks: list[Callable[[], None]] = field(default_factory=list)  # each raises where something is not right
+    copy_bound: float = 0.0  # a copy takes at least this share of our time
+    rounds: int = 15
+
+    def check(self) -> None:
+        """Raises AssertionError where a result is wrong: then nothing is timed."""
+        for check in self.checks:
+            check()
+
+    def rows(self, setup: Setup) -> list[Row]:
+        """One row a contestant; times in ms, ratios are medians of the ratios within each round."""
+        copies = copy_contestants(self.bytes, self.device)
+        contestants = [*self.contestants, *copies]
+        times = interleave(contestants, 2 if setup.quick else setup.rounds or self.rounds, self.device)
+        fastest = min(copies, key=lambda c: statistics.median(times[c.name]))
+        fastest.bound = (self.copy_bound, math.inf)
+        return [self._row(c, times, fastest.name) for c in contestants]
+
+    def _row(self, c: Contestant, times: dict[str, list[float]], copy: str) -> Row:
+        own, moved = times[c.name], c.bytes or self.bytes
+        first, third = quartiles(own)
+        median = statistics.median(own)
+        x_ours = ratio(own, times[self.contestants[0].name]) * self.bytes / moved
+        x_copy = ratio(own, times[copy]) * self.bytes / moved
+        return {
+            "name": c.name,
+            "median_ms": 1e3 * median,
+            "spread": (third - first) / median,
+            "min_ms": 1e3 * min(own),
+            "gb_per_s": moved / median / 1e9,
+            "x_copy": x_copy,
+            "share_of_copy": 1 / x_copy,
+            "x_ours": x_ours,
+            **target(c.bound, x_ours),
+            **c.facts(),
+        }
+
+    def describe(self) -> Row:
+        return {"weights": self.weights, "bytes": self.bytes, "bytes_per_weight": self.bytes / self.weights, "formula": self.formula}
+
+
+def target(bound: tuple[float, float], value: float) -> Row:
+    """The target of a row and whether it is met; nothing where there is none."""
+    low, high = bound
+    if low == 0 and high == math.inf:
+        return {}
+    return {"target": f">= {low:.3g}" if low else f"<= {high:.3g}", "met": low <= value <= high}
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median of the ratios within each round: a machine that slows down for a while slows both."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def quartiles(times: list[float]) -> tuple[float, float]:
+    if len(times) < 2:
+        return times[0], times[0]
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+    return first, third
+
+
+def interleave(contestants: list[Contestant], rounds: int, device: str, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round. Each round begins with another one, so that nobody always follows the same."""
+    times: dict[str, list[float]] = {c.name: [] for c in contestants}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(warmup + rounds):
+            start = turn % len(contestants)
+            for c in contestants[start:] + contestants[:start]:
+                c.reset()
+                times[c.name].append(seconds(c.run, device))
+    finally:
+        gc.enable()
+    return {name: own[warmup:] for name, own in times.items()}
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """One run. On a GPU by its own events, from a drained queue."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def copy_contestants(moved: int, device: str) -> list[Contestant]:
+    """Copies that move `moved` bytes: half of them read, half of them written."""
+    source = torch.ones(max(1, moved // 8), device=device)
+    target = torch.ones_like(source)
+    copies = [Contestant("copy_", lambda: target.copy_(source))]
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        copy = _native.host.streaming_copy
+        copies.append(Contestant("streaming copy", lambda: copy(target.data_ptr(), source.data_ptr(), source.nbytes, threads)))
+    return copies

@@ -1,0 +1,171 @@
+"""Every benchmark runs (`--quick`), writes finite numbers, and writes and prints none where a check is red or the backend cannot run."""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cram_kernels import ops
+from cram_kernels.backend import why_missing
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import gate, memory, run, shapes  # noqa: E402
+from benchmarks.measure import Contest, Contestant, Setup, ratio  # noqa: E402
+
+NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text())
+NUMBERS = {"adversarial": "x_ours", "growth": "median_ms", "memory": "held"}  # a column that every row must have; else x_copy
+
+pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def main(name: str, folder: Path, *options: str) -> int:
+    module = importlib.import_module(f"benchmarks.{name}")
+    return module.main(["--quick", "--threads", "1", "--out", str(folder), *options])
+
+
+def numbers(x: object) -> Iterator[float]:
+    if isinstance(x, dict | list):
+        for value in x.values() if isinstance(x, dict) else x:
+            yield from numbers(value)
+    elif isinstance(x, int | float):
+        yield x
+
+
+def test_every_op_has_a_benchmark() -> None:
+    assert {"adversarial", "growth", "memory", "step"} < set(NAMES)
+    assert {name for name in NAMES if name.startswith("bench_")} == {
+        "bench_" + path.stem.removeprefix("test_")
+        for path in (ROOT / "tests").glob("test_*.py")
+        if path.stem.removeprefix("test_") in ("topk", "nm", "perturb", "restore", "sgd", "adam", "norm")
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_benchmark_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(name, tmp_path) == run.OK, capsys.readouterr().out
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    cases = list(importlib.import_module(f"benchmarks.{name}").cases())
+    assert [result["case"] for result in record["results"]] == [case.name for case in cases]
+    assert record["quick"] is True and record["red"] == []
+    assert {"torch", "numpy", "compiler", "SIMD level", "CPU", "threads"} <= record["environment"].keys()
+    for result in record["results"]:
+        assert result["rows"], result["case"]
+        for row in result["rows"]:
+            assert NUMBERS.get(name, "x_copy") in row, (result["case"], row)
+    found = list(numbers(record))
+    assert found and all(math.isfinite(x) for x in found)
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert all(case.name in printed for case in cases)
+
+
+def test_red_check_prints_no_number(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.grad_norm
+    monkeypatch.setattr(ops, "grad_norm", lambda grads: right(grads).nextafter(torch.tensor(math.inf)))
+    assert main("bench_norm", tmp_path) == run.RED
+    record = json.loads((tmp_path / "bench_norm.json").read_text())
+    assert record["results"] == [] and len(record["red"]) == 3
+    assert "1 of 1 elements differ" in record["red"][0]["why"]
+    printed = capsys.readouterr().out
+    assert printed.count("RED, not measured") == 3
+    assert "median" not in printed and "GB/s" not in printed
+    assert not (tmp_path / "bench_norm.png").exists()
+
+
+def test_red_check_of_one_case_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right on the small input and wrong on the one that is timed: one mask bit too many."""
+    right = ops.prune_topk_
+
+    def wrong(weights, masks, sets, k):
+        result = right(weights, masks, sets, k)
+        if sum(w.numel() for w in weights) > 10_000:
+            masks[-1][0] ^= 1
+        return result
+
+    monkeypatch.setattr(ops, "prune_topk_", wrong)
+    assert main("bench_topk", tmp_path, "--only", "BERT-base 90 %") == run.RED
+    record = json.loads((tmp_path / "bench_topk.json").read_text())
+    assert [result["case"] for result in record["results"]] == ["perturb_topk_ BERT-base 90 %"]
+    assert [red["case"] for red in record["red"]] == ["prune_topk_ BERT-base 90 %"]
+    assert "masks[" in record["red"][0]["why"]
+
+
+def test_a_backend_that_cannot_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    missing = [name for name in ("cuda", "triton") if why_missing(name) is not None]
+    if not missing:
+        pytest.skip("every backend runs here: run on a machine without a GPU")
+    for name in missing:
+        assert main("bench_norm", tmp_path, "--backend", name) == run.CANNOT_RUN
+        assert capsys.readouterr().out == f"bench_norm: backend {name} cannot run here: {why_missing(name)}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model, tensors, weights, prunable", [("ResNet-50", 161, 25_557_032, 54), ("BERT-base", 199, 109_482_240, 76)])
+def test_shapes(model: str, tensors: int, weights: int, prunable: int) -> None:
+    found = shapes.MODELS[model]()
+    assert len(found) == tensors
+    assert sum(math.prod(shape) for shape in found) == weights
+    assert sum(len(shape) > 1 for shape in found) == prunable
+
+
+def test_ranks_refuse_a_threshold_that_is_not_the_kth() -> None:
+    u = torch.tensor([3.0, -2.0, 2.0, 1.0])  # keys in descending order: 3, 2, 2, 1
+    key = int(torch.tensor(2.0).view(torch.int32))
+    for threshold, k, right in [(key, 1, False), (key, 2, True), (key, 3, True), (key, 4, False), (key - 1, 3, False), (key + 1, 2, False)]:
+        ranks = gate.Ranks(threshold)
+        ranks.keep(u)
+        if right:
+            ranks.check(k, "test")
+        else:
+            with pytest.raises(AssertionError, match="is not the"):
+                ranks.check(k, "test")
+
+
+def test_ratios_are_within_rounds() -> None:
+    """A machine that is ten times slower in one round slows both; the targets are bounds on the time over ours, per byte."""
+    assert ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == 2.0
+    contest = Contest([Contestant("ours", int), Contestant("half", int, bound=(1.5, math.inf), bytes=50)], 100, "bytes", 10)
+    times = {"ours": [1.0, 10.0], "half": [1.0, 10.0], "copy_": [0.5, 5.0]}
+    row = contest._row(contest.contestants[1], times, "copy_")
+    assert (row["x_ours"], row["x_copy"], row["met"], row["target"]) == (2.0, 4.0, True, ">= 1.5")
+
+
+def test_streaming_copy() -> None:
+    """Every alignment and split: the bytes arrive, and nothing beside them changes."""
+    from cram_kernels import _native
+
+    for size in (0, 1, 63, 64, 65, 1000, 4099):
+        for shift in (0, 1, 17):
+            for threads in (1, 2, 3):
+                source = torch.randint(0, 256, (size + 8,), dtype=torch.uint8)
+                target = torch.full((size + 200,), 7, dtype=torch.uint8)
+                expected = target.clone()
+                expected[50 + shift : 50 + shift + size] = source[3 : 3 + size]
+                _native.host.streaming_copy(target.data_ptr() + 50 + shift, source.data_ptr() + 3, size, threads)
+                assert torch.equal(target, expected), (size, shift, threads)
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        _native.host.streaming_copy(target.data_ptr(), source.data_ptr(), 1, 0)
+
+
+def test_memory_in_a_process_of_its_own() -> None:
+    found = memory.Memory("90 %", "fp32", Setup(quick=True)).measure("cram_kernels")
+    assert found.keys() == {"between", "held", "peak"}
+    assert found["held"] > found["between"] > 0
+
+
+def test_setup_names_the_device() -> None:
+    assert [Setup(backend).device for backend in ("cpu", "cuda", "triton")] == ["cpu", "cuda", "cuda"]
