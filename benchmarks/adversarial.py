@@ -18,13 +18,14 @@ GOOD = "normal"
 WORST = 4  # times slower than the good case, per byte
 STEPS = 100  # perturbs with fresh gradients, whose failed guesses are counted
 SQUARES: list[Shape] = [(1024, 1024)] * 16
+SMALL: list[Shape] = [(4, 4)] * 100
 SHAPES: dict[str, list[Shape]] = {
     GOOD: SQUARES,
     "all equal": SQUARES,
     "two values": SQUARES,
     "sorted": SQUARES,
     "a million times larger numbers in one tensor": SQUARES,
-    "a million times more numbers in one tensor": [(4, 4)] * 100 + [(4096, 4096)] + [(4, 4)] * 100,
+    "a million times more numbers in one tensor": [*SMALL, (4096, 4096), *SMALL],
     "rows of very different scale": [(16384, 1024)],
 }
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from .inputs import OpRun
 from .measure import Contest, Contestant, Setup
 from .shapes import MODELS, Shape
 
-OPTIONS = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def sgd_run(shapes: list[Shape], dtype: str, setup: Setup, masters: bool = False) -> OpRun:

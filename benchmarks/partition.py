@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def features_above_avx2() -> str:
     """What this numpy uses beyond AVX2, as NPY_DISABLE_CPU_FEATURES wants it: on some CPUs its AVX-512 partition is the slower one."""
-    from numpy._core import _multiarray_umath as umath
+    from numpy._core import _multiarray_umath as umath  # type: ignore[attr-defined]
 
     return " ".join(f for f in umath.__cpu_dispatch__ if (f == "X86_V4" or f.startswith("AVX512")) and umath.__cpu_features__.get(f))
 
@@ -38,7 +38,7 @@ class Partition:
 
     def ask(self, request: str) -> str:
         print(request, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline().strip()
+        answer = self.process.stdout.readline().strip()  # type: ignore[union-attr]
         if not answer:
             raise RuntimeError(f"numpy.partition: the child process ended with status {self.process.wait()}")
         return answer

@@ -20,14 +20,14 @@ from .eager import Eager
 from .inputs import RHO
 from .measure import Contest, Contestant, Setup
 
-BASES: dict[str, tuple[Any, dict[str, float]]] = {
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 1e-2}),
 }
 BYTES = {"SGD": 16.125 + 24.125, "AdamW": 16.125 + 32.125}  # a weight, fp32: of perturb and of update
 PATTERNS = (TopK(0.5), TopK(0.9), NM(2, 4))
 # The least time over ours, issue by issue: (pattern, contestant). torch's fused step may take 1 / 2.2 of ours.
-BOUNDS = {
+BOUNDS: dict[tuple[Pattern, str], tuple[float, float]] = {
     (TopK(0.5), "published"): (80, math.inf),
     (TopK(0.9), "published"): (40, math.inf),
     (TopK(0.5), "eager torch"): (8, math.inf),
@@ -131,7 +131,8 @@ def same_weights(name: str, ours: Step, other: Step, start: list[Tensor], patter
     """After one step from the same weights: perturbed weights and masks are equal to the bit, so the update differs in roundings only, by 4
     units in the last place of each term. The published N:M lets groups straddle kernel positions where m does not divide the input
     channels: these tensors are not compared."""
-    ours(), other()
+    ours()
+    other()
     eps = torch.finfo(torch.float32).eps
     for i, (a, b, w) in enumerate(zip(ours.params, other.params, start, strict=True)):
         if name == "published" and isinstance(pattern, NM) and w.dim() > 1 and pattern.why_dense(w.shape) is not None:

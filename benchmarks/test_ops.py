@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import bench_adam, bench_nm, bench_norm, bench_perturb, bench_restore, bench_sgd, bench_topk
-from benchmarks.measure import Setup
+from benchmarks.measure import Contest, Setup
 from benchmarks.run import Case
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'cram_kernels[dev]'")
@@ -15,6 +15,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_op(benchmark, case: Case) -> None:
     contest = case.build(Setup())
+    assert isinstance(contest, Contest)
     contest.check()
     ours = contest.contestants[0]
 
