@@ -18,7 +18,7 @@ def _load_cpu() -> str | None:
     library = _FOLDER / "libcram_kernels_cpu.so"
     if not library.exists():
         if (_FOLDER.parent / "setup.py").exists():
-            return f"{_FOLDER} is a source folder without its native library: `pip install -e .` builds it there, or run from another folder"
+            return f"{_FOLDER} is a source folder without its native library: `pip install -e .` builds it, or run from elsewhere"
         return f"the native library {library} was not built: run `pip install .` with a C++ compiler"
     try:
         torch.ops.load_library(str(library))

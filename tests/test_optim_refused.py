@@ -109,3 +109,16 @@ def test_patterns_say_what_they_want() -> None:
             TopK(wrong)
     with pytest.raises(ValueError, match="NM: n and m must be ints"):
         NM(2.0, 4.0)
+
+
+def test_a_refused_perturb_says_why_and_leaves_the_optimizer_usable() -> None:
+    shared = torch.randn(4, 4)
+    a, b = nn.Parameter(shared), nn.Parameter(shared)
+    opt = CrAM([a, b], lr=0.1)
+    a.grad, b.grad = torch.ones(4, 4), torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match="perturb_topk_: params.* must not share memory"):
+        opt.perturb()
+    b.grad = None
+    opt.perturb()
+    opt.restore()
+    assert torch.equal(a, b)

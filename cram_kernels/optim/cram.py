@@ -190,7 +190,7 @@ class CrAM(Wrapper):
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             self.restore()
-            raise RuntimeError("CrAM: step() must not be called by a GradScaler (the first gradients were scaled): use bfloat16 autocast, or no scaler")
+            raise RuntimeError("CrAM: step() must not be called by a GradScaler, whose first gradients are scaled: use bfloat16 autocast")
         if closure is None:
             self._update()
             return None

@@ -11,7 +11,7 @@ std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> found = {&kernels_portable()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");  // and f16c: every CPU with AVX2 has it, not every clang the name
   if (avx2) found.push_back(&kernels_avx2());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
