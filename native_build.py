@@ -5,6 +5,7 @@ By hand: python native_build.py FOLDER [address | undefined | thread], --harness
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ISA_FLAGS = {
     "isa_portable": "",
     "isa_avx2": AVX2,
     "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-    " -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
+    " -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
 }
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
@@ -34,10 +35,11 @@ class BuildError(Exception):
 
 
 def torch_folder() -> Path | None:
-    """The folder of the installed torch, also from inside pip's isolated build environment; None where there is none."""
+    """The folder of the installed torch, also from inside pip's isolated build environment; None where it is not there, or before 2.10."""
     for place in map(Path, [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]):
-        if (place / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-            return place / "torch"
+        torch = place / "torch"
+        if (torch / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return torch if tuple(map(int, torch_version(torch).split(".")[:2])) >= (2, 10) else None
     return None
 
 
@@ -48,15 +50,29 @@ def torch_version(folder: Path) -> str:
 
 
 def compiler() -> str:
-    """$CXX, g++ or clang++.
+    """$CXX, or else g++ or clang++.
 
     Raises:
-        BuildError: none is installed.
+        BuildError: $CXX is not there, or none is installed.
     """
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
+    if cxx := os.environ.get("CXX"):
+        if shutil.which(cxx.split()[0]) is None:  # it may hold options
+            raise BuildError(f"CXX names no compiler that is installed: {cxx!r}")
+        return cxx
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
             return name
     raise BuildError("cram_kernels needs a C++17 compiler: install g++ (Debian and Ubuntu: `apt install g++`) or clang++, or set CXX")
+
+
+def option(flag: str, value: object) -> str:
+    """An option for the shell that ninja starts."""
+    return shlex.quote(f"{flag}{value}").replace("$", "$$")
+
+
+def escaped(path: object) -> str:
+    """A path as a build line of ninja wants it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class Ninja:
@@ -86,15 +102,16 @@ class Ninja:
         """An object file; `source` once."""
         out = f"{source.parent.name}_{source.stem}.o"
         self.lines += [
-            f"build {out}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}",
+            f"build {out}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}",
             f"  extra = {ISA_FLAGS.get(source.stem, '')} {extra}",
         ]
         return out
 
     def link(self, out: Path, objects: list[str], extra: str, after: str = "", rule: str = "link") -> str:
-        self.lines += [f"build {out}: {rule} {' '.join(objects)}{' | ' + after if after else ''}", f"  extra = {extra}"]
-        self.targets.append(str(out))
-        return str(out)
+        target = escaped(out)
+        self.lines += [f"build {target}: {rule} {' '.join(objects)}{' | ' + after if after else ''}", f"  extra = {extra}"]
+        self.targets.append(target)
+        return target
 
     def run(self, name: str) -> None:
         import ninja
@@ -136,26 +153,28 @@ def build(package: Path, sanitize: str = "") -> None:
     torch = torch_folder()
     if torch is None:
         raise BuildError("cram_kernels is built against the headers of torch >= 2.10: `pip install torch` first")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise BuildError("cram_kernels needs Python's headers: install them (Debian and Ubuntu: `apt install python3-dev`)")
     package.mkdir(parents=True, exist_ok=True)
-    version = subprocess.run([ninja.cxx, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    version = subprocess.run([*ninja.cxx.split(), "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
     facts = {
         "CRAM_COMPILER": version,
         "CRAM_TORCH_VERSION": torch_version(torch),
         "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in GPU_ARCHS) if cuda_sources() else "",
     }
-    defines = " ".join(f"'-D{name}=\"{value}\"'" for name, value in facts.items())
-    stable_abi = (
-        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch / 'include'} -isystem {torch / 'include/torch/csrc/api/include'}"
-    )
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    defines = " ".join(option(f"-D{name}=", f'"{value}"') for name, value in facts.items())
+    headers = [option("-isystem", torch / folder) for folder in ("include", "include/torch/csrc/api/include")]
+    stable_abi = " ".join(["-DTORCH_TARGET_VERSION=0x020a000000000000", *headers])
+    python = f"{option('-isystem', sysconfig.get_path('include'))} {option('-isystem', pybind11.get_include())}"
+    libtorch = f"{option('-L', torch / 'lib')} -ltorch -ltorch_cpu -lc10"
 
     objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]
-    library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared -L{torch / 'lib'} -ltorch -ltorch_cpu -lc10")
+    library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared {libtorch}")
     if device := [ninja.compile(source, stable_abi) for source in cuda_sources()]:
-        ninja.link(package / "libcram_kernels_cuda.so", device, f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10", rule="link_cuda")
+        ninja.link(package / "libcram_kernels_cuda.so", device, libtorch, rule="link_cuda")
     host = ninja.compile(CSRC / "host.cpp", f"{python} {defines}")
     module = package / ("_host" + sysconfig.get_config_var("EXT_SUFFIX"))
-    ninja.link(module, [host], f"-shared -L{package} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)
+    ninja.link(module, [host], f"-shared {option('-L', package)} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)
     ninja.run("native")
 
 

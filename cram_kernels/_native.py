@@ -24,7 +24,8 @@ def _load_cpu() -> str | None:
         torch.ops.load_library(str(library))
         host = _load_host()
     except (OSError, ImportError) as error:
-        return f"the native library {library} does not load: {error}"
+        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""  # torch hides what dlopen said
+        return f"the native library {library} does not load: {error}{cause}"
     return None
 
 

@@ -46,7 +46,7 @@ _reference = _Checked(reference)
 def why_missing(name: str) -> str | None:
     """None where the backend can run here, else the reason why not."""
     if name not in NAMES:
-        raise ValueError(f"backend: name must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"backend: the name ({ENVIRONMENT} or use_backend()) must be one of {', '.join(NAMES)}, got {name!r}")
     if (reason := _native.why_missing("cpu")) is not None:
         return reason  # every backend needs the op schemas and the checks of the native library
     if name == "cuda":
@@ -59,6 +59,11 @@ def why_missing(name: str) -> str | None:
 def available() -> dict[str, str | None]:
     """Every backend's name -> None where it can run here, else the reason why not."""
     return {name: why_missing(name) for name in NAMES}
+
+
+def chosen() -> str | None:
+    """The backend that was asked for; None: by device."""
+    return _chosen
 
 
 def use_backend(name: str | None) -> "_Override":
@@ -95,7 +100,7 @@ def _require(name: str) -> None:
 def name_for(device_type: str) -> str:
     """The backend that serves tensors on this kind of device."""
     if _chosen is not None:
-        if _chosen != "reference" and (_chosen == "cpu") != (device_type == "cpu"):
+        if _chosen in NAMES and _chosen != "reference" and (_chosen == "cpu") != (device_type == "cpu"):
             raise BackendUnavailable(f"backend {_chosen!r} was chosen ({ENVIRONMENT} or use_backend()), got tensors on {device_type!r}")
         return _chosen
     if device_type == "cpu":

@@ -3,6 +3,7 @@
 import argparse
 import platform
 import sys
+from typing import Any
 
 import torch
 
@@ -20,19 +21,39 @@ def info() -> str:
     ]
     for name, reason in backend.available().items():
         rows.append((f"backend {name}", "available" if reason is None else f"missing: {reason}"))
+    rows.append(("backend chosen", _chosen_backend()))
     if host is not None:
         rows += [
             ("compiler", host.compiler),
             ("built against torch", host.torch_built_with),
-            ("SIMD level", f"{host.simd_level()} (this CPU has {', '.join(host.simd_levels())})"),
+            ("SIMD level", _simd_level(host)),
             ("GPU archs built", host.gpu_archs or "none"),
         ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
+def _chosen_backend() -> str:
+    name = backend.chosen()
+    if name is None:
+        return f"by device ({backend.ENVIRONMENT} or use_backend() override)"
+    try:
+        missing = backend.why_missing(name)
+    except ValueError as error:
+        return f"none: {error}"
+    return f"{name} ({backend.ENVIRONMENT})" + (f", which is missing: {missing}" if missing else "")
+
+
+def _simd_level(host: Any) -> str:
+    try:
+        return f"{host.simd_level()} (this CPU has {', '.join(host.simd_levels())})"
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cram_kernels", description="CrAM kernels.")
+    parser.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
     parser.parse_args(argv)

@@ -2,12 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_unfit(param: Tensor) -> str | None:
     """None where the ops can work on the parameter, else what is wrong, as "must ..., got ..."."""
+    if is_lazy(param):
+        return "must have its shape: run the model once before making the optimizer, got an uninitialized one of a lazy module"
     if param.layout is not torch.strided:
         return f"must be dense (no holes, no overlap), got layout {param.layout}"
     if param.is_meta:

@@ -135,7 +135,8 @@ void Check::dense(const std::string& what, const Tensor& t) {
 void Check::remember(const char* name, int64_t index, const Tensor& t, bool written) {
   if (t.numel() == 0) return;
   const ScalarType dtype = t.scalar_type();
-  const int64_t size = dtype == ScalarType::Byte ? 1 : dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2 : 4;
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const int64_t size = dtype == ScalarType::Byte ? 1 : half ? 2 : dtype == ScalarType::Long ? 8 : 4;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   extents_.push_back({begin, begin + t.numel() * size, name, index, written});
 }
@@ -214,8 +215,7 @@ void Check::steps(std::vector<Item>& items, const Tensors& steps) {
   require(steps.size() == items.size(), "steps", "have one tensor a parameter (" + std::to_string(items.size()) + ")",
           std::to_string(steps.size()));
   for (size_t i = 0; i < steps.size(); ++i) {
-    items[i].step = static_cast<float*>(scalar("steps", steps[i], "float32"));
-    remember("steps", i, steps[i], true);
+    items[i].step = static_cast<float*>(scalar("steps", steps[i], "float32", true, i));
   }
 }
 
@@ -224,6 +224,7 @@ void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k
   require(k.scalar_type() == ScalarType::Long, "k", "be int64", show(k.scalar_type()));
   require(k.dim() == 1 && k.is_contiguous(), "k", "be contiguous of shape [number of selection sets]", show(k.sizes()));
   on_device("k", k);
+  remember("k", -1, k, false);
   require(sets.size() == items.size(), "sets", "have one entry a tensor (" + std::to_string(items.size()) + ")", std::to_string(sets.size()));
   for (size_t i = 0; i < sets.size(); ++i) {
     require(sets[i] >= -1 && sets[i] < k.numel(), entry("sets", i), "be in [-1, " + std::to_string(k.numel()) + ")", std::to_string(sets[i]));
@@ -244,11 +245,13 @@ void Check::nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64
   }
 }
 
-void* Check::scalar(const char* name, const Tensor& t, const char* dtype) {
-  strided(name, t);
-  require(show(t.scalar_type()) == dtype, name, std::string("be ") + dtype, show(t.scalar_type()));
-  require(t.numel() == 1, name, "have one element", "shape " + show(t.sizes()));
-  on_device(name, t);
+void* Check::scalar(const char* name, const Tensor& t, const char* dtype, bool written, int64_t index) {
+  const std::string what = entry(name, index);
+  strided(what, t);
+  require(show(t.scalar_type()) == dtype, what, std::string("be ") + dtype, show(t.scalar_type()));
+  require(t.numel() == 1, what, "have one element", "shape " + show(t.sizes()));
+  on_device(what, t);
+  remember(name, index, t, written);
   return t.data_ptr();
 }
 
@@ -258,6 +261,7 @@ void Check::per_item(const char* name, const Tensor& t, size_t items) {
   require(t.dim() == 0 || (t.dim() == 1 && static_cast<size_t>(t.numel()) == items && t.is_contiguous()), name,
           "have shape [] or [" + std::to_string(items) + "]", show(t.sizes()));
   on_device(name, t);
+  remember(name, -1, t, false);
 }
 
 std::vector<Item> Check::perturb(const PerturbArguments& a, bool masks_written) {
@@ -273,10 +277,10 @@ std::vector<Item> Check::perturb(const PerturbArguments& a, bool masks_written) 
     require(items[i].grad != nullptr, entry("grads", i), "be there", "a tensor with 0 elements");
     require(items[i].saved != nullptr || items[i].master != nullptr, entry("saved", i), "be there (or a master weight)", "neither");
   }
-  scalar("perturbed", a.perturbed, "int32");
+  scalar("perturbed", a.perturbed, "int32", true);
   per_item("rho", a.rho, items.size());
-  scalar("inv_scale", a.inv_scale);
-  scalar("found_inf", a.found_inf);
+  scalar("inv_scale", a.inv_scale, false);
+  scalar("found_inf", a.found_inf, true);
   return items;
 }
 
@@ -287,10 +291,10 @@ std::vector<Item> Check::update(const UpdateArguments& a, bool grads_written, bo
   attach(items, "first_grads", a.first_grads, false, own_dtype, [](Item& item, void* p) { item.first_grad = p; });
   masks(items, a.masks, false);
   masters(items, a.masters, masters_written);
-  scalar("perturbed", a.perturbed, "int32");
-  scalar("inv_scale", a.inv_scale);
-  scalar("first_inv_scale", a.first_inv_scale);
-  scalar("found_inf", a.found_inf);
+  scalar("perturbed", a.perturbed, "int32", true);
+  scalar("inv_scale", a.inv_scale, false);
+  scalar("first_inv_scale", a.first_inv_scale, false);
+  scalar("found_inf", a.found_inf, false);
   return items;
 }
 

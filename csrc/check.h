@@ -50,8 +50,10 @@ class Check {
   void nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m);
 
   // One element of `dtype` on the device of the list.
-  void* scalar(const char* name, const Tensor& t, const char* dtype);
-  void* scalar(const char* name, const MaybeTensor& t) { return t.has_value() ? scalar(name, *t, "float32") : nullptr; }
+  void* scalar(const char* name, const Tensor& t, const char* dtype, bool written, int64_t index = -1);
+  void* scalar(const char* name, const MaybeTensor& t, bool written) {
+    return t.has_value() ? scalar(name, *t, "float32", written) : nullptr;
+  }
   // float32, [] or [items].
   void per_item(const char* name, const Tensor& t, size_t items);
   template <class T>

@@ -151,6 +151,23 @@ def test_tied_and_overlapping_tensors(op: str) -> None:
         assert_refused(op, "s", arguments | {"saved": replaced(arguments["saved"], 0, tensors[0])})
 
 
+@pytest.mark.parametrize("op", [op for op in SAMPLES if op.endswith("_")])
+def test_scalars_that_share_memory_with_what_is_written(op: str) -> None:
+    """A perturbed weight would change rho, k or the scale halfway; a flag would be a weight."""
+    arguments = SAMPLES[op]()
+    main = next(name for name in MAIN if name in arguments)
+    scalars = {name for name, value in arguments.items() if isinstance(value, Tensor)}
+    assert scalars or op == "prune_nm_"
+    place = [t.dtype for t in arguments[main]].index(torch.float32)
+    weight = arguments[main][place]
+    for name in scalars:
+        value = arguments[name]
+        shared = torch.empty(2 * weight.numel(), dtype=torch.int64)  # room for either, and aligned for both
+        tied = shared.view(torch.float32)[: weight.numel()].as_strided(weight.shape, weight.stride()).copy_(weight)
+        scalar = shared.view(value.dtype)[: value.numel()].view_as(value).copy_(value)
+        assert_refused(op, "share memory", arguments | {name: scalar, main: replaced(arguments[main], place, tied)})
+
+
 @pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_"])
 def test_what_a_perturbation_needs(op: str) -> None:
     arguments = SAMPLES[op]()

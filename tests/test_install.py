@@ -1,12 +1,14 @@
 """What a user meets before the first step: the import, `info`, the choice of a backend, and what is said where something is missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import BACKENDS
 
 from cram_kernels import BackendUnavailable, cli, ops, use_backend
 from cram_kernels.backend import available
@@ -19,11 +21,24 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_runs_here(name: str) -> None:
+    """One skip that stands for every op test of a backend that cannot run on this machine."""
+    if (reason := available()[name]) is not None:
+        assert name != "cpu", reason
+        pytest.skip(f"no op test was run on backend {name}: {reason}")
+    weights = torch.arange(1.0, 9.0, device=BACKENDS[name])
+    with use_backend(name):
+        ops.prune_topk_([weights], [], [0], torch.tensor([5], device=weights.device))  # the fifth goes, too
+    assert weights.tolist() == [0, 0, 0, 0, 5, 6, 7, 8]
+
+
 def test_info_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert facts["torch"].strip().startswith(torch.__version__)
     assert facts["backend cpu"].strip() == "available"
+    assert facts["backend chosen"].strip().startswith("by device")
     for name in ("cuda", "triton"):
         assert (facts[f"backend {name}"].strip() == "available") == (available()[name] is None)
     assert any(name in facts["compiler"] for name in ("g++", "clang", "GCC", "gcc"))
@@ -58,7 +73,7 @@ def test_a_missing_backend_is_refused_with_its_reason() -> None:
         with pytest.raises(BackendUnavailable, match=f"backend '{name}' cannot run here") as error:
             use_backend(name)
         assert reason in str(error.value)
-    with pytest.raises(ValueError, match="name must be one of cpu, cuda, triton, reference, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"name .* must be one of cpu, cuda, triton, reference, got 'gpu'"):
         use_backend("gpu")
 
 
@@ -85,6 +100,41 @@ def test_no_compiler_is_one_sentence() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build; native_build.compiler()"
     result = python(code, PATH="/nowhere", CXX="")
     assert "needs a C++17 compiler: install g++" in result.stderr.splitlines()[-1]
+
+
+def test_info_survives_bad_settings() -> None:
+    code = "from cram_kernels import cli; cli.main(['info'])"
+    result = python(code, CRAM_KERNELS_SIMD="avx1024", CRAM_KERNELS_BACKEND="gpu")
+    assert result.returncode == 0, result.stderr
+    assert "none: backend: the name (CRAM_KERNELS_BACKEND or use_backend()) must be one of cpu" in result.stdout
+    assert "must be one that this CPU has (portable" in result.stdout
+    used = python(ADD, CRAM_KERNELS_BACKEND="gpu")
+    assert "must be one of cpu, cuda, triton, reference, got 'gpu'" in used.stderr.splitlines()[-1]
+
+
+def test_a_compiler_that_is_not_there_is_no_other(tmp_path: Path) -> None:
+    if not (ROOT / "native_build.py").exists():
+        pytest.skip("not run from a source checkout")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build; native_build.compiler()"
+    assert "CXX names no compiler that is installed: '/nowhere/g++'" in python(code, CXX="/nowhere/g++").stderr.splitlines()[-1]
+
+
+def test_builds_in_a_folder_with_spaces(tmp_path: Path) -> None:
+    """The kernels at the portable level, without torch, in a checkout whose path has what ninja and the shell take apart."""
+    if not (ROOT / "native_build.py").exists():
+        pytest.skip("not run from a source checkout")
+    checkout = tmp_path / "a $b: c'd"
+    shutil.copytree(ROOT / "csrc", checkout / "csrc")
+    (checkout / "tests" / "native").mkdir(parents=True)
+    (checkout / "tests" / "native" / "harness.cpp").write_text('#include "../../csrc/cpu/simd.h"\nint main() { return 0; }\n')
+    shutil.copy(ROOT / "native_build.py", checkout)
+    code = (
+        f"import sys; sys.path.insert(0, {str(checkout)!r}); import native_build as n; from pathlib import Path; n.TORCH_FREE = (); "
+        f"n.build_harness(Path({str(checkout / 'out')!r}))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (checkout / "out" / "harness").exists()
 
 
 def test_run_time_needs_only_torch() -> None:

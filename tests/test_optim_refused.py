@@ -72,13 +72,36 @@ def test_bad_group_options_are_refused():
 
 
 def test_overlapping_storage_is_refused():
-    """Two parameters over one storage would be perturbed twice; the same parameter twice is torch's own error."""
-    store = torch.ones(4, 8)
-    params = [nn.Parameter(store), nn.Parameter(store)]
-    set_gradients(params, [torch.ones(4, 8)] * 2)
-    with pytest.raises((RuntimeError, ValueError)):
-        CrAM(params, lr=0.1).perturb()
-    assert torch.equal(store, torch.ones(4, 8))
+    """Two parameters over one storage would be perturbed twice; the same parameter twice is torch's own error. Neighbours are fine."""
+    store = torch.ones(3, 8)
+    whole, first, last = (nn.Parameter(t) for t in (store, store[:1], store[2:]))
+    with pytest.raises(ValueError, match="parameter 0 of group 0 must have memory of its own, got some that parameter 0 of group 1 has"):
+        CrAM([{"params": [last]}, {"params": [whole]}], lr=0.1)
+    optimizer = CrAM([first, last], lr=0.1)
+    with pytest.raises(ValueError, match="must have memory of its own"):
+        optimizer.add_param_group({"params": [whole]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_an_uninitialized_parameter_is_refused():
+    with pytest.raises(ValueError, match="run the model once before making the optimizer"):
+        CrAM(nn.LazyLinear(4).parameters(), lr=0.1)
+
+
+def test_a_forgotten_backward_is_said():
+    """Nothing would happen, or no second pass: the run would go on for hours without CrAM."""
+    model = nn.Linear(8, 8)
+    optimizer = CrAM(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"perturb\(\) perturbs nothing"):
+        optimizer.perturb()
+    optimizer.restore()
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.perturb()
+    with pytest.warns(UserWarning, match="no parameter has a second gradient"):
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"perturb\(\) perturbs nothing"):
+        optimizer.step(lambda: model(torch.ones(1, 8)).sum())
+    optimizer.step()  # the plain step of torch.optim says nothing either
 
 
 def test_a_grad_scaler_is_refused_and_the_weights_are_back() -> None:
@@ -113,10 +136,11 @@ def test_patterns_say_what_they_want() -> None:
 
 def test_a_refused_perturb_says_why_and_leaves_the_optimizer_usable() -> None:
     shared = torch.randn(4, 4)
-    a, b = nn.Parameter(shared), nn.Parameter(shared)
+    a, b = nn.Parameter(shared), nn.Parameter(torch.randn(4, 4))
     opt = CrAM([a, b], lr=0.1)
+    b.data = a.data  # behind the constructor's back
     a.grad, b.grad = torch.ones(4, 4), torch.ones(4, 4)
-    with pytest.raises(RuntimeError, match="perturb_topk_: params.* must not share memory"):
+    with pytest.raises(RuntimeError, match=r"perturb_topk_: params.* must not share memory"):
         opt.perturb()
     b.grad = None
     opt.perturb()

@@ -11,7 +11,7 @@ from optim_cases import assert_same_bits, backward, batches, clones, network, ra
 from torch import nn
 from torch.optim import lr_scheduler
 
-from cram_kernels import CrAM, TopK
+from cram_kernels import CrAM, TopK, TopkCrAM
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 MULTI = [TopK(0.5), TopK(0.7), TopK(0.9)]
@@ -33,6 +33,7 @@ def step(optimizer: CrAM, model: nn.Module, batch) -> None:
 def test_is_an_optimizer_and_prints_itself():
     optimizer = CrAM(network().parameters(), compression=MULTI, **SGD)
     assert isinstance(optimizer, torch.optim.Optimizer)
+    assert "SGD" in repr(optimizer) and "TopK(sparsity=0.7" in repr(optimizer)
     assert "CrAM" in repr(optimizer) and "rho" in repr(optimizer) and "momentum" in repr(optimizer)
 
 
@@ -103,6 +104,58 @@ def test_step_hooks_of_an_instance_run_too():
     base.register_step_post_hook(lambda *_: calls.append("base"))
     step(CrAM(base, compression=MULTI), model, next(batches(1)))
     assert calls == ["base"]
+
+
+def test_step_hooks_of_a_fused_instance_run_and_see_the_combined_gradient():
+    model, other = network(), network()
+    seen = []
+    base = torch.optim.SGD(model.parameters(), lr=0.5)
+    base.register_step_pre_hook(lambda optimizer, *_: seen.extend(p.grad for p in model.parameters()))
+    optimizer, judge = CrAM(base, compression=MULTI), CrAM(other.parameters(), compression=MULTI, lr=0.5)
+    before = clones(list(model.parameters()))
+    for opt, net in ((optimizer, model), (judge, other)):
+        step(opt, net, next(batches(1)))
+    assert_same_bits(weights(model), weights(other))
+    for w, g, p in zip(before, seen, model.parameters(), strict=True):
+        assert torch.equal(w - 0.5 * g, p.detach())
+
+
+@pytest.mark.parametrize("halves", ["first_step", "perturb"])
+def test_a_scheduler_over_the_base_or_a_published_name_hears_of_every_step(halves):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = network()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = lr_scheduler.StepLR(base, 1)
+        optimizer = CrAM(base, compression=MULTI)
+        step(optimizer, model, next(batches(1)))
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+        sam = TopkCrAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        scheduler = lr_scheduler.StepLR(sam, 1)
+        backward(model, next(batches(1)))
+        getattr(sam, halves)()
+        backward(model, next(batches(1)))
+        sam.second_step()
+        scheduler.step()
+
+
+def test_a_compiled_step_equals_an_eager_one():
+    """torch.compile of the whole training step: the optimizer breaks the graph, as torch.optim's fused ones may, and is right."""
+    model, other = network(), network()
+    compiled, eager = (CrAM(m.parameters(), compression=MULTI, **SGD) for m in (model, other))
+
+    @torch.compile(backend="eager")
+    def train(batch):
+        backward(model, batch)
+        compiled.perturb()
+        backward(model, batch)
+        compiled.step()
+
+    for batch in batches(3):
+        train(batch)
+        step(eager, other, batch)
+    assert_same_bits(weights(model), weights(other))
 
 
 def test_gradient_hooks_see_both_passes():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
 from typing import Any, NamedTuple
+from warnings import warn
 
 import torch
 from torch import Size, nn
@@ -17,10 +18,11 @@ from .levels import COUNTERS, count, draw, first_counters, uses
 from .perturb import Perturbation, perturb_
 from .scalars import Scalars
 from .selection import Selection
-from .update import update_of
+from .update import update_
 from .wrapper import Wrapper, base_of
 
 MASKS = "cram_masks"  # their key in a state_dict, beside torch's "state" and "param_groups"
+COMPRESSION = (TopK(0.5), TopK(0.7), TopK(0.9))
 
 
 class Coverage(NamedTuple):
@@ -83,7 +85,7 @@ class CrAM(Wrapper):
         params: Any = None,
         base_optimizer: Callable[..., Optimizer] | Optimizer = torch.optim.SGD,
         *,
-        compression: Sequence[Pattern] | Pattern | None = (TopK(0.5), TopK(0.7), TopK(0.9)),
+        compression: Sequence[Pattern] | Pattern | None = COMPRESSION,
         rho: float = 0.05,
         plus: bool = True,
         sparse_grad: bool = True,
@@ -115,10 +117,15 @@ class CrAM(Wrapper):
 
     def _link(self) -> None:
         super()._link()
-        self._apply_update, self._scalars = update_of(self.base_optimizer), Scalars()
+        self._scalars = Scalars()
         self._read_names()
         self.last: Perturbation | None = None  # what the last perturb() did
         self._arena.drop_masks()
+
+    def __repr__(self) -> str:
+        facts = f"{type(self.base_optimizer).__name__}, compression={list(self.compression)}, normalize_grad={self.normalize_grad}, "
+        facts += f"mask_period={self.mask_period}, exclude={list(self.exclude)}"
+        return super().__repr__().replace(f"{type(self).__name__} (", f"{type(self).__name__} around {facts} (", 1)
 
     def _read_names(self) -> None:
         self._selections: dict[Pattern | None, tuple[list[tuple[bool, int]], Selection]] = {}
@@ -126,9 +133,11 @@ class CrAM(Wrapper):
 
     # --- a step ---
 
+    @torch._disable_dynamo  # the public name would import dynamo with the package
     @torch.no_grad()
     def perturb(self) -> None:
-        """Move the weights uphill and prune them; the gradients are taken away (p.grad = None). An open step is given up first.
+        """Move the weights uphill and prune them; the gradients are taken away (p.grad = None). An open step is given up first. Warns where
+        no parameter has a gradient.
 
         Raises:
             RuntimeError: a gradient is sparse; TopK ranks weights of several devices together. Nothing was changed.
@@ -138,6 +147,8 @@ class CrAM(Wrapper):
         check_options(groups)
         level = draw(groups, len(patterns)) if patterns else None
         slots = [s for s in self._arena.of(groups) if s.has_gradient()]
+        if not slots:
+            warn("CrAM: no parameter has a gradient, so perturb() perturbs nothing: was backward() called before it?", stacklevel=1)
         selection = self._selection(None if level is None else patterns[level], slots)
         place = level if self.mask_period > 1 else None
         reuse = (
@@ -155,6 +166,7 @@ class CrAM(Wrapper):
             self.restore()
             raise
 
+    @torch._disable_dynamo  # the public name would import dynamo with the package
     def restore(self) -> None:
         """Bring the weights back, to the bit, and give the open step up, if there is one."""
         self._arena.restore()
@@ -164,17 +176,14 @@ class CrAM(Wrapper):
     def perturbed(self) -> Iterator[None]:
         """`perturb()`, and at the end of the block the weights are back; `step()` follows. If the block raises, the step is given up and
         its gradients are released."""
-        try:
+        with self._released_on_error():
             self.perturb()
             yield
-        except BaseException:
-            self.restore()
-            self.zero_grad()
-            raise
         self._arena.restore()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Complete the step that `perturb()` began; without one, the plain step of the base optimizer. Afterwards all gradients are None.
+        Warns where it completes a step and no parameter has a second gradient.
 
         Args:
             closure: computes the loss, calls backward, returns the loss. For a whole step it is run twice, at the clean and at the
@@ -186,27 +195,40 @@ class CrAM(Wrapper):
         Raises:
             RuntimeError: a GradScaler calls it; the weights are the clean ones, nothing is updated.
         """
+        self._refuse_scaler()
+        if closure is None:
+            self._update()
+            return None
+        self.restore()
+        with self._released_on_error():
+            with torch.enable_grad():
+                loss = closure()
+            self._second_half(closure)
+        return loss
+
+    def _refuse_scaler(self) -> None:
         if {"grad_scale", "found_inf"} & set(self.__dict__):  # set by a GradScaler
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             self.restore()
             raise RuntimeError("CrAM: step() must not be called by a GradScaler, whose first gradients are scaled: use bfloat16 autocast")
-        if closure is None:
-            self._update()
-            return None
-        self.restore()
+
+    def _second_half(self, closure: Callable[[], Any]) -> None:
+        """The step, from the gradients at the clean weights on."""
+        self.perturb()
+        with torch.enable_grad():
+            closure()
+        self._update()
+
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        """If the block raises, the step is given up and its gradients are released: nobody else has seen them."""
         try:
-            with torch.enable_grad():
-                loss = closure()
-            self.perturb()
-            with torch.enable_grad():
-                closure()
-            self._update()
+            yield
         except BaseException:
             self.restore()
             self.zero_grad()
             raise
-        return loss
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`perturb()`, under the name that SAM implementations use."""
@@ -218,16 +240,20 @@ class CrAM(Wrapper):
         """`step()`, under the name that SAM implementations use. (It releases the gradients anyway.)"""
         self.step()
 
+    @torch._disable_dynamo  # the public name would import dynamo with the package
     @torch.no_grad()
     def _update(self) -> None:
         arena = self._arena
         try:
             check_options(self.param_groups)
             slots = arena.of(self.param_groups)
-            active = [s for s in slots if s.has_gradient() or s.first is not s.nothing]
+            second = [s for s in slots if s.has_gradient()]
+            if arena.begun and not second:
+                warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?", stacklevel=1)
+            active = [s for s in slots if s.grad is not s.nothing or s.first is not s.nothing]
             if not set(active).issuperset(arena.begun or ()):
                 arena.restore()  # all of them, here: those without a gradient take no part in the update
-            self._apply_update(self.base_optimizer, arena, active, self._scalars)
+            update_(self.base_optimizer, arena, active, self._scalars)
         except BaseException:
             self.restore()
             raise
@@ -277,7 +303,7 @@ class CrAM(Wrapper):
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
         check_options([group])
-        check_params(group, index)
+        check_params(self.param_groups, index)
         excluded(group, self.exclude)
 
     # --- the model ---

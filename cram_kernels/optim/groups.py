@@ -2,6 +2,7 @@
 
 import math
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -20,14 +21,23 @@ def check_options(groups: list[dict[str, Any]]) -> None:
             raise ValueError("CrAM: differentiable must be False, got True: the ops have no backward")
 
 
-def check_params(group: dict[str, Any], index: int) -> None:
-    """Raise ValueError where a parameter cannot be worked with; those that are frozen may be anything."""
-    params = group["params"]
+def check_params(groups: list[dict[str, Any]], index: int) -> None:
+    """Raise ValueError where a parameter of this group cannot be worked with; those that are frozen may be anything."""
+    params = groups[index]["params"]
     if len(set(map(id, params))) < len(params):
         raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
     for i, p in enumerate(params):
         if p.requires_grad and (wrong := why_unfit(p)) is not None:
             raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
+    extents = []
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            if p.requires_grad and p.numel() > 0 and p.data_ptr() != 0:  # 0: memory that torch does not address, or freed for a while
+                extents.append((str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, f"parameter {i} of group {g}"))
+    extents.sort()
+    for (device, _, end, one), (next_device, begin, _, other) in pairwise(extents):
+        if device == next_device and begin < end:
+            raise ValueError(f"CrAM: {other} must have memory of its own, got some that {one} has too: tie modules by one Parameter")
 
 
 def excluded(group: dict[str, Any], globs: tuple[str, ...]) -> list[tuple[Tensor, str]]:

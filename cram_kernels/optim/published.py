@@ -26,29 +26,23 @@ class SAM(CrAM):
         super().__init__(params, base_optimizer, **{"compression": None, "rho": rho, "plus": False, "normalize_grad": True, **kwargs})
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One whole step; the gradients at the clean weights must be there.
+        """One whole step; the gradients at the clean weights must be there. Without a closure, the second half that follows `first_step()`.
 
         Args:
             closure: computes the gradients anew, at the perturbed weights.
 
         Raises:
-            ValueError: no closure.
+            ValueError: no closure, and no step that `first_step()` began.
+            RuntimeError: as `CrAM.step`.
         """
-        if closure is None:
+        self._refuse_scaler()
+        if closure is not None:
+            with self._released_on_error():
+                self._second_half(closure)
+        elif self._arena.begun is None:
             raise ValueError(f"{type(self).__name__}.step: closure must be given, got None; or call first_step() and second_step()")
-        self.perturb()
-        try:
-            with torch.enable_grad():
-                closure()
+        else:
             self._update()
-        except BaseException:
-            self.restore()
-            self.zero_grad()
-            raise
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Back to the clean weights, and the update. (It releases the gradients anyway.)"""
-        self._update()
 
     def update_state_dict(self) -> None:
         """Nothing to do: the state of the base optimizer is ours."""

@@ -5,8 +5,6 @@ Torch's flags for how to run (`foreach`, `fused`) choose among its own implement
 step counter on the device.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -16,13 +14,15 @@ from .arena import Arena, Slot, by_device
 from .scalars import Scalars, per_tensor
 
 Tensors = list[Tensor]
-Update = Callable[[Optimizer, Arena, list[Slot], Scalars], None]
 
 
-def update_of(base: Optimizer) -> Update:
-    """How to update with this base optimizer. A subclass may do anything in its step(), hence only the very classes are fused."""
-    updates: dict[type, Update] = {SGD: sgd_, Adam: adam_, AdamW: adam_}
-    return updates.get(type(base), any_other_)
+def update_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+    """One step of the base. A subclass may do anything in its step(), and step hooks of its own want to see the combined gradient: both
+    take their own step."""
+    fused = {SGD: sgd_, Adam: adam_, AdamW: adam_}.get(type(base), any_other_)
+    hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    (any_other_ if hooked else fused)(base, arena, slots, scalars)
+    base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for
 
 
 def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:

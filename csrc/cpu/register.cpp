@@ -324,7 +324,7 @@ void restore_adam_cpu(CRAM_ADAM_ARGUMENTS) {
 std::vector<Item> norm_items(const Tensors& grads, const MaybeTensor& inv_scale) {
   Check check("grad_norm");
   std::vector<Item> items = check.list("grads", grads, false);
-  check.scalar("inv_scale", inv_scale);
+  check.scalar("inv_scale", inv_scale, false);
   for (Item& item : items) item.grad = item.param;
   return items;
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <new>
 
 #include "../perturb.h"
 #include "drivers.h"
@@ -199,8 +200,9 @@ class CandidateList {
     free(offsets_);
   }
 
-  // Room for `count` more; false where there is no memory.
-  bool reserve(int64_t count) {
+  // Room for `count` more in one record; false where there is no memory.
+  bool reserve(int64_t count) try {
+    if (records_.size() == records_.capacity()) records_.reserve(2 * records_.capacity() + 64);
     if (size_ + count <= capacity_) return true;
     const int64_t capacity = std::max(2 * capacity_, size_ + count);
     void* bits = realloc(bits_, capacity * sizeof(int32_t));
@@ -210,6 +212,8 @@ class CandidateList {
     offsets_ = static_cast<uint16_t*>(offsets);
     capacity_ = capacity;
     return true;
+  } catch (const std::bad_alloc&) {
+    return false;
   }
 
   Candidates end() { return {bits_ + size_, offsets_ + size_}; }

@@ -94,7 +94,7 @@ CRAM_INLINE F canonical(F a) {
 }
 
 CRAM_INLINE F larger(F a, F b) {
-  CRAM_PARTS a.v[part] = (a.v[part] != a.v[part]) | (a.v[part] > b.v[part]) ? a.v[part] : b.v[part];
+  CRAM_PARTS a.v[part] = ((a.v[part] != a.v[part]) | (a.v[part] > b.v[part])) ? a.v[part] : b.v[part];
   return a;
 }
 
