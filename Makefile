@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Development pins: the CPU build of torch; the package itself asks for torch>=2.10 only.
+# Development pins; the package itself asks for torch>=2.10 only. Where torch comes from is pip's business: PIP_ARGS goes to every install.
 CONSTRAINTS := constraints.txt
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -13,11 +13,11 @@ setup: $(VENV)/.installed
 $(VENV)/.created: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch setuptools wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) torch setuptools wheel ninja pybind11
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
 	touch $@
 
 demo: setup
@@ -27,13 +27,13 @@ test: setup
 	$(BIN)/python -m pytest --cov=cram_kernels --cov-report=term $(ARGS)
 
 lint: setup
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) '.[dev]' --no-build-isolation
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) '.[dev]' --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The op tests on a library built with a sanitizer. Leaks of Python and torch themselves are not ours to count.
-OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py
+OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py tests/test_threads.py tests/test_bad_input.py
 
 test-asan: setup
 	$(BIN)/python native_build.py build/asan address
