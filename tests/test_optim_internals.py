@@ -75,9 +75,9 @@ def test_an_interrupt_at_the_perturbing_op(monkeypatch, when, attached):
         optimizer.attach(model)
     perturb_topk_ = ops.perturb_topk_
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         if when == "after":
-            perturb_topk_(*args)
+            perturb_topk_(*args, **options)
         if attached:
             assert_same_bits([model.state_dict()["3.weight"]], before[3:4])
         raise KeyboardInterrupt

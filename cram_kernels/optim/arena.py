@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..batchnorm import frozen_batchnorm
+from .factor import Factor
 
 ALIGNMENT = 16  # bytes
 
@@ -24,6 +25,8 @@ class Slot:
         self.nothing = torch.empty(0, dtype=param.dtype, device=param.device)
         self.group = self.position = 0  # where it is in param_groups
         self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
+        self.master = self.nothing  # float32, of which the parameter is the rounded copy
+        self.version = -1  # of the parameter when it was last written here
         self.borrowed: Tensor | None = None  # memory for first gradients that are not ours to keep
         self.bits: dict[int | None, Tensor] = {}  # uint8 [ceil(numel / 8)] a pattern whose masks are kept; None: of this step
         self.finished: set[int] = set()  # patterns whose mask is there
@@ -35,6 +38,10 @@ class Slot:
         self.origin = self.nothing  # where a restore finds the weights
         self.first = self.nothing  # the first gradient
         self.mask = self.nothing  # what masks the second gradient
+
+    def state_dtype(self) -> torch.dtype:
+        """Of the base optimizer's state."""
+        return self.param.dtype if self.master is self.nothing else torch.float32
 
     def has_gradient(self) -> bool:
         """Whether the parameter has a gradient, and if so `grad` is set.
@@ -77,6 +84,7 @@ class Arena:
         self.slots: dict[int, Slot] = {}  # by id: the slot keeps its parameter alive
         self.flags: dict[torch.device, Tensor] = {}  # `perturbed` of the ops: int32 []
         self.begun: list[Slot] | None = None  # what the step perturbs
+        self.first = Factor()  # of the first gradients
         self.uphill = False  # whether weights are, or may be, perturbed: set before the op runs, lowered after it is undone
         self.model: nn.Module | None = None  # whose batch norms are frozen meanwhile
         self.frozen: AbstractContextManager[None] | None = None
@@ -109,6 +117,8 @@ class Arena:
         """From here on `restore` brings the weights of these slots back, whether or not an op has moved them."""
         self.begun, self.uphill = slots, True
         for slot in slots:
+            if slot.master is not slot.nothing:
+                continue
             if slot.saved is None:
                 slot.saved = torch.empty_like(slot.param)
             slot.origin = slot.saved
@@ -128,16 +138,22 @@ class Arena:
                 same = [s for s in slots if s.layout == layout_of(s.param)]
                 if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
                     for slot in set(slots).difference(same):
-                        slot.param.copy_(slot.origin)
-                ops.restore_([s.param for s in same], [s.origin for s in same], flag)
+                        slot.param.copy_(slot.master if slot.origin is slot.nothing else slot.origin)
+                ops.restore_([s.param for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
+                self.note_versions(same)
             self._back()
+
+    def note_versions(self, slots: Iterable[Slot]) -> None:
+        """What the parameters hold now is ours."""
+        for slot in slots:
+            slot.version = slot.param._version
 
     def end(self) -> None:
         """The weights are back; the step is over, or given up."""
         self._back()
         for slot in self.begun or ():
             slot.forget()
-        self.begun = None
+        self.begun, self.first = None, Factor()
 
     def _back(self) -> None:
         if self.frozen is not None:
@@ -145,11 +161,11 @@ class Arena:
         self.frozen, self.uphill = None, False
 
     def unperturbed(self, param: Tensor) -> Tensor | None:
-        """The saved weights of a parameter that is perturbed now, else None."""
+        """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
         slot = self.slots.get(id(param)) if self.uphill else None
-        if slot is None or slot.origin is slot.nothing or int(self.flag(param.device)) == 0:
+        if slot is None or slot not in (self.begun or ()) or int(self.flag(param.device)) == 0:
             return None
-        return slot.origin
+        return slot.master.to(param.dtype) if slot.origin is slot.nothing else slot.origin.clone()
 
     def allocate_bits(self, slots: list[Slot], place: int | None) -> None:
         """Memory for a mask of each slot, at `place`: aligned slices of one buffer a device."""

@@ -21,7 +21,7 @@ class Attachment:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if prefix + name in state_dict and (saved := self.arena.unperturbed(param)) is not None:
-                state_dict[prefix + name] = saved.clone()
+                state_dict[prefix + name] = saved
 
     def before_load(self, *args: Any) -> None:
         """What is loaded within a step must not be overwritten by the weights that were saved before: they come back first."""

@@ -1,24 +1,30 @@
 """CrAM as a torch optimizer: what happens in a step, in which order, and how everything else leads back to a clean state."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from types import NoneType
 from typing import Any, NamedTuple
 from warnings import warn
 
 import torch
-from torch import Size, nn
+from torch import Size, Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..patterns import NM, Pattern, TopK
+from . import masters
+from .amp import clipped, first_factor, second_factor, total_norm
 from .arena import Arena, Slot, release_gradients
 from .attachment import Attachment
+from .factor import Factor
 from .groups import check_matches, check_options, check_params, excluded
 from .levels import COUNTERS, count, draw, first_counters, uses
 from .perturb import Perturbation, perturb_
 from .scalars import Scalars
 from .selection import Selection
-from .update import update_
+from .update import FUSED, update_
 from .wrapper import Wrapper, base_of
 
 MASKS = "cram_masks"  # their key in a state_dict, beside torch's "state" and "param_groups"
@@ -67,6 +73,9 @@ class CrAM(Wrapper):
         sparse_grad: mask the second gradient.
         prune: False: perturbed, but never pruned.
         normalize_grad: rho / (norm of all gradients + 1e-12) instead of rho.
+        max_grad_norm: clip the gradients of each pass on their own, as torch.nn.utils.clip_grad_norm_ does, after unscaling; those of the
+            second before the mask.
+        master_weights: keep a float32 copy of each 16-bit parameter, which the update steps, with state in float32; needs SGD or Adam(W).
         mask_period: a pattern's masks are computed at every mask_period-th use of that pattern.
         seed: of the draw of the pattern.
         exclude: names, as in `fnmatch`, of parameters that are not pruned: ["head.*"]; needs named parameters.
@@ -77,8 +86,12 @@ class CrAM(Wrapper):
             twice, or of another dtype.
     """
 
-    _step_supports_amp_scaling = True  # so that a GradScaler hands its scale over to step(), which refuses it: it cannot be right
-    _copied = (*Wrapper._copied, "compression", "normalize_grad", "mask_period", "exclude", "_arena", "_attachment")
+    _step_supports_amp_scaling = True  # a GradScaler hands its scale over to step(): grad_scale and found_inf
+    _copied = (
+        *Wrapper._copied,
+        *("compression", "normalize_grad", "max_grad_norm", "master_weights", "mask_period", "exclude"),
+        *("_arena", "_attachment"),
+    )
 
     def __init__(
         self,
@@ -91,6 +104,8 @@ class CrAM(Wrapper):
         sparse_grad: bool = True,
         prune: bool = True,
         normalize_grad: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
         mask_period: int = 1,
         seed: int = 0,
         exclude: Iterable[str] = (),
@@ -102,9 +117,12 @@ class CrAM(Wrapper):
             raise ValueError(f"CrAM: compression must be a list of TopK and NM patterns, got {compression!r}")
         self.compression = tuple(compression or ())
         self.normalize_grad, self.mask_period = bool(normalize_grad), mask_period
+        self.max_grad_norm, self.master_weights = max_grad_norm, bool(master_weights)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if wrong := [p for p in self.compression if not isinstance(p, TopK | NM)]:
             raise ValueError(f"CrAM: compression must be TopK and NM patterns, got {wrong[0]!r}")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and 0 < float(max_grad_norm) < math.inf):
+            raise ValueError(f"CrAM: max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
         if not isinstance(mask_period, int) or mask_period < 1:
             raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
         if not isinstance(seed, int):
@@ -112,19 +130,24 @@ class CrAM(Wrapper):
         options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune}
         self._arena = Arena()
         self._attachment: Attachment | None = None
-        super().__init__(base_of(params, base_optimizer, base_options), options | first_counters(seed, len(self.compression)))
+        base = base_of(params, base_optimizer, base_options)
+        if master_weights and type(base) not in FUSED:
+            raise ValueError(f"CrAM: master_weights must be False for a base that takes its own step, got True and {type(base).__name__}")
+        super().__init__(base, options | first_counters(seed, len(self.compression)))
         check_matches(self.param_groups, self.exclude)
 
     def _link(self) -> None:
         super()._link()
         self._scalars = Scalars()
+        self._scaler: GradScaler | None = None  # of the open step
         self._read_names()
         self.last: Perturbation | None = None  # what the last perturb() did
         self._arena.drop_masks()
 
     def __repr__(self) -> str:
-        facts = f"{type(self.base_optimizer).__name__}, compression={list(self.compression)}, normalize_grad={self.normalize_grad}, "
-        facts += f"mask_period={self.mask_period}, exclude={list(self.exclude)}"
+        names = ("normalize_grad", "max_grad_norm", "master_weights", "mask_period")
+        facts = ", ".join([type(self.base_optimizer).__name__, f"compression={list(self.compression)}", f"exclude={list(self.exclude)}"])
+        facts += "".join(f", {name}={getattr(self, name)}" for name in names)
         return super().__repr__().replace(f"{type(self).__name__} (", f"{type(self).__name__} around {facts} (", 1)
 
     def _read_names(self) -> None:
@@ -135,15 +158,20 @@ class CrAM(Wrapper):
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     @torch.no_grad()
-    def perturb(self) -> None:
+    def perturb(self, scaler: GradScaler | None = None) -> None:
         """Move the weights uphill and prune them; the gradients are taken away (p.grad = None). An open step is given up first. Warns where
         no parameter has a gradient.
 
+        Args:
+            scaler: what has scaled the gradients; they are unscaled here. `scaler.step(optimizer)` follows: where either pass overflowed
+                nothing is updated, and the scale is lowered.
+
         Raises:
-            RuntimeError: a gradient is sparse; TopK ranks weights of several devices together. Nothing was changed.
+            RuntimeError: a gradient is sparse; TopK ranks weights of several devices together; the scaler's `unscale_` was called. Nothing
+                was changed.
         """
         self.restore()
-        groups, patterns = self.param_groups, self.compression
+        factor, groups, patterns = first_factor(scaler, self), self.param_groups, self.compression
         check_options(groups)
         level = draw(groups, len(patterns)) if patterns else None
         slots = [s for s in self._arena.of(groups) if s.has_gradient()]
@@ -157,7 +185,11 @@ class CrAM(Wrapper):
             and all(place in s.finished for s in selection.pruned)  # not so where one is new, or has got its first gradient now
         )
         try:
-            self.last = perturb_(self._arena, selection, groups, self._scalars, place, reuse, self.normalize_grad)
+            if self.master_weights:
+                masters.prepare(self.base_optimizer, slots)
+            factor, norm = self._clipped(slots, factor, self.normalize_grad)
+            self._arena.first, self._scaler = factor, scaler
+            self.last = perturb_(self._arena, selection, groups, self._scalars, factor, norm, place, reuse)
             for slot in slots:
                 if groups[slot.group]["plus"]:
                     slot.keep_gradient()
@@ -165,6 +197,13 @@ class CrAM(Wrapper):
         except BaseException:
             self.restore()
             raise
+
+    def _clipped(self, slots: list[Slot], factor: Factor, norm_wanted: bool = False) -> tuple[Factor, Tensor | None]:
+        """The factor that also clips, and the norm of the gradients after it where it is wanted."""
+        if not slots or not (norm_wanted or self.max_grad_norm is not None):
+            return factor, None
+        norm = total_norm(slots, factor)
+        return (factor, norm) if self.max_grad_norm is None else clipped(factor, norm, self.max_grad_norm)
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     def restore(self) -> None:
@@ -193,11 +232,12 @@ class CrAM(Wrapper):
             The clean loss; None without a closure.
 
         Raises:
-            RuntimeError: a GradScaler calls it; the weights are the clean ones, nothing is updated.
+            RuntimeError: a GradScaler calls it with a closure, or after a `perturb()` that was not given the scaler, or does not call it
+                after one that was. The weights are the clean ones, nothing is updated.
         """
-        self._refuse_scaler()
+        given = self._of_scaler(closure)
         if closure is None:
-            self._update()
+            self._update(given)
             return None
         self.restore()
         with self._released_on_error():
@@ -206,19 +246,31 @@ class CrAM(Wrapper):
             self._second_half(closure)
         return loss
 
-    def _refuse_scaler(self) -> None:
-        if {"grad_scale", "found_inf"} & set(self.__dict__):  # set by a GradScaler
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
+    def _of_scaler(self, closure: Callable[[], Any] | None) -> dict[str, Any]:
+        """What a GradScaler that calls step() has set: `grad_scale` and `found_inf`; empty without one."""
+        given: dict[str, Any] = {key: self.__dict__[key] for key in ("grad_scale", "found_inf") if key in self.__dict__}
+        scaled_first, open_step = self._arena.first.found_inf is not None, self._arena.begun is not None
+        wrong = None
+        if given and closure is not None:
+            wrong = "step(closure) must not be called by a GradScaler, which cannot scale what the closure does: perturb(scaler) and step()"
+        elif given and open_step and not scaled_first:
+            wrong = "perturb() must be given the GradScaler that calls step(), got none: perturb(scaler)"
+        elif not given and scaled_first and closure is None:
+            wrong = "scaler.step(optimizer) must follow perturb(scaler), got step(): the second gradients are scaled"
+        if wrong is not None:
+            for key in given:
+                delattr(self, key)
             self.restore()
-            raise RuntimeError("CrAM: step() must not be called by a GradScaler, whose first gradients are scaled: use bfloat16 autocast")
+            self.zero_grad()
+            raise RuntimeError(f"CrAM: {wrong}")
+        return given
 
     def _second_half(self, closure: Callable[[], Any]) -> None:
         """The step, from the gradients at the clean weights on."""
         self.perturb()
         with torch.enable_grad():
             closure()
-        self._update()
+        self._update({})
 
     @contextmanager
     def _released_on_error(self) -> Iterator[None]:
@@ -242,7 +294,8 @@ class CrAM(Wrapper):
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, given: dict[str, Any]) -> None:
+        """The second half; `given` by a GradScaler."""
         arena = self._arena
         try:
             check_options(self.param_groups)
@@ -253,7 +306,11 @@ class CrAM(Wrapper):
             active = [s for s in slots if s.grad is not s.nothing or s.first is not s.nothing]
             if not set(active).issuperset(arena.begun or ()):
                 arena.restore()  # all of them, here: those without a gradient take no part in the update
-            update_(self.base_optimizer, arena, active, self._scalars)
+            factor, _ = self._clipped(second, second_factor(given, arena.first, self._scaler, self))
+            if self.master_weights:
+                masters.prepare(self.base_optimizer, list(set(active).difference(arena.begun or ())))
+            update_(self.base_optimizer, arena, active, self._scalars, factor)
+            arena.note_versions(active)
         except BaseException:
             self.restore()
             raise
@@ -335,6 +392,8 @@ class CrAM(Wrapper):
         """Ours, or one of the base optimizer: options that it lacks keep their values, masks that it lacks are computed anew."""
         self.restore()
         super().load_state_dict(state_dict)
+        if self.master_weights:
+            masters.reload(self.state, self.param_groups, state_dict)
         self._arena.load_masks(state_dict.get(MASKS, {}), self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:

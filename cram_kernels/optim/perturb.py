@@ -1,6 +1,7 @@
 """The first half of a step: the op that saves, moves uphill and prunes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..patterns import NM, Pattern, TopK
 from .arena import Arena
+from .factor import Factor, on
 from .scalars import Groups, Scalars
 from .selection import Selection, Side
 
@@ -22,16 +24,23 @@ class Perturbation:
 
 
 def perturb_(
-    arena: Arena, selection: Selection, groups: Groups, scalars: Scalars, place: int | None, reuse: bool, normalize: bool
+    arena: Arena,
+    selection: Selection,
+    groups: Groups,
+    scalars: Scalars,
+    factor: Factor,
+    norm: Tensor | None,
+    place: int | None,
+    reuse: bool,
 ) -> Perturbation:
     """Perturb the slots of the selection, which all have a gradient, and prune as it says.
 
     Args:
+        factor: of the gradients.
+        norm: float32 []: divides rho.
         place: where the masks are kept for later steps; None: nowhere.
         reuse: take the masks that are there.
-        normalize: divide rho by the norm of all gradients.
     """
-    norm = _norm(selection.sides) if normalize and selection.slots else None
     masked = [s for s in selection.pruned if place is not None or groups[s.group]["sparse_grad"]]
     arena.allocate_bits(masked, place)
     arena.begin(selection.slots)
@@ -44,7 +53,7 @@ def perturb_(
         rho = scalars.option("rho", groups, side.slots, side.device)
         if norm is not None:
             rho = rho / (norm.to(side.device) + 1e-12)
-        results.append(_on_device(arena, side, rho, None if reuse else selection.pattern, scalars))
+        results.append(_on_device(arena, side, rho, factor, None if reuse else selection.pattern, scalars))
     for slot in masked:
         if place is not None:
             slot.finished.add(place)
@@ -53,26 +62,25 @@ def perturb_(
     return Perturbation(selection.pattern, *_joined([r for r in results if r is not None]))
 
 
-def _on_device(arena: Arena, side: Side, rho: Tensor, pattern: Pattern | None, scalars: Scalars) -> tuple[Tensor, Tensor] | None:
+def _on_device(
+    arena: Arena, side: Side, rho: Tensor, factor: Factor, pattern: Pattern | None, scalars: Scalars
+) -> tuple[Tensor, Tensor] | None:
     """The op; without a pattern the masks that are there prune."""
     slots = side.slots
     params, grads, saved = [s.param for s in slots], [s.grad for s in slots], [s.origin for s in slots]
     common = (params, grads, saved, [s.mask for s in slots], arena.flag(side.device), rho)
+    found_inf = on(factor.found_inf, side.device)
+    amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": [s.master for s in slots]}
+    result = None
     if isinstance(pattern, TopK):
-        return ops.perturb_topk_(*common, side.sets, scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device))
-    if isinstance(pattern, NM):
-        ops.perturb_nm_(*common, side.prune, pattern.n, pattern.m)
+        result = ops.perturb_topk_(*common, side.sets, scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device), **amp)
+    elif isinstance(pattern, NM):
+        ops.perturb_nm_(*common, side.prune, pattern.n, pattern.m, **amp)
     else:
-        ops.perturb_masked_(*common)
-    return None
-
-
-def _norm(sides: list[Side]) -> Tensor:
-    """The norm of all gradients, float32 []."""
-    norms = [ops.grad_norm([s.grad for s in side.slots]) for side in sides]
-    if len(norms) == 1:
-        return norms[0]
-    return torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).square().sum().sqrt().float()
+        ops.perturb_masked_(*common, **amp)
+    if factor.found_inf is not None and found_inf is not None and found_inf is not factor.found_inf:  # a device that is not the scaler's
+        factor.found_inf.add_(found_inf.to(factor.found_inf.device))
+    return result
 
 
 def _joined(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

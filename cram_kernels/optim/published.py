@@ -35,14 +35,14 @@ class SAM(CrAM):
             ValueError: no closure, and no step that `first_step()` began.
             RuntimeError: as `CrAM.step`.
         """
-        self._refuse_scaler()
+        given = self._of_scaler(closure)
         if closure is not None:
             with self._released_on_error():
                 self._second_half(closure)
         elif self._arena.begun is None:
             raise ValueError(f"{type(self).__name__}.step: closure must be given, got None; or call first_step() and second_step()")
         else:
-            self._update()
+            self._update(given)
 
     def update_state_dict(self) -> None:
         """Nothing to do: the state of the base optimizer is ours."""

@@ -5,27 +5,30 @@ Torch's flags for how to run (`foreach`, `fused`) choose among its own implement
 step counter on the device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from .arena import Arena, Slot, by_device
+from .factor import Factor, on
 from .scalars import Scalars, per_tensor
 
 Tensors = list[Tensor]
 
 
-def update_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+def update_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
     """One step of the base. A subclass may do anything in its step(), and step hooks of its own want to see the combined gradient: both
     take their own step."""
-    fused = {SGD: sgd_, Adam: adam_, AdamW: adam_}.get(type(base), any_other_)
     hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
-    (any_other_ if hooked else fused)(base, arena, slots, scalars)
+    update = any_other_ if hooked else FUSED.get(type(base), any_other_)
+    update(base, arena, slots, scalars, factor)
     base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for
 
 
-def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
     groups = base.param_groups
     for device, part in by_device(slots):
         buffers, fresh = zip(*(_momentum(base, s) for s in part), strict=True)
@@ -39,13 +42,16 @@ def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> 
             weight_decay=per_tensor(groups, part, lambda g: float(g["weight_decay"])),
             nesterov=per_tensor(groups, part, lambda g: int(g["nesterov"])),
             maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
+            **_factors(arena, device, part, factor),
         )
+        if any(fresh) and skipped(factor):  # a host synchronisation, but only where a parameter takes its first step under a GradScaler
+            continue
         for slot, buffer, new in zip(part, buffers, fresh, strict=True):
             if new and buffer is not slot.nothing:
                 base.state[slot.param]["momentum_buffer"] = buffer
 
 
-def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
+def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
     groups = base.param_groups
     decoupled = any(g["decoupled_weight_decay"] for g in groups)
     if decoupled and not all(g["decoupled_weight_decay"] for g in groups):
@@ -67,17 +73,27 @@ def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) ->
             decoupled=decoupled,
             amsgrad=per_tensor(groups, part, lambda g: int(g["amsgrad"])),
             maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
+            **_factors(arena, device, part, factor),
         )
 
 
-def any_other_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars) -> None:
-    """The combined gradient goes into p.grad; the rest is the base's own step."""
-    if arena.begun is not None:
+def any_other_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
+    """The combined gradient goes into p.grad; the rest is the base's own step, which an overflow skips as in GradScaler.step."""
+    if arena.begun is not None or factor.inv_scale is not None:
         for device, part in by_device(slots):
-            ops.restore_combine_(*_common(arena, device, part))
+            ops.restore_combine_(*_common(arena, device, part), **_factors(arena, device, part, factor))
     for slot in slots:
         slot.param.grad = slot.first if slot.grad is slot.nothing else slot.grad
-    base.step()
+    if not skipped(factor):
+        base.step()
+
+
+FUSED = {SGD: sgd_, Adam: adam_, AdamW: adam_}
+
+
+def skipped(factor: Factor) -> bool:
+    """Whether an overflow skips this update."""
+    return factor.found_inf is not None and float(factor.found_inf) != 0
 
 
 def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensor]:
@@ -92,12 +108,22 @@ def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tens
     )
 
 
+def _factors(arena: Arena, device: torch.device, slots: list[Slot], factor: Factor) -> dict[str, Any]:
+    """The keyword arguments that every restoring op shares."""
+    return {
+        "inv_scale": on(factor.inv_scale, device),
+        "first_inv_scale": on(arena.first.inv_scale, device),
+        "found_inf": on(factor.found_inf, device),
+        "masters": [s.master for s in slots],
+    }
+
+
 def _momentum(base: Optimizer, slot: Slot) -> tuple[Tensor, int]:
     """The momentum buffer, and 1 where it has no value yet."""
     if base.param_groups[slot.group]["momentum"] == 0:
         return slot.nothing, 1
     if base.state[slot.param].get("momentum_buffer") is None:
-        return torch.empty_like(slot.param), 1
+        return torch.empty_like(slot.param, dtype=slot.state_dtype()), 1
     return _kept(base, slot, "momentum_buffer"), 0
 
 
@@ -106,17 +132,18 @@ def _adam_state(base: Optimizer, slot: Slot) -> None:
     if "step" not in state:
         home = slot.layout[1] if group["capturable"] or group["fused"] else "cpu"
         first = {"step": torch.zeros((), dtype=torch.float32, device=home)}
-        first |= {key: torch.zeros_like(slot.param) for key in ("exp_avg", "exp_avg_sq")}
+        first |= {key: torch.zeros_like(slot.param, dtype=slot.state_dtype()) for key in ("exp_avg", "exp_avg_sq")}
         state.update(first)  # all of it or, out of memory, nothing
     elif state["step"].dtype != torch.float32:  # made under a default dtype of float64
         state["step"] = state["step"].float()
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
-        state["max_exp_avg_sq"] = torch.zeros_like(slot.param)
+        state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
 
 
 def _kept(base: Optimizer, slot: Slot, key: str) -> Tensor:
-    """A state tensor, moved to the parameter's strides where it has others (a checkpoint of a model in another memory format)."""
-    state = base.state[slot.param]
-    if state[key].stride() != slot.layout[-1]:
-        state[key] = torch.empty_like(slot.param).copy_(state[key])
+    """A state tensor, with the parameter's strides and our dtype where it has others (a checkpoint of a model in another memory format,
+    or one without master weights)."""
+    state, dtype = base.state[slot.param], slot.state_dtype()
+    if state[key].stride() != slot.layout[-1] or state[key].dtype != dtype:
+        state[key] = torch.empty_like(slot.param, dtype=dtype).copy_(state[key])
     return state[key]

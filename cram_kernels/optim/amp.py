@@ -1,0 +1,77 @@
+"""What the gradients of a pass are multiplied by: the inverse of a GradScaler's scale, and the factor that clips their norm. And how an
+overflow of the first pass reaches the scaler, which looks at the gradients of the second alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from .. import ops
+from .arena import Slot, by_device
+from .factor import Factor, on
+
+
+def first_factor(scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
+    """Of the first pass. The overflow flag is 0 yet: the perturbing op raises it.
+
+    Raises:
+        TypeError: not a GradScaler.
+        RuntimeError: the scaler has unscaled the gradients already, and would not unscale those of the second pass.
+    """
+    if scaler is None:
+        return Factor()
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(f"CrAM: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if not scaler.is_enabled():
+        return Factor()
+    if len(_record(scaler, optimizer)["found_inf_per_device"]) > 0:
+        raise RuntimeError("CrAM: scaler.unscale_() must not be called before perturb(scaler), which unscales by itself, got it called")
+    if scaler._scale is None:
+        raise RuntimeError("CrAM: scaler must have scaled a loss before perturb(scaler), got one that has not")
+    return Factor(_inverse(scaler._scale), torch.zeros_like(scaler._scale))
+
+
+def second_factor(given: dict[str, Any], first: Factor, scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
+    """Of the second pass, with the overflow of both; the scaler hears of the first one's.
+
+    Args:
+        given: what a GradScaler has set: `grad_scale` (None: the gradients are unscaled), `found_inf`. Empty: no scaler.
+        scaler: that of the first pass.
+    """
+    if not given:
+        return Factor()
+    scale, found_inf = given["grad_scale"], given["found_inf"]
+    if scaler is not None and first.found_inf is not None:
+        found_inf = first.found_inf + found_inf
+        seen = _record(scaler, optimizer)["found_inf_per_device"]
+        device = first.found_inf.device
+        seen[device] = first.found_inf + seen.get(device, 0)  # update() lowers the scale by this
+    return Factor(None if scale is None else _inverse(scale), torch.as_tensor(found_inf))
+
+
+def clipped(factor: Factor, norm: Tensor, max_norm: float) -> tuple[Factor, Tensor]:
+    """The factor that also clips as torch.nn.utils.clip_grad_norm_ does, and the norm after it (float32 [])."""
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    inv_scale = coefficient if factor.inv_scale is None else factor.inv_scale.to(norm.device) * coefficient
+    return factor._replace(inv_scale=inv_scale), norm * coefficient
+
+
+def total_norm(slots: list[Slot], factor: Factor) -> Tensor:
+    """The norm of all gradients of the slots, float32 []."""
+    norms = [ops.grad_norm([s.grad for s in part], inv_scale=on(factor.inv_scale, device)) for device, part in by_device(slots)]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).square().sum().sqrt().float()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """As torch.amp does it: through float64."""
+    return scale.double().reciprocal().float()
+
+
+def _record(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
+    """What the scaler has noted of this optimizer since its last update(); torch has no public way to tell it of an overflow."""
+    return scaler._per_optimizer_states[id(optimizer)]
