@@ -82,6 +82,9 @@ def _fake(name: str) -> Any:
         if name in ("prune_topk_", "perturb_topk_"):
             k = args[-1]
             return k.new_empty(k.numel(), dtype=torch.int32), k.new_empty(k.numel(), 3)
+        if name == "topk_histogram":
+            prefix, bits = args[4], args[6]
+            return prefix.new_empty(prefix.numel(), 2**bits)
         if name == "topk_threshold":
             return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
         if name == "grad_norm":
@@ -96,6 +99,6 @@ def register() -> None:
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name in MUTATING:
             _bump_versions(name)
-    for name in (*MUTATING, "topk_threshold", "grad_norm"):
+    for name in (*MUTATING, "topk_threshold", "topk_histogram", "grad_norm"):
         torch.library.register_fake(f"cram_kernels::{name}", _fake(name))
         _refuse_sparse(name)

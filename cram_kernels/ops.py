@@ -31,6 +31,36 @@ def topk_threshold(weights: Tensors, sets: Sequence[int], k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def topk_histogram(
+    params: Tensors,
+    grads: Tensors,
+    rho: Tensor,
+    sets: Sequence[int],
+    prefix: Tensor,
+    shift: int,
+    bits: int,
+    *,
+    inv_scale: Tensor | None = None,
+    masters: Tensors = (),
+) -> Tensor:
+    """How many perturbed weights have which digit in their key, among those whose key begins with `prefix`. Nothing is written: a selection
+    over several ranks adds these up and finds the threshold digit by digit.
+
+    Args:
+        params, grads*, rho, inv_scale, masters*: as in `perturb_topk_`, read only; without a gradient the weight itself counts.
+        sets: [n], as in `topk_threshold`.
+        prefix: int64 [num_sets], the digits that are known: keys with `key >> (shift + bits) == prefix` count.
+        shift, bits: the digit is `(key >> shift) & (2**bits - 1)`; 1 <= bits <= 16, 0 <= shift <= 31 - bits.
+
+    Returns:
+        int64 [num_sets, 2**bits].
+    """
+    return backend.select(params).topk_histogram(
+        list(params), list(grads), rho, list(sets), prefix, shift, bits, inv_scale=inv_scale, masters=list(masters)
+    )
+
+
+@torch.no_grad()
 def prune_topk_(weights: Tensors, masks: Tensors, sets: Sequence[int], k: Tensor) -> tuple[Tensor, Tensor]:
     """Zero all but the largest weights of each selection set.
 

@@ -219,12 +219,12 @@ void Check::steps(std::vector<Item>& items, const Tensors& steps) {
   }
 }
 
-void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k) {
-  strided("k", k);
-  require(k.scalar_type() == ScalarType::Long, "k", "be int64", show(k.scalar_type()));
-  require(k.dim() == 1 && k.is_contiguous(), "k", "be contiguous of shape [number of selection sets]", show(k.sizes()));
-  on_device("k", k);
-  remember("k", -1, k, false);
+void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k, const char* name) {
+  strided(name, k);
+  require(k.scalar_type() == ScalarType::Long, name, "be int64", show(k.scalar_type()));
+  require(k.dim() == 1 && k.is_contiguous(), name, "be contiguous of shape [number of selection sets]", show(k.sizes()));
+  on_device(name, k);
+  remember(name, -1, k, false);
   require(sets.size() == items.size(), "sets", "have one entry a tensor (" + std::to_string(items.size()) + ")", std::to_string(sets.size()));
   for (size_t i = 0; i < sets.size(); ++i) {
     require(sets[i] >= -1 && sets[i] < k.numel(), entry("sets", i), "be in [-1, " + std::to_string(k.numel()) + ")", std::to_string(sets[i]));
@@ -262,6 +262,16 @@ void Check::per_item(const char* name, const Tensor& t, size_t items) {
           "have shape [] or [" + std::to_string(items) + "]", show(t.sizes()));
   on_device(name, t);
   remember(name, -1, t, false);
+}
+
+std::vector<Item> Check::uphill(const Tensors& params, const Tensors& grads, const Tensor& rho, const MaybeTensor& inv_scale,
+                                const Tensors& masters) {
+  std::vector<Item> items = list("params", params, false);
+  attach(items, "grads", grads, false, own_dtype, [](Item& item, void* p) { item.grad = p; });
+  this->masters(items, masters, false);
+  per_item("rho", rho, items.size());
+  scalar("inv_scale", inv_scale, false);
+  return items;
 }
 
 std::vector<Item> Check::perturb(const PerturbArguments& a, bool masks_written) {

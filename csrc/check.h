@@ -46,7 +46,8 @@ class Check {
   // Optimizer state: of the parameter's dtype, or float32 beside a master weight.
   void state(std::vector<Item>& items, const char* name, const Tensors& tensors, int slot);
   void steps(std::vector<Item>& items, const Tensors& steps);
-  void sets(std::vector<Item>& items, const Integers& sets, const Tensor& k);
+  // `name`: of the tensor that has one entry a selection set.
+  void sets(std::vector<Item>& items, const Integers& sets, const Tensor& k, const char* name = "k");
   void nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m);
 
   // One element of `dtype` on the device of the list.
@@ -62,6 +63,8 @@ class Check {
             std::to_string(values.size()));
   }
 
+  // What u is computed from, read only; grads may be absent.
+  std::vector<Item> uphill(const Tensors& params, const Tensors& grads, const Tensor& rho, const MaybeTensor& inv_scale, const Tensors& masters);
   std::vector<Item> perturb(const PerturbArguments&, bool masks_written);
   std::vector<Item> update(const UpdateArguments&, bool grads_written, bool masters_written);
 

@@ -20,6 +20,10 @@ const char* kUpdateOptions =
 
 const Op kOps[] = {
     {"topk_threshold", "Tensor[] weights, int[] sets, Tensor k", "Tensor"},
+    {"topk_histogram",
+     "Tensor[] params, Tensor[] grads, Tensor rho, int[] sets, Tensor prefix, int shift, int bits, *, Tensor? inv_scale=None, "
+     "Tensor[] masters",
+     "Tensor"},
     {"prune_topk_", "Tensor(a!)[] weights, Tensor(b!)[] masks, int[] sets, Tensor k", "(Tensor, Tensor)"},
     {"perturb_topk_", std::string(kPerturb) + ", int[] sets, Tensor k" + kPerturbOptions, "(Tensor, Tensor)"},
     {"prune_nm_", "Tensor(a!)[] weights, Tensor(b!)[] masks, int[] prune, int n, int m", "()"},

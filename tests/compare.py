@@ -14,6 +14,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 MUTATED = {  # op -> the arguments that it changes; everything else is read only
     "topk_threshold": (),
+    "topk_histogram": (),
     "prune_topk_": ("weights", "masks"),
     "perturb_topk_": ("params", "saved", "masks", "perturbed", "found_inf"),
     "prune_nm_": ("weights", "masks"),

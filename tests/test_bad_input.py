@@ -69,7 +69,7 @@ def first(tensors: list[Tensor]) -> int:
 
 def mistakes_of(op: str, name: str, value: Any) -> dict[str, Any]:
     """Wrong values of one argument by name."""
-    if name == "k":
+    if name in ("k", "prefix"):
         return {wrong: f(value) for wrong, f in RANKS.items()}
     if isinstance(value, Tensor):
         return {wrong: f(value) for wrong, f in SCALARS.items()}

@@ -34,6 +34,14 @@ def numbers(values: dict[str, float]) -> dict[str, Any]:
 
 SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {  # op -> a typical call, with every option given
     "topk_threshold": lambda: {"weights": CASE.tensors("params"), **chosen()},
+    "topk_histogram": lambda: {
+        **{
+            name: value
+            for name, value in (perturb(CASE, "masters") | chosen()).items()
+            if name in ("params", "grads", "rho", "masters", "sets")
+        },
+        **{"prefix": torch.zeros(4, dtype=torch.int64), "shift": 20, "bits": 11, "inv_scale": f32(0.5)},
+    },
     "prune_topk_": lambda: weights() | chosen(),
     "perturb_topk_": lambda: perturb(CASE, "masters") | numbers(AMP) | chosen(),
     "prune_nm_": lambda: weights() | NM,

@@ -10,7 +10,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .. import ops
-from .arena import Slot, by_device
+from ..distributed import Spread, spread_of
+from .arena import Slot
 from .factor import Factor, on
 
 
@@ -60,11 +61,16 @@ def clipped(factor: Factor, norm: Tensor, max_norm: float) -> tuple[Factor, Tens
 
 
 def total_norm(slots: list[Slot], factor: Factor) -> Tensor:
-    """The norm of all gradients of the slots, float32 []."""
-    norms = [ops.grad_norm([s.grad for s in part], inv_scale=on(factor.inv_scale, device)) for device, part in by_device(slots)]
-    if len(norms) == 1:
-        return norms[0]
-    return torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).square().sum().sqrt().float()
+    """The norm of all gradients of the slots, over all ranks on which they lie, float32 []."""
+    parts: dict[tuple[torch.device, Spread | None], list[Tensor]] = {}
+    for slot in slots:
+        parts.setdefault((slot.layout[1], spread_of([slot.param])), []).append(slot.grad)
+    norms = {part: ops.grad_norm(grads, inv_scale=on(factor.inv_scale, part[0])) for part, grads in parts.items()}
+    if len(norms) == 1 and None in {spread for _, spread in norms}:
+        return next(iter(norms.values()))
+    device = slots[0].layout[1]
+    squares = [norm.double().square() if spread is None else spread.reduce_(norm.double().square()) for (_, spread), norm in norms.items()]
+    return torch.stack([s.to(device) for s in squares]).sum().sqrt().float()
 
 
 def _inverse(scale: Tensor) -> Tensor:

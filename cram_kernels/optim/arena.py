@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..batchnorm import frozen_batchnorm
+from ..distributed import is_spread, local_of, whole_of
 from .factor import Factor
 
 ALIGNMENT = 16  # bytes
@@ -21,8 +22,9 @@ class Slot:
 
     def __init__(self, param: Tensor) -> None:
         self.param = param
+        self.local = local_of(param)  # what the ops work on: the parameter, or this rank's shard of it
         self.layout = layout_of(param)
-        self.nothing = torch.empty(0, dtype=param.dtype, device=param.device)
+        self.nothing = torch.empty(0, dtype=param.dtype, device=self.local.device)
         self.group = self.position = 0  # where it is in param_groups
         self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
         self.master = self.nothing  # float32, of which the parameter is the rounded copy
@@ -56,22 +58,24 @@ class Slot:
         if grad.layout is not torch.strided:
             where = f"parameter {self.position} of group {self.group}"
             raise RuntimeError(f"CrAM: the gradient of {where} must be dense, got a sparse one ({grad.layout})")
-        strides = self.layout[-1]
+        if is_spread(grad) and grad.placements != self.param.placements:  # type: ignore[attr-defined]
+            grad = grad.redistribute(placements=self.param.placements)  # type: ignore[attr-defined]
+        grad, strides = local_of(grad), self.layout[-1]
         if grad.stride() == strides:
             self.grad = grad
         elif all(a == b or size == 1 for a, b, size in zip(grad.stride(), strides, grad.shape, strict=True)):
             self.grad = grad.as_strided(grad.shape, strides)  # the stride of an axis of size 1 means nothing
         else:
-            self.grad = torch.empty_like(self.param).copy_(grad)
+            self.grad = torch.empty_like(self.local).copy_(grad)
         return True
 
     def keep_gradient(self) -> None:
         """Keep the gradient as the first of two."""
-        grad = self.param.grad
+        grad = None if self.param.grad is None else local_of(self.param.grad)
         # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
         if grad is not None and (grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes):
             if self.borrowed is None:
-                self.borrowed = torch.empty_like(self.param)
+                self.borrowed = torch.empty_like(self.local)
             self.first = self.borrowed.copy_(self.grad)
         else:
             self.first = self.grad
@@ -120,7 +124,7 @@ class Arena:
             if slot.master is not slot.nothing:
                 continue
             if slot.saved is None:
-                slot.saved = torch.empty_like(slot.param)
+                slot.saved = torch.empty_like(slot.local)
             slot.origin = slot.saved
         if self.model is not None:
             frozen = frozen_batchnorm(self.model)
@@ -138,15 +142,15 @@ class Arena:
                 same = [s for s in slots if s.layout == layout_of(s.param)]
                 if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
                     for slot in set(slots).difference(same):
-                        slot.param.copy_(slot.master if slot.origin is slot.nothing else slot.origin)
-                ops.restore_([s.param for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
+                        local_of(slot.param).copy_(slot.master if slot.origin is slot.nothing else slot.origin)
+                ops.restore_([s.local for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
                 self.note_versions(same)
             self._back()
 
     def note_versions(self, slots: Iterable[Slot]) -> None:
         """What the parameters hold now is ours."""
         for slot in slots:
-            slot.version = slot.param._version
+            slot.version = slot.local._version
 
     def end(self) -> None:
         """The weights are back; the step is over, or given up."""
@@ -163,14 +167,14 @@ class Arena:
     def unperturbed(self, param: Tensor) -> Tensor | None:
         """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
         slot = self.slots.get(id(param)) if self.uphill else None
-        if slot is None or slot not in (self.begun or ()) or int(self.flag(param.device)) == 0:
+        if slot is None or slot not in (self.begun or ()) or int(self.flag(slot.layout[1])) == 0:
             return None
-        return slot.master.to(param.dtype) if slot.origin is slot.nothing else slot.origin.clone()
+        return whole_of(param, slot.master.to(param.dtype) if slot.origin is slot.nothing else slot.origin.clone())
 
     def allocate_bits(self, slots: list[Slot], place: int | None) -> None:
         """Memory for a mask of each slot, at `place`: aligned slices of one buffer a device."""
         for device, lacking in by_device(s for s in slots if place not in s.bits):
-            sizes = [-(-s.param.numel() // 8) for s in lacking]
+            sizes = [-(-s.local.numel() // 8) for s in lacking]
             room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
             parts = torch.zeros(sum(room), dtype=torch.uint8, device=device).split(room)
             for slot, part, size in zip(lacking, parts, sizes, strict=True):
@@ -185,14 +189,14 @@ class Arena:
         return {
             i: {place: {"bits": slot.bits[place].clone(), "stride": slot.layout[-1]} for place in sorted(slot.finished)}
             for i, slot in enumerate(self.of(param_groups))
-            if slot.finished
+            if slot.finished and not is_spread(slot.param)  # a shard's mask means nothing to another number of ranks
         }
 
     def load_masks(self, packed: dict[int, dict[int, dict[str, Any]]], param_groups: list[dict[str, Any]]) -> None:
         """What `pack_masks` gave. Bits are in memory order: a parameter with other strides gets none, they are computed anew."""
         for i, slot in enumerate(self.of(param_groups)):
             for place, mask in packed.get(i, {}).items():
-                if tuple(mask["stride"]) == slot.layout[-1]:
+                if tuple(mask["stride"]) == slot.layout[-1] and not is_spread(slot.param):
                     self.allocate_bits([slot], place)
                     slot.bits[place].copy_(mask["bits"])
                     slot.finished.add(place)
@@ -205,6 +209,8 @@ def release_gradients(slots: list[Slot]) -> None:
 
 
 def layout_of(param: Tensor) -> tuple:
+    """Of this rank's part."""
+    param = local_of(param)
     return param.dtype, param.device, param.shape, param.stride() if param.layout is torch.strided else None
 
 

@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from ..distributed import why_not_nm
 from ..patterns import NM, Pattern, TopK
 from . import masters
 from .amp import clipped, first_factor, second_factor, total_norm
@@ -337,6 +338,8 @@ class CrAM(Wrapper):
             return "prune=False"
         if (glob := self._excluded.get(id(slot.param))) is not None:
             return f"excluded by {glob!r}"
+        if isinstance(pattern, NM) and (wrong := why_not_nm(slot.param, pattern.m)) is not None:
+            return wrong
         return pattern.why_dense(slot.param.shape)
 
     def coverage(self, pattern: Pattern) -> list[Coverage]:

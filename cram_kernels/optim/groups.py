@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed import local_of
 from ..params import why_unfit
 
 
@@ -27,13 +28,16 @@ def check_params(groups: list[dict[str, Any]], index: int) -> None:
     if len(set(map(id, params))) < len(params):
         raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
     for i, p in enumerate(params):
-        if p.requires_grad and (wrong := why_unfit(p)) is not None:
+        if p.requires_grad and (wrong := why_unfit(local_of(p))) is not None:
             raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
     extents = []
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
-            if p.requires_grad and p.numel() > 0 and p.data_ptr() != 0:  # 0: memory that torch does not address, or freed for a while
-                extents.append((str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, f"parameter {i} of group {g}"))
+            local = local_of(p)
+            if (
+                p.requires_grad and local.numel() > 0 and local.data_ptr() != 0
+            ):  # 0: memory that torch does not address, or freed for a while
+                extents.append((str(local.device), local.data_ptr(), local.data_ptr() + local.nbytes, f"parameter {i} of group {g}"))
     extents.sort()
     for (device, _, end, one), (next_device, begin, _, other) in pairwise(extents):
         if device == next_device and begin < end:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed import local_of, whole_of
 from .arena import Slot
 
 KEY = "master"
@@ -18,14 +19,14 @@ KEY = "master"
 def prepare(base: Optimizer, slots: list[Slot]) -> None:
     """Make, find or correct the masters of these slots, whose parameters are not perturbed."""
     for slot in slots:
-        param = slot.param
+        param = slot.local
         if param.dtype == torch.float32:
             continue
-        state = base.state[param]
-        master = state.get(KEY)
+        state = base.state[slot.param]
+        master = local_of(state[KEY]) if KEY in state else None
         if master is None or master.dtype != torch.float32 or master.stride() != param.stride():
             master = torch.empty_like(param, dtype=torch.float32).copy_(param if master is None else master)
-            state[KEY] = master
+            state[KEY] = whole_of(slot.param, master)
         elif slot.version == param._version:
             continue
         torch.where(param == master.to(param.dtype), master, param, out=master)

@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..distributed import local_ranks, whole_mesh
 from ..patterns import NM, Pattern, TopK
 from .arena import Arena
 from .factor import Factor, on
 from .scalars import Groups, Scalars
 from .selection import Selection, Side
+
+UNSPREAD = -2  # no threshold: that of the op holds
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ def perturb_(
         if norm is not None:
             rho = rho / (norm.to(side.device) + 1e-12)
         results.append(_on_device(arena, side, rho, factor, None if reuse else selection.pattern, scalars))
+    if factor.found_inf is not None:
+        for mesh in whole_mesh([s.param for s in selection.slots]):
+            mesh.reduce_(factor.found_inf, dist.ReduceOp.MAX)
     for slot in masked:
         if place is not None:
             slot.finished.add(place)
@@ -67,13 +74,16 @@ def _on_device(
 ) -> tuple[Tensor, Tensor] | None:
     """The op; without a pattern the masks that are there prune."""
     slots = side.slots
-    params, grads, saved = [s.param for s in slots], [s.grad for s in slots], [s.origin for s in slots]
+    params, grads, saved = [s.local for s in slots], [s.grad for s in slots], [s.origin for s in slots]
     common = (params, grads, saved, [s.mask for s in slots], arena.flag(side.device), rho)
     found_inf = on(factor.found_inf, side.device)
     amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": [s.master for s in slots]}
     result = None
     if isinstance(pattern, TopK):
-        result = ops.perturb_topk_(*common, side.sets, scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device), **amp)
+        k = scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device)
+        k, over_ranks = _local_k(side, k, rho, amp)
+        thresholds, stats = ops.perturb_topk_(*common, side.sets, k, **amp)
+        result = thresholds if over_ranks is None else torch.where(over_ranks == UNSPREAD, thresholds, over_ranks), stats
     elif isinstance(pattern, NM):
         ops.perturb_nm_(*common, side.prune, pattern.n, pattern.m, **amp)
     else:
@@ -81,6 +91,26 @@ def _on_device(
     if factor.found_inf is not None and found_inf is not None and found_inf is not factor.found_inf:  # a device that is not the scaler's
         factor.found_inf.add_(found_inf.to(factor.found_inf.device))
     return result
+
+
+def _local_k(side: Side, k: Tensor, rho: Tensor, amp: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """k on this rank, and the thresholds over all; k itself and None where no set is spread over ranks."""
+    slots, thresholds = side.slots, None
+    params, grads = [s.local for s in slots], [s.grad for s in slots]
+    options = {key: amp[key] for key in ("inv_scale", "masters")}
+
+    def histogram(sets: list[int], prefix: Tensor, shift: int, bits: int) -> Tensor:
+        return ops.topk_histogram(params, grads, rho, sets, prefix, shift, bits, **options)
+
+    for spread in dict.fromkeys(s for s in side.spreads if s is not None):  # in the same order on all ranks
+        chosen = [i for i, s in enumerate(side.spreads) if s == spread]
+        number = {own: i for i, own in enumerate(chosen)}
+        sets = [number.get(s, -1) for s in side.sets]
+        here, over_ranks = local_ranks(histogram, [s.param for s in slots], sets, k[chosen], spread)
+        if thresholds is None:
+            k, thresholds = k.clone(), torch.full_like(k, UNSPREAD, dtype=torch.int32)
+        k[chosen], thresholds[chosen] = here, over_ranks
+    return k, thresholds
 
 
 def _joined(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

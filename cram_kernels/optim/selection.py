@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..distributed import Spread, spread_of
 from ..patterns import Pattern, TopK
 from .arena import Slot, by_device
 
@@ -16,6 +17,7 @@ class Side(NamedTuple):
     prune: list[int]  # [n] 0 or 1
     sets: list[int]  # [n] the selection set of TopK, -1: in none
     k: list[int]  # a selection set
+    spreads: list[Spread | None]  # a selection set: the ranks over which it lies
 
 
 class Selection:
@@ -27,7 +29,7 @@ class Selection:
         pruned: [n] whether the pattern applies.
 
     Raises:
-        RuntimeError: weights of several devices would be ranked together.
+        RuntimeError: weights of several devices, or of several device meshes, would be ranked together.
     """
 
     def __init__(self, pattern: Pattern | None, slots: list[Slot], pruned: list[bool]) -> None:
@@ -48,7 +50,8 @@ class Selection:
             number = {key: i for i, key in enumerate(sizes)}
             sets = [number[ranked[s]] if s in ranked else -1 for s in part]
             k = [pattern.k(size) for size in sizes.values()] if isinstance(pattern, TopK) else []
-            self.sides.append(Side(device, part, [int(s in marked) for s in part], sets, k))
+            spreads = [spread_of([s.param for s, own in zip(part, sets, strict=True) if own == i]) for i in range(len(k))]
+            self.sides.append(Side(device, part, [int(s in marked) for s in part], sets, k, spreads))
 
 
 def _ranked_with(pattern: TopK, slot: Slot, index: int) -> int:

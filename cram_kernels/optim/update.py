@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
+from ..distributed import local_of, whole_of
 from .arena import Arena, Slot, by_device
 from .factor import Factor, on
 from .scalars import Scalars, per_tensor
@@ -34,7 +35,7 @@ def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, fac
         buffers, fresh = zip(*(_momentum(base, s) for s in part), strict=True)
         ops.restore_sgd_(
             *_common(arena, device, part),
-            buffers,
+            [local_of(b) for b in buffers],
             fresh,
             scalars.option("lr", groups, part, device),
             momentum=per_tensor(groups, part, lambda g: float(g["momentum"])),
@@ -83,7 +84,7 @@ def any_other_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalar
         for device, part in by_device(slots):
             ops.restore_combine_(*_common(arena, device, part), **_factors(arena, device, part, factor))
     for slot in slots:
-        slot.param.grad = slot.first if slot.grad is slot.nothing else slot.grad
+        slot.param.grad = whole_of(slot.param, slot.first if slot.grad is slot.nothing else slot.grad)
     if not skipped(factor):
         base.step()
 
@@ -99,7 +100,7 @@ def skipped(factor: Factor) -> bool:
 def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensor]:
     """The arguments with which every restoring op begins: params ... perturbed."""
     return (
-        [s.param for s in slots],
+        [s.local for s in slots],
         [s.origin for s in slots],
         [s.grad for s in slots],
         [s.first for s in slots],
@@ -119,12 +120,13 @@ def _factors(arena: Arena, device: torch.device, slots: list[Slot], factor: Fact
 
 
 def _momentum(base: Optimizer, slot: Slot) -> tuple[Tensor, int]:
-    """The momentum buffer, and 1 where it has no value yet."""
+    """The momentum buffer, spread as its parameter is, and 1 where it has no value yet."""
     if base.param_groups[slot.group]["momentum"] == 0:
         return slot.nothing, 1
     if base.state[slot.param].get("momentum_buffer") is None:
         return torch.empty_like(slot.param, dtype=slot.state_dtype()), 1
-    return _kept(base, slot, "momentum_buffer"), 0
+    _kept(base, slot, "momentum_buffer")
+    return base.state[slot.param]["momentum_buffer"], 0
 
 
 def _adam_state(base: Optimizer, slot: Slot) -> None:
@@ -141,9 +143,11 @@ def _adam_state(base: Optimizer, slot: Slot) -> None:
 
 
 def _kept(base: Optimizer, slot: Slot, key: str) -> Tensor:
-    """A state tensor, with the parameter's strides and our dtype where it has others (a checkpoint of a model in another memory format,
-    or one without master weights)."""
+    """What this rank holds of a state tensor, with the parameter's strides and our dtype where it has others (a checkpoint of a model in
+    another memory format, or one without master weights)."""
     state, dtype = base.state[slot.param], slot.state_dtype()
-    if state[key].stride() != slot.layout[-1] or state[key].dtype != dtype:
-        state[key] = torch.empty_like(slot.param, dtype=dtype).copy_(state[key])
-    return state[key]
+    local = local_of(state[key])
+    if local.stride() != slot.layout[-1] or local.dtype != dtype:
+        local = torch.empty_like(slot.local, dtype=dtype).copy_(local)
+        state[key] = whole_of(slot.param, local)
+    return local

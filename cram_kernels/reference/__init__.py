@@ -10,7 +10,7 @@ from .norm import grad_norm
 from .perturb import perturb_masked_
 from .restore import restore_, restore_combine_
 from .sgd import restore_sgd_
-from .topk import perturb_topk_, prune_topk_, topk_threshold
+from .topk import perturb_topk_, prune_topk_, topk_histogram, topk_threshold
 
 __all__ = [
     "KEEP_ALL",
@@ -28,5 +28,6 @@ __all__ = [
     "restore_adam_",
     "restore_combine_",
     "restore_sgd_",
+    "topk_histogram",
     "topk_threshold",
 ]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .key import KEEP_ALL, NAN_KEY, entry, flat, magnitude_key, pack_bits
+from .key import KEEP_ALL, NAN_KEY, entry, flat, magnitude_key, pack_bits, value
 from .perturb import save_, uphill, write_
 
 
@@ -24,6 +24,24 @@ def topk_threshold(weights: list[Tensor], sets: list[int], k: Tensor) -> Tensor:
         keys = [magnitude_key(flat(w)) for w, own in zip(weights, sets, strict=True) if own == s]
         thresholds.append(kth_largest(torch.cat(keys) if keys else k.new_empty(0, dtype=torch.int32), int(k[s])))
     return torch.tensor(thresholds, dtype=torch.int32, device=k.device)
+
+
+@torch.no_grad()
+def topk_histogram(params, grads, rho, sets, prefix, shift, bits, *, inv_scale=None, masters=()):
+    bins = torch.zeros(prefix.numel(), 2**bits, dtype=torch.int64, device=prefix.device)
+    for i, s in enumerate(sets):
+        if s < 0:
+            continue
+        no_gradient = entry(grads, i) is None
+        u = (
+            params[i]
+            if no_gradient
+            else next(uphill([params[i]], [grads[i]], value(rho, i), inv_scale, None, [masters[i]] if masters else []))
+        )
+        keys = magnitude_key(flat(u)).long()
+        digits = (keys[keys >> (shift + bits) == prefix[s]] >> shift) & (2**bits - 1)
+        bins[s] += torch.bincount(digits, minlength=2**bits)
+    return bins
 
 
 def prune_(weights: list[Tensor], masks: list[Tensor], sets: list[int], k: Tensor) -> tuple[Tensor, Tensor]:

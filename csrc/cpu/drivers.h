@@ -24,6 +24,9 @@ struct TopkStats {
 
 // thresholds, stats: [num_sets]
 void topk_threshold(const Context&, const std::vector<Item>&, const int64_t* k, int64_t num_sets, int32_t* thresholds);
+// bins: [num_sets, 2^bits], zeros
+void topk_histogram(const Context&, const std::vector<Item>&, const Perturbation&, const int64_t* prefix, int64_t num_sets, int shift, int bits,
+                    int64_t* bins);
 void prune_topk(const Context&, const std::vector<Item>&, const int64_t* k, int64_t num_sets, int32_t* thresholds, TopkStats* stats);
 void perturb_topk(const Context&, const std::vector<Item>&, const Perturbation&, const int64_t* k, int64_t num_sets, int32_t* thresholds,
                   TopkStats* stats);

@@ -66,6 +66,35 @@ Tensor topk_threshold_cpu(const Tensors& weights, const Integers& sets, const Te
   return thresholds;
 }
 
+#define CRAM_HISTOGRAM_ARGUMENTS \
+  const Tensors &params, const Tensors &grads, const Tensor &rho, const Integers &sets, const Tensor &prefix, int64_t shift, int64_t bits, \
+      const MaybeTensor &inv_scale, const Tensors &masters
+
+std::vector<Item> histogram_items(CRAM_HISTOGRAM_ARGUMENTS) {
+  Check check("topk_histogram");
+  std::vector<Item> items = check.uphill(params, grads, rho, inv_scale, masters);
+  check.sets(items, sets, prefix, "prefix");
+  check.require(bits >= 1 && bits <= 16 && shift >= 0 && shift + bits <= 31, "shift, bits", "satisfy 1 <= bits <= 16, 0 <= shift <= 31 - bits",
+                "shift=" + std::to_string(shift) + ", bits=" + std::to_string(bits));
+  return items;
+}
+
+void check_topk_histogram(CRAM_HISTOGRAM_ARGUMENTS) { histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters); }
+
+Tensor topk_histogram_cpu(CRAM_HISTOGRAM_ARGUMENTS) {
+  std::vector<Item> items = histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters);
+  for (size_t i = 0; i < items.size(); ++i) {
+    items[i].rho = at(rho, i);
+    if (items[i].grad == nullptr) items[i].master = nullptr;  // the parameter itself counts
+  }
+  Perturbation p;
+  p.inv_scale = float_or_null(inv_scale);
+  Tensor bins = torch::stable::new_zeros(prefix, {prefix.numel(), int64_t{1} << bits}, ScalarType::Long);
+  topk_histogram(TorchContext().context, items, p, prefix.const_data_ptr<int64_t>(), prefix.numel(), static_cast<int>(shift),
+                 static_cast<int>(bits), bins.mutable_data_ptr<int64_t>());
+  return bins;
+}
+
 using TopkResult = std::tuple<Tensor, Tensor>;
 
 TopkResult topk_result(const Tensor& k) {
@@ -344,6 +373,7 @@ Tensor grad_norm_cpu(const Tensors& grads, const MaybeTensor& inv_scale) {
 
 #define CRAM_OPS(define)  \
   define(topk_threshold)  \
+  define(topk_histogram)  \
   define(prune_topk_)     \
   define(perturb_topk_)   \
   define(prune_nm_)       \
@@ -362,6 +392,7 @@ STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CPU, m) {
   m.impl("topk_threshold", TORCH_BOX(&cram::topk_threshold_cpu));
+  m.impl("topk_histogram", TORCH_BOX(&cram::topk_histogram_cpu));
   m.impl("prune_topk_", TORCH_BOX(&cram::prune_topk_cpu));
   m.impl("perturb_topk_", TORCH_BOX(&cram::perturb_topk_cpu));
   m.impl("prune_nm_", TORCH_BOX(&cram::prune_nm_cpu));
