@@ -52,7 +52,7 @@ def _simd_level(host: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cram_kernels", description="CrAM kernels.")
+    parser = argparse.ArgumentParser(prog="cram-kernels", description="CrAM kernels.")
     parser.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")

@@ -165,6 +165,7 @@ def test_numbers_stay_on_the_device_until_they_change():
     assert scalars.option("lr", [{"lr": on_device}], slots[:1], cpu).data_ptr() == on_device.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore:CrAM. .* prunes none")
 def test_selection_is_kept_while_it_holds():
     params = fresh()
     optimizer = CrAM(params, lr=0.1)

@@ -159,6 +159,7 @@ def test_weights_with_holes_or_overlap_are_refused(weight):
         CrAM([nn.Parameter(weight)], lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:CrAM. .* prunes none")
 def test_scalar_parameter():
     """0 dims: perturbed, not pruned, updated."""
     p = nn.Parameter(torch.tensor(1.5))

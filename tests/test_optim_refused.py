@@ -1,5 +1,7 @@
 """What CrAM refuses, when it is given and with nothing changed."""
 
+import contextlib
+
 import pytest
 import torch
 from optim_cases import assert_same_bits, clones, random_tensors, set_gradients
@@ -55,6 +57,9 @@ def test_one_bad_parameter_among_good_ones_changes_nothing():
         ({"rho": float("nan")}, "rho"),
         ({"compression": [0.5]}, "compression"),
         ({"mask_period": 0}, "mask_period"),
+        ({"plus": "yes"}, "plus"),
+        ({"prune": 0.9}, "prune"),
+        ({"base_optimizer": "sgd"}, "base_optimizer"),
     ],
     ids=str,
 )
@@ -92,16 +97,60 @@ def test_a_forgotten_backward_is_said():
     """Nothing would happen, or no second pass: the run would go on for hours without CrAM."""
     model = nn.Linear(8, 8)
     optimizer = CrAM(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"perturb\(\) perturbs nothing"):
+    with pytest.warns(UserWarning, match="no parameter has a gradient, so nothing is perturbed"):
         optimizer.perturb()
     optimizer.restore()
     model(torch.ones(1, 8)).sum().backward()
     optimizer.perturb()
     with pytest.warns(UserWarning, match="no parameter has a second gradient"):
         optimizer.step()
-    with pytest.warns(UserWarning, match=r"perturb\(\) perturbs nothing"):
+    with pytest.warns(UserWarning, match="no parameter has a gradient, so nothing is perturbed"):
         optimizer.step(lambda: model(torch.ones(1, 8)).sum())
     optimizer.step()  # the plain step of torch.optim says nothing either
+
+
+def test_a_pattern_that_prunes_nothing_is_said():
+    model = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 3))
+    optimizer = CrAM(model.parameters(), lr=0.1, compression=[NM(2, 4)])
+    for first in (True, False):
+        model(torch.ones(1, 30)).sum().backward()
+        with pytest.warns(UserWarning, match=r"2:4 prunes none of the 4 parameters") if first else contextlib.nullcontext():
+            optimizer.perturb()
+        optimizer.restore()
+
+
+def test_the_base_alone_is_refused_while_cram_is_around_it():
+    """A step of it between the halves would be undone by the next restore; what is loaded into it would not be CrAM's."""
+    model = nn.Linear(8, 8)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = CrAM(base)
+    before = clones(list(model.parameters()))
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.perturb()
+    model(torch.ones(1, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"step\(\) of the base optimizer must not be called after perturb\(\)"):
+        base.step()
+    assert_same_bits(list(model.parameters()), before)
+    optimizer.step()
+    base.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).state_dict())
+    for call in (optimizer.perturb, optimizer.step, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=r"load_state_dict\(\) and add_param_group\(\) must be called on CrAM"):
+            call()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = CrAM(base)
+    base.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
+    with pytest.raises(RuntimeError, match="must be called on CrAM"):
+        optimizer.perturb()
+
+
+def test_only_a_model_with_our_parameters_is_attached():
+    optimizer = CrAM(nn.Linear(8, 8).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"attach: model must be an nn.Module, got generator"):
+        optimizer.attach(nn.Linear(8, 8).parameters())
+    with pytest.raises(ValueError, match="must have parameters of this optimizer"):
+        optimizer.attach(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"got the model itself \(Linear\): model.parameters\(\)"):
+        CrAM(nn.Linear(8, 8), lr=0.1)
 
 
 def test_a_grad_scaler_is_refused_and_the_weights_are_back() -> None:

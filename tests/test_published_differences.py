@@ -118,6 +118,7 @@ def test_pruned_weights_are_positive_zeros_and_inf_is_masked():
     assert ours[0].isfinite().all() and theirs[0][smallest].isnan()
 
 
+@pytest.mark.filterwarnings("ignore:CrAM. .* prunes none")
 def test_nm_leaves_layers_dense_that_m_does_not_divide():
     """Published: groups straddle rows, which no engine reads as 2:4; or numel is no multiple of m, and it raises."""
     a, ours, b, theirs = pair("NMTopkCrAM", shapes=[(8, 6)], theirs={"levels": [(2, 4)] * 2})

@@ -12,6 +12,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..distributed import why_not_nm
 from ..patterns import NM, Pattern, TopK
@@ -57,10 +58,10 @@ class CrAM(Wrapper):
         with opt.perturbed(): loss(model).backward()
         opt.step()
 
-    Whatever is raised in between, the weights come back to the bit: at once in the first form and in the `with` block, else with the next
-    call of any method (but `zero_grad`, `state_dict`, `coverage`). Storage never moves. A parameter without a gradient in the first pass is
-    not perturbed; without one in the second it is updated with g alone (`plus`) or not at all. `maximize` of the base concerns its update
-    only. Schedulers, hooks and copies work as in torch, and checkpoints of the base optimizer go both ways.
+    Whatever is raised in between, the weights come back to the bit: at once in the first form and in the `with` block, else with
+    `restore()` or the next `perturb()`; a `step()` would complete the step. Storage never moves. A parameter without a gradient in the
+    first pass is not perturbed; without one in the second it is updated with g alone (`plus`) or not at all. `maximize` of the base
+    concerns its update only. Schedulers, hooks and copies work as in torch, and checkpoints of the base optimizer go both ways.
 
     Args:
         params: as in torch: tensors, (name, tensor) or groups, whose own `rho`, `plus`, `sparse_grad` and `prune` go before the defaults
@@ -115,13 +116,13 @@ class CrAM(Wrapper):
         if isinstance(compression, TopK | NM):
             compression = (compression,)
         if not isinstance(compression, list | tuple | NoneType):
-            raise ValueError(f"CrAM: compression must be a list of TopK and NM patterns, got {compression!r}")
+            raise ValueError(f"CrAM: compression must be a list of patterns such as TopK(0.9) or NM(2, 4), got {compression!r}")
         self.compression = tuple(compression or ())
         self.normalize_grad, self.mask_period = bool(normalize_grad), mask_period
         self.max_grad_norm, self.master_weights = max_grad_norm, bool(master_weights)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if wrong := [p for p in self.compression if not isinstance(p, TopK | NM)]:
-            raise ValueError(f"CrAM: compression must be TopK and NM patterns, got {wrong[0]!r}")
+            raise ValueError(f"CrAM: compression must be patterns such as TopK(0.9) or NM(2, 4), got {wrong[0]!r}")
         if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and 0 < float(max_grad_norm) < math.inf):
             raise ValueError(f"CrAM: max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
         if not isinstance(mask_period, int) or mask_period < 1:
@@ -137,13 +138,31 @@ class CrAM(Wrapper):
         super().__init__(base, options | first_counters(seed, len(self.compression)))
         check_matches(self.param_groups, self.exclude)
 
+    _guard: RemovableHandle | None = None
+
     def _link(self) -> None:
         super()._link()
         self._scalars = Scalars()
         self._scaler: GradScaler | None = None  # of the open step
+        self._updating = False
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = self.base_optimizer.register_step_pre_hook(self._refuse_step_of_base)
         self._read_names()
         self.last: Perturbation | None = None  # what the last perturb() did
         self._arena.drop_masks()
+
+    def _refuse_step_of_base(self, base: Optimizer, *_: Any) -> None:
+        if self._arena.begun is not None and not self._updating:
+            self.restore()
+            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
+
+    def _check_linked(self) -> None:
+        """Raise where somebody loaded or extended the base optimizer behind our back."""
+        base = self.base_optimizer
+        if base.param_groups is not self.param_groups or base.state is not self.state or any("rho" not in g for g in self.param_groups):
+            message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
+            raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
 
     def __repr__(self) -> str:
         names = ("normalize_grad", "max_grad_norm", "master_weights", "mask_period")
@@ -172,12 +191,14 @@ class CrAM(Wrapper):
                 was changed.
         """
         self.restore()
+        self._check_linked()
         factor, groups, patterns = first_factor(scaler, self), self.param_groups, self.compression
         check_options(groups)
         level = draw(groups, len(patterns)) if patterns else None
         slots = [s for s in self._arena.of(groups) if s.has_gradient()]
         if not slots:
-            warn("CrAM: no parameter has a gradient, so perturb() perturbs nothing: was backward() called before it?", stacklevel=1)
+            reason = "backward() comes before perturb(), and before step(closure) of the published names"
+            warn(f"CrAM: no parameter has a gradient, so nothing is perturbed: {reason}", stacklevel=1)
         selection = self._selection(None if level is None else patterns[level], slots)
         place = level if self.mask_period > 1 else None
         reuse = (
@@ -299,6 +320,8 @@ class CrAM(Wrapper):
         """The second half; `given` by a GradScaler."""
         arena = self._arena
         try:
+            self._updating = True
+            self._check_linked()
             check_options(self.param_groups)
             slots = arena.of(self.param_groups)
             second = [s for s in slots if s.has_gradient()]
@@ -315,6 +338,8 @@ class CrAM(Wrapper):
         except BaseException:
             self.restore()
             raise
+        finally:
+            self._updating = False
         completed = arena.begun is not None
         arena.end()
         release_gradients(slots)
@@ -329,6 +354,8 @@ class CrAM(Wrapper):
         kept_groups, kept = self._selections.get(pattern, (None, None))
         if kept is None or kept_groups != groups or kept.slots != slots:
             kept = Selection(pattern, slots, [pattern is not None and self._why_dense(s, pattern) is None for s in slots])
+            if pattern is not None and slots and not kept.pruned:
+                warn(f"CrAM: {pattern} prunes none of the {len(slots)} parameters; coverage(pattern) says why", stacklevel=1)
             self._selections[pattern] = groups, kept
         return kept
 
@@ -370,7 +397,16 @@ class CrAM(Wrapper):
 
     def attach(self, model: nn.Module) -> "CrAM":
         """From now on, while the weights are perturbed, batch norms of the model keep their statistics, and `state_dict()` of it or of a
-        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. Returns the optimizer."""
+        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. Returns the optimizer.
+
+        Raises:
+            ValueError: not a module, or one without parameters of this optimizer.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        if ours.isdisjoint(map(id, model.parameters())):
+            raise ValueError("CrAM.attach: model must have parameters of this optimizer, got one that has none")
         self.detach()
         self._arena.model, self._attachment = model, Attachment(model, self._arena)
         return self
@@ -385,7 +421,8 @@ class CrAM(Wrapper):
     # --- checkpoints and copies ---
 
     def state_dict(self) -> dict[str, Any]:
-        """As of the base optimizer, which it loads into; with `mask_period` also the masks, under a key of their own that torch ignores."""
+        """As of the base optimizer, into which it loads; with `mask_period` also the masks, under a key of their own that torch ignores."""
+        self._check_linked()
         state_dict = super().state_dict()
         if masks := self._arena.pack_masks(self.param_groups):
             state_dict[MASKS] = masks

@@ -18,6 +18,9 @@ def check_options(groups: list[dict[str, Any]]) -> None:
         rho = group["rho"]
         if not isinstance(rho, Real) or not 0 <= float(rho) < math.inf:
             raise ValueError(f"CrAM: rho must be a number >= 0, got {rho!r}")
+        for key in ("plus", "sparse_grad", "prune"):
+            if group[key] not in (True, False):
+                raise ValueError(f"CrAM: {key} must be True or False, got {group[key]!r}")
         if group.get("differentiable"):
             raise ValueError("CrAM: differentiable must be False, got True: the ops have no backward")
 
@@ -34,9 +37,7 @@ def check_params(groups: list[dict[str, Any]], index: int) -> None:
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             local = local_of(p)
-            if (
-                p.requires_grad and local.numel() > 0 and local.data_ptr() != 0
-            ):  # 0: memory that torch does not address, or freed for a while
+            if p.requires_grad and local.numel() > 0 and local.data_ptr() != 0:  # 0: freed for a while, or not torch's
                 extents.append((str(local.device), local.data_ptr(), local.data_ptr() + local.nbytes, f"parameter {i} of group {g}"))
     extents.sort()
     for (device, _, end, one), (next_device, begin, _, other) in pairwise(extents):

@@ -4,7 +4,7 @@ A training loop written for it changes one import. `step(closure)` expects the f
 docs/migrating.md lists what is different, and why.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class TopkCrAM(SAM):
     ) -> None:
         options = {"plus": plus_version, "sparse_grad": sparse_grad, "normalize_grad": grad_norm}
         self.unif_prune = unif_prune
-        if not isinstance(sparsities, list | tuple):
+        if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
             raise ValueError(f"{type(self).__name__}: sparsities must be a list of numbers in [0, 1), got {sparsities!r}")
         patterns = [TopK(float(s), "tensor" if unif_prune else "group") for s in sparsities]
         super().__init__(params, base_optimizer, rho, compression=patterns, **options, **kwargs)

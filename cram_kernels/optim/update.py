@@ -23,7 +23,7 @@ Tensors = list[Tensor]
 def update_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
     """One step of the base. A subclass may do anything in its step(), and step hooks of its own want to see the combined gradient: both
     take their own step."""
-    hooked = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    hooked = len(base._optimizer_step_pre_hooks) > 1 or base._optimizer_step_post_hooks  # one is CrAM's guard
     update = any_other_ if hooked else FUSED.get(type(base), any_other_)
     update(base, arena, slots, scalars, factor)
     base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for

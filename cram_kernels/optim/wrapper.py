@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 
@@ -74,6 +74,10 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, o
             raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(options)} beside the instance")
         if params is not None:
             _name(base, params)
+    elif isinstance(params, nn.Module):
+        raise ValueError(f"CrAM: params must be parameters, got the model itself ({type(params).__name__}): model.parameters()")
+    elif not callable(base_optimizer):
+        raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
     elif params is None:
         raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
     else:

@@ -32,12 +32,9 @@ def topk_histogram(params, grads, rho, sets, prefix, shift, bits, *, inv_scale=N
     for i, s in enumerate(sets):
         if s < 0:
             continue
-        no_gradient = entry(grads, i) is None
-        u = (
-            params[i]
-            if no_gradient
-            else next(uphill([params[i]], [grads[i]], value(rho, i), inv_scale, None, [masters[i]] if masters else []))
-        )
+        u = params[i]
+        if entry(grads, i) is not None:
+            u = next(uphill([u], [grads[i]], value(rho, i), inv_scale, None, masters[i : i + 1]))
         keys = magnitude_key(flat(u)).long()
         digits = (keys[keys >> (shift + bits) == prefix[s]] >> shift) & (2**bits - 1)
         bins[s] += torch.bincount(digits, minlength=2**bits)
