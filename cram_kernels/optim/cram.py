@@ -187,14 +187,18 @@ class CrAM(Wrapper):
                 nothing is updated, and the scale is lowered.
 
         Raises:
-            RuntimeError: a gradient is sparse; TopK ranks weights of several devices together; the scaler's `unscale_` was called. Nothing
-                was changed.
+            RuntimeError: a gradient is sparse; TopK ranks weights of several devices together; the scaler's `unscale_` was called; the
+                attached model is a DDP one whose ranks have not shared their gradients. Nothing was changed.
         """
         self.restore()
         self._check_linked()
         factor, groups, patterns = first_factor(scaler, self), self.param_groups, self.compression
         check_options(groups)
         level = draw(groups, len(patterns)) if patterns else None
+        if self._attachment is not None and self._attachment.unsynced:
+            if any(group["plus"] or (group["sparse_grad"] and patterns) for group in groups):
+                wanted = "be the same on all ranks (or plus=False, sparse_grad=False)"
+                raise RuntimeError(f"CrAM: the first gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
         slots = [s for s in self._arena.of(groups) if s.has_gradient()]
         if not slots:
             reason = "backward() comes before perturb(), and before step(closure) of the published names"
