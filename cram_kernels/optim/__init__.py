@@ -1,7 +1,7 @@
 """CrAM around torch's optimizers, and the published names for it."""
 
 from .cram import Coverage, CrAM
-from .perturb import Perturbation
+from .last import Perturbation
 from .published import SAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
 
 __all__ = ["SAM", "Coverage", "CrAM", "NMTopkCrAM", "Perturbation", "TopkCrAM", "TopkCrAMPeriod"]

@@ -22,8 +22,9 @@ from .arena import Arena, Slot, release_gradients
 from .attachment import Attachment
 from .factor import Factor
 from .groups import check_matches, check_options, check_params, excluded
+from .last import Perturbation
 from .levels import COUNTERS, count, draw, first_counters, uses
-from .perturb import Perturbation, perturb_
+from .perturb import perturb_
 from .scalars import Scalars
 from .selection import Selection
 from .update import FUSED, update_
@@ -215,7 +216,7 @@ class CrAM(Wrapper):
                 masters.prepare(self.base_optimizer, slots)
             factor, norm = self._clipped(slots, factor, self.normalize_grad)
             self._arena.first, self._scaler = factor, scaler
-            self.last = perturb_(self._arena, selection, groups, self._scalars, factor, norm, place, reuse)
+            self.last = perturb_(self._arena, selection, groups, self._scalars, factor, norm, level, place, reuse)
             for slot in slots:
                 if groups[slot.group]["plus"]:
                     slot.keep_gradient()

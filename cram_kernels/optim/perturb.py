@@ -1,6 +1,5 @@
 """The first half of a step: the op that saves, moves uphill and prunes."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +11,11 @@ from ..distributed import local_ranks, whole_mesh
 from ..patterns import NM, Pattern, TopK
 from .arena import Arena
 from .factor import Factor, on
+from .last import Perturbation
 from .scalars import Groups, Scalars
 from .selection import Selection, Side
 
 UNSPREAD = -2  # no threshold: that of the op holds
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What a perturb did. Tensors stay on the device; None for N:M, without a pattern, and where masks of an earlier step were used."""
-
-    pattern: Pattern | None
-    thresholds: Tensor | None = None  # int32 [selection sets]: keys, see `ops.topk_threshold`
-    stats: Tensor | None = None  # int64 [selection sets, 3], see `ops.prune_topk_`
 
 
 def perturb_(
@@ -34,6 +25,7 @@ def perturb_(
     scalars: Scalars,
     factor: Factor,
     norm: Tensor | None,
+    level: int | None,
     place: int | None,
     reuse: bool,
 ) -> Perturbation:
@@ -42,6 +34,7 @@ def perturb_(
     Args:
         factor: of the gradients.
         norm: float32 []: divides rho.
+        level: the index of the pattern.
         place: where the masks are kept for later steps; None: nowhere.
         reuse: take the masks that are there.
     """
@@ -66,7 +59,9 @@ def perturb_(
             slot.finished.add(place)
         if not groups[slot.group]["sparse_grad"]:
             slot.mask = slot.nothing
-    return Perturbation(selection.pattern, *_joined([r for r in results if r is not None]))
+    numels = tuple(size for side in selection.sides for size in side.numels)
+    thresholds, stats = _joined([r for r in results if r is not None])
+    return Perturbation(selection.pattern, level, thresholds, stats, numels)
 
 
 def _on_device(
@@ -113,8 +108,10 @@ def _local_k(side: Side, k: Tensor, rho: Tensor, amp: dict[str, Any]) -> tuple[T
     return k, thresholds
 
 
-def _joined(results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def _joined(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
     """Thresholds and statistics of all devices, on the first."""
-    if len(results) < 2:
-        return [t for r in results for t in r]
-    return [torch.cat([t.to(tensors[0].device) for t in tensors]) for tensors in zip(*results, strict=True)]
+    if not results:
+        return None, None
+    device = results[0][0].device
+    thresholds, stats = zip(*results, strict=True)
+    return torch.cat([t.to(device) for t in thresholds]), torch.cat([t.to(device) for t in stats])

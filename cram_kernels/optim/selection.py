@@ -17,6 +17,7 @@ class Side(NamedTuple):
     prune: list[int]  # [n] 0 or 1
     sets: list[int]  # [n] the selection set of TopK, -1: in none
     k: list[int]  # a selection set
+    numels: list[int]  # a selection set: weights on this rank
     spreads: list[Spread | None]  # a selection set: the ranks over which it lies
 
 
@@ -50,8 +51,13 @@ class Selection:
             number = {key: i for i, key in enumerate(sizes)}
             sets = [number[ranked[s]] if s in ranked else -1 for s in part]
             k = [pattern.k(size) for size in sizes.values()] if isinstance(pattern, TopK) else []
-            spreads = [spread_of([s.param for s, own in zip(part, sets, strict=True) if own == i]) for i in range(len(k))]
-            self.sides.append(Side(device, part, [int(s in marked) for s in part], sets, k, spreads))
+            members: list[list[Slot]] = [[] for _ in k]
+            for slot, own in zip(part, sets, strict=True):
+                if own >= 0:
+                    members[own].append(slot)
+            spreads = [spread_of([s.param for s in slots]) for slots in members]
+            numels = [sum(s.local.numel() for s in slots) for slots in members]
+            self.sides.append(Side(device, part, [int(s in marked) for s in part], sets, k, numels, spreads))
 
 
 def _ranked_with(pattern: TopK, slot: Slot, index: int) -> int:
