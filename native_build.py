@@ -1,6 +1,7 @@
 """Compiles the native libraries: writes a build.ninja and runs it. Used by setup.py; importable without torch.
 
-By hand: python native_build.py FOLDER [address | undefined | thread], --harness before FOLDER for tests/native/harness.cpp alone.
+By hand: python native_build.py FOLDER [address | undefined | thread]; before FOLDER, --harness for tests/native/harness.cpp alone,
+--executed for the CUDA library as an executor of PTX runs it.
 """
 
 import os
@@ -78,7 +79,7 @@ def escaped(path: object) -> str:
 class Ninja:
     """A build.ninja in the making."""
 
-    def __init__(self, cxx: str, sanitize: str) -> None:
+    def __init__(self, cxx: str, sanitize: str = "", gpu: str = "") -> None:
         self.cxx = cxx
         self.sanitize = sanitize
         mode = f"-O1 -fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer" if sanitize else "-O3"
@@ -88,19 +89,23 @@ class Ninja:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule cuda",
-            f"  command = nvcc {CUDA_FLAGS} {archs()} -MMD -MF $out.d $extra -c $in -o $out",
+            f"  command = nvcc {CUDA_FLAGS} {gpu} -MMD -MF $out.d $extra -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} {mode} $in -o $out $extra",
             "rule link_cuda",
-            f"  command = nvcc -shared -cudart shared {archs()} $in -o $out $extra",
+            f"  command = nvcc -shared -cudart shared {gpu} $in -o $out $extra",
         ]
+        self.objects: set[str] = set()
         self.targets: list[str] = []
 
     def compile(self, source: Path, extra: str = "") -> str:
-        """An object file; `source` once."""
+        """An object file; libraries may share it."""
         out = f"{source.parent.name}_{source.stem}.o"
+        if out in self.objects:
+            return out
+        self.objects.add(out)
         self.lines += [
             f"build {out}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escaped(source)}",
             f"  extra = {ISA_FLAGS.get(source.stem, '')} {extra}",
@@ -134,6 +139,22 @@ def cuda_sources() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu")) if shutil.which("nvcc") else []
 
 
+def require_torch() -> Path:
+    torch = torch_folder()
+    if torch is None:
+        raise BuildError("cram_kernels is built against the headers of torch >= 2.10: `pip install torch` first")
+    return torch
+
+
+def stable_abi_flags(torch: Path) -> str:
+    headers = [option("-isystem", torch / folder) for folder in ("include", "include/torch/csrc/api/include")]
+    return " ".join(["-DTORCH_TARGET_VERSION=0x020a000000000000", *headers])
+
+
+def libtorch_flags(torch: Path) -> str:
+    return f"{option('-L', torch / 'lib')} -ltorch -ltorch_cpu -lc10"
+
+
 def sources() -> list[Path]:
     x86 = platform.machine() in ("x86_64", "AMD64")
     found = sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
@@ -149,10 +170,8 @@ def build(package: Path, sanitize: str = "") -> None:
     """
     import pybind11
 
-    ninja = Ninja(compiler(), sanitize)
-    torch = torch_folder()
-    if torch is None:
-        raise BuildError("cram_kernels is built against the headers of torch >= 2.10: `pip install torch` first")
+    ninja = Ninja(compiler(), sanitize, archs())
+    torch = require_torch()
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise BuildError("cram_kernels needs Python's headers: install them (Debian and Ubuntu: `apt install python3-dev`)")
     package.mkdir(parents=True, exist_ok=True)
@@ -163,19 +182,43 @@ def build(package: Path, sanitize: str = "") -> None:
         "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in GPU_ARCHS) if cuda_sources() else "",
     }
     defines = " ".join(option(f"-D{name}=", f'"{value}"') for name, value in facts.items())
-    headers = [option("-isystem", torch / folder) for folder in ("include", "include/torch/csrc/api/include")]
-    stable_abi = " ".join(["-DTORCH_TARGET_VERSION=0x020a000000000000", *headers])
+    stable_abi = stable_abi_flags(torch)
     python = f"{option('-isystem', sysconfig.get_path('include'))} {option('-isystem', pybind11.get_include())}"
-    libtorch = f"{option('-L', torch / 'lib')} -ltorch -ltorch_cpu -lc10"
+    libtorch = libtorch_flags(torch)
 
     objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]
     library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared {libtorch}")
-    if device := [ninja.compile(source, stable_abi) for source in cuda_sources()]:
-        ninja.link(package / "libcram_kernels_cuda.so", device, libtorch, rule="link_cuda")
+    if cuda_sources():
+        link_cuda(ninja, package, stable_abi, libtorch)
     host = ninja.compile(CSRC / "host.cpp", f"{python} {defines}")
     module = package / ("_host" + sysconfig.get_config_var("EXT_SUFFIX"))
     ninja.link(module, [host], f"-shared {option('-L', package)} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)
     ninja.run("native")
+
+
+def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str) -> str:
+    """Kernels and launchers, their registration, and the checks that every backend shares."""
+    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp"]
+    objects = [ninja.compile(source) for source in cuda_sources()] + [ninja.compile(source, stable_abi) for source in glue]
+    return ninja.link(folder / "libcram_kernels_cuda.so", objects, libtorch, rule="link_cuda")
+
+
+def build_executed(folder: Path) -> None:
+    """Compile into `folder` the CUDA library as PTX alone and a stand-in for libtorch_cuda, for tests that execute the PTX on the CPU.
+
+    Raises:
+        BuildError: torch, a compiler or nvcc is missing.
+        subprocess.CalledProcessError: a compilation failed.
+    """
+    if not cuda_sources():
+        raise BuildError("the CUDA library needs nvcc on PATH")
+    ninja = Ninja(compiler(), gpu="-arch=compute_80 -code=compute_80 --no-compress")
+    torch = require_torch()
+    folder.mkdir(parents=True, exist_ok=True)
+    link_cuda(ninja, folder, stable_abi_flags(torch), libtorch_flags(torch))
+    stand_in = ninja.compile(ROOT / "tests" / "native" / "libtorch_cuda.cpp", stable_abi_flags(torch))
+    ninja.link(folder / "libtorch_cuda_stand_in.so", [stand_in], "-shared")
+    ninja.run("executed")
 
 
 def build_harness(folder: Path, sanitize: str = "") -> None:
@@ -188,6 +231,7 @@ def build_harness(folder: Path, sanitize: str = "") -> None:
 
 
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if a != "--harness"]
-    target = build_harness if "--harness" in sys.argv else build
+    targets = {"--harness": build_harness, "--executed": build_executed}
+    arguments = [a for a in sys.argv[1:] if a not in targets]
+    target = next((targets[a] for a in sys.argv if a in targets), build)
     target(Path(arguments[0]).resolve(), *arguments[1:])

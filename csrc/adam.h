@@ -17,6 +17,11 @@ struct AdamOptions {
   bool maximize;
 };
 
+struct AdamHyper {  // what set_step needs; AdamOptions holds the rest
+  double beta1, beta2;
+  float lr, weight_decay;
+};
+
 // base^exponent in float64 by square-and-multiply: the same bits everywhere, unlike pow().
 CRAM_INLINE double power(double base, int64_t exponent) {
   double result = 1;

@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define CRAM_INLINE static __host__ __device__ __forceinline__
+#define CRAM_HOST_DEVICE __host__ __device__
 #else
 #define CRAM_INLINE static inline __attribute__((always_inline))
+#define CRAM_HOST_DEVICE
 #endif
 #define CRAM_INLINE_MEMBER inline __attribute__((always_inline))
 
@@ -27,8 +29,8 @@ constexpr int32_t kNanKey = 0x7fc00000;  // the key of every NaN, and the bits o
 constexpr int32_t kInfKey = 0x7f800000;
 constexpr int32_t kKeepAll = -1;  // the threshold below every key
 
-constexpr int64_t size_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
-constexpr int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8; }
+CRAM_HOST_DEVICE constexpr int64_t size_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
+CRAM_HOST_DEVICE constexpr int64_t mask_bytes(int64_t numel) { return (numel + 7) / 8; }
 
 CRAM_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
@@ -65,16 +67,27 @@ CRAM_INLINE float widen(float x) { return x; }
 CRAM_INLINE float widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 CRAM_INLINE float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // Inf, NaN
   if (magnitude >= 0x0400u) return from_bits(sign | ((magnitude << 13) + (112u << 23)));
   const float denormal = static_cast<float>(magnitude) * 5.9604644775390625e-08f;  // 2^-24, exact
   return from_bits(sign | to_bits(denormal));
+#endif
 }
 
 // x -> the bits of a half, to nearest even; NaN becomes canonical.
 CRAM_INLINE uint16_t half_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t nearest;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(x));
+  return x != x ? 0x7e00u : nearest;
+#else
   const uint32_t bits = to_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -85,6 +98,7 @@ CRAM_INLINE uint16_t half_bits(float x) {
     return static_cast<uint16_t>(sign | (to_bits(shifted) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13));
+#endif
 }
 
 // x rounded to the type of the second argument, to nearest even, as a float; NaN becomes canonical.

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "arguments.h"
+
 namespace {
 
 struct Op {
@@ -58,4 +60,23 @@ STABLE_TORCH_LIBRARY(cram_kernels, m) {
     m.def((op.name + schema + op.result).c_str());
     m.def(("check_" + op.name + schema + "()").c_str());
   }
+}
+
+#define CRAM_OPS(define)  \
+  define(topk_threshold)  \
+  define(topk_histogram)  \
+  define(prune_topk_)     \
+  define(perturb_topk_)   \
+  define(prune_nm_)       \
+  define(perturb_nm_)     \
+  define(perturb_masked_) \
+  define(restore_)        \
+  define(restore_combine_) \
+  define(restore_sgd_)    \
+  define(restore_adam_)   \
+  define(grad_norm)
+
+STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CompositeExplicitAutograd, m) {
+#define CRAM_REGISTER_CHECK(op) m.impl("check_" #op, TORCH_BOX(&cram::check_##op));
+  CRAM_OPS(CRAM_REGISTER_CHECK)
 }

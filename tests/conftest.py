@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from executor import WAYS, Executor
+from executor import why_missing as why_not_executed
 
 from cram_kernels import _native, ops
 from cram_kernels.backend import use_backend, why_missing
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # name -> device
+# Device code: without an executor of PTX one test of test_install.py is skipped in the name of all.
+collect_ignore_glob = [] if why_not_executed() is None else ["test_cuda_*.py"]
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 
@@ -50,3 +54,23 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_library() -> Executor:
+    return Executor()
+
+
+@pytest.fixture
+def executed(cuda_library: Executor) -> Iterator[Executor]:
+    """The CUDA backend on CPU tensors, to be used like `backend`. Its ways: `executor.WAYS`."""
+    cuda_library.select("plain")
+    yield cuda_library
+    cuda_library.variants = ("plain",)
+
+
+@pytest.fixture
+def executed_in_all_ways(executed: Executor) -> Executor:
+    """`executed`, whose `compare.check` runs an op plainly, with race detection, with weak memory, in other orders and on other grids."""
+    executed.variants = tuple(WAYS)
+    return executed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BACKENDS
+from executor import why_missing as why_not_executed
 
 from cram_kernels import BackendUnavailable, cli, ops, use_backend
 from cram_kernels.backend import available
@@ -31,6 +32,12 @@ def test_backend_runs_here(name: str) -> None:
     with use_backend(name):
         ops.prune_topk_([weights], [], [0], torch.tensor([5], device=weights.device))  # the fifth goes, too
     assert weights.tolist() == [0, 0, 0, 0, 5, 6, 7, 8]
+
+
+def test_device_code_is_executed_here() -> None:
+    """One skip that stands for tests/test_cuda_*.py."""
+    if (reason := why_not_executed()) is not None:
+        pytest.skip(f"device code was not executed: {reason}; nvcc and CRAM_KERNELS_PTXEMU, the folder of an executor, run it")
 
 
 def test_info_names_every_fact(capsys: pytest.CaptureFixture[str]) -> None:

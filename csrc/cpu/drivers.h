@@ -46,10 +46,6 @@ void restore(const Context&, const std::vector<Item>&, int32_t* perturbed);
 void restore_combine(const Context&, const std::vector<Item>&, const Update&);
 void restore_sgd(const Context&, const std::vector<Item>&, const Update&, const std::vector<SgdOptions>&);
 
-struct AdamHyper {  // what set_step needs; AdamOptions holds the rest
-  double beta1, beta2;
-  float lr, weight_decay;
-};
 void restore_adam(const Context&, const std::vector<Item>&, const Update&, std::vector<AdamOptions>, const std::vector<AdamHyper>&);
 
 float grad_norm(const Context&, const std::vector<Item>&, const float* inv_scale);

@@ -1,9 +1,9 @@
-// The ops of the CPU backend: check, translate, run. One function an op, and its checking half, which other backends run too.
+// The ops of the CPU backend: check, translate, run. One function an op.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
+#include "../arguments.h"
 #include "drivers.h"
 #include "simd.h"
 
@@ -24,14 +24,7 @@ struct TorchContext {
   Context context{pool, kernels()};
 };
 
-const float* float_or_null(const MaybeTensor& t) { return t.has_value() ? static_cast<const float*>(t->data_ptr()) : nullptr; }
-
 float at(const Tensor& values, size_t i) { return static_cast<const float*>(values.data_ptr())[values.numel() == 1 ? 0 : i]; }
-
-template <class T>
-T at(const std::vector<T>& values, size_t i) {
-  return values[values.size() == 1 ? 0 : i];
-}
 
 // ---- Perturb and prune ----
 
@@ -45,19 +38,6 @@ Perturbation perturbation(const PerturbArguments& a, std::vector<Item>& items, c
   return p;
 }
 
-std::vector<Item> topk_items(Check& check, const Tensors& weights, const Tensors& masks, const Integers& sets, const Tensor& k, bool written) {
-  std::vector<Item> items = check.list("weights", weights, written);
-  check.masks(items, masks, true);
-  check.sets(items, sets, k);
-  check.no_overlap();
-  return items;
-}
-
-void check_topk_threshold(const Tensors& weights, const Integers& sets, const Tensor& k) {
-  Check check("topk_threshold");
-  topk_items(check, weights, {}, sets, k, false);
-}
-
 Tensor topk_threshold_cpu(const Tensors& weights, const Integers& sets, const Tensor& k) {
   Check check("topk_threshold");
   const std::vector<Item> items = topk_items(check, weights, {}, sets, k, false);
@@ -65,21 +45,6 @@ Tensor topk_threshold_cpu(const Tensors& weights, const Integers& sets, const Te
   topk_threshold(TorchContext().context, items, k.const_data_ptr<int64_t>(), k.numel(), thresholds.mutable_data_ptr<int32_t>());
   return thresholds;
 }
-
-#define CRAM_HISTOGRAM_ARGUMENTS \
-  const Tensors &params, const Tensors &grads, const Tensor &rho, const Integers &sets, const Tensor &prefix, int64_t shift, int64_t bits, \
-      const MaybeTensor &inv_scale, const Tensors &masters
-
-std::vector<Item> histogram_items(CRAM_HISTOGRAM_ARGUMENTS) {
-  Check check("topk_histogram");
-  std::vector<Item> items = check.uphill(params, grads, rho, inv_scale, masters);
-  check.sets(items, sets, prefix, "prefix");
-  check.require(bits >= 1 && bits <= 16 && shift >= 0 && shift + bits <= 31, "shift, bits", "satisfy 1 <= bits <= 16, 0 <= shift <= 31 - bits",
-                "shift=" + std::to_string(shift) + ", bits=" + std::to_string(bits));
-  return items;
-}
-
-void check_topk_histogram(CRAM_HISTOGRAM_ARGUMENTS) { histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters); }
 
 Tensor topk_histogram_cpu(CRAM_HISTOGRAM_ARGUMENTS) {
   std::vector<Item> items = histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters);
@@ -103,34 +68,12 @@ TopkResult topk_result(const Tensor& k) {
 
 TopkStats* stats_of(TopkResult& result) { return reinterpret_cast<TopkStats*>(std::get<1>(result).mutable_data_ptr<int64_t>()); }
 
-void check_prune_topk_(const Tensors& weights, const Tensors& masks, const Integers& sets, const Tensor& k) {
-  Check check("prune_topk_");
-  topk_items(check, weights, masks, sets, k, true);
-}
-
 TopkResult prune_topk_cpu(const Tensors& weights, const Tensors& masks, const Integers& sets, const Tensor& k) {
   Check check("prune_topk_");
   const std::vector<Item> items = topk_items(check, weights, masks, sets, k, true);
   TopkResult result = topk_result(k);
   prune_topk(TorchContext().context, items, k.const_data_ptr<int64_t>(), k.numel(), std::get<0>(result).mutable_data_ptr<int32_t>(), stats_of(result));
   return result;
-}
-
-std::vector<Item> perturb_topk_items(const PerturbArguments& a, const Integers& sets, const Tensor& k) {
-  Check check("perturb_topk_");
-  std::vector<Item> items = check.perturb(a, true);
-  check.sets(items, sets, k);
-  check.no_overlap();
-  return items;
-}
-
-#define CRAM_PERTURB_LISTS \
-  const Tensors &params, const Tensors &grads, const Tensors &saved, const Tensors &masks, const Tensor &perturbed, const Tensor &rho
-#define CRAM_PERTURB_OPTIONS const MaybeTensor &inv_scale, const MaybeTensor &found_inf, const Tensors &masters
-#define CRAM_PERTURB_ARGUMENTS {params, grads, saved, masks, perturbed, rho, inv_scale, found_inf, masters}
-
-void check_perturb_topk_(CRAM_PERTURB_LISTS, const Integers& sets, const Tensor& k, CRAM_PERTURB_OPTIONS) {
-  perturb_topk_items(CRAM_PERTURB_ARGUMENTS, sets, k);
 }
 
 TopkResult perturb_topk_cpu(CRAM_PERTURB_LISTS, const Integers& sets, const Tensor& k, CRAM_PERTURB_OPTIONS) {
@@ -143,33 +86,8 @@ TopkResult perturb_topk_cpu(CRAM_PERTURB_LISTS, const Integers& sets, const Tens
   return result;
 }
 
-std::vector<Item> prune_nm_items(const Tensors& weights, const Tensors& masks, const Integers& prune, int64_t n, int64_t m) {
-  Check check("prune_nm_");
-  std::vector<Item> items = check.list("weights", weights, true);
-  check.masks(items, masks, true);
-  check.nm(items, prune, n, m);
-  check.no_overlap();
-  return items;
-}
-
-void check_prune_nm_(const Tensors& weights, const Tensors& masks, const Integers& prune, int64_t n, int64_t m) {
-  prune_nm_items(weights, masks, prune, n, m);
-}
-
 void prune_nm_cpu(const Tensors& weights, const Tensors& masks, const Integers& prune, int64_t n, int64_t m) {
   prune_nm(TorchContext().context, prune_nm_items(weights, masks, prune, n, m), static_cast<int>(n), static_cast<int>(m));
-}
-
-std::vector<Item> perturb_nm_items(const PerturbArguments& a, const Integers& prune, int64_t n, int64_t m) {
-  Check check("perturb_nm_");
-  std::vector<Item> items = check.perturb(a, true);
-  check.nm(items, prune, n, m);
-  check.no_overlap();
-  return items;
-}
-
-void check_perturb_nm_(CRAM_PERTURB_LISTS, const Integers& prune, int64_t n, int64_t m, CRAM_PERTURB_OPTIONS) {
-  perturb_nm_items(CRAM_PERTURB_ARGUMENTS, prune, n, m);
 }
 
 void perturb_nm_cpu(CRAM_PERTURB_LISTS, const Integers& prune, int64_t n, int64_t m, CRAM_PERTURB_OPTIONS) {
@@ -178,15 +96,6 @@ void perturb_nm_cpu(CRAM_PERTURB_LISTS, const Integers& prune, int64_t n, int64_
   const Perturbation p = perturbation(arguments, items, "perturb_nm_");
   perturb_nm(TorchContext().context, items, p, static_cast<int>(n), static_cast<int>(m));
 }
-
-std::vector<Item> perturb_masked_items(const PerturbArguments& a) {
-  Check check("perturb_masked_");
-  std::vector<Item> items = check.perturb(a, false);
-  check.no_overlap();
-  return items;
-}
-
-void check_perturb_masked_(CRAM_PERTURB_LISTS, CRAM_PERTURB_OPTIONS) { perturb_masked_items(CRAM_PERTURB_ARGUMENTS); }
 
 void perturb_masked_cpu(CRAM_PERTURB_LISTS, CRAM_PERTURB_OPTIONS) {
   const PerturbArguments arguments = CRAM_PERTURB_ARGUMENTS;
@@ -197,26 +106,9 @@ void perturb_masked_cpu(CRAM_PERTURB_LISTS, CRAM_PERTURB_OPTIONS) {
 
 // ---- Restore and update ----
 
-std::vector<Item> restore_items(const Tensors& params, const Tensors& saved, const Tensor& perturbed, const Tensors& masters) {
-  Check check("restore_");
-  std::vector<Item> items = check.update({params, saved, {}, {}, {}, perturbed, {}, {}, {}, masters}, false, false);
-  check.no_overlap();
-  return items;
-}
-
-void check_restore_(const Tensors& params, const Tensors& saved, const Tensor& perturbed, const Tensors& masters) {
-  restore_items(params, saved, perturbed, masters);
-}
-
 void restore_cpu(const Tensors& params, const Tensors& saved, const Tensor& perturbed, const Tensors& masters) {
   restore(TorchContext().context, restore_items(params, saved, perturbed, masters), static_cast<int32_t*>(perturbed.data_ptr()));
 }
-
-#define CRAM_UPDATE_LISTS                                                                                                             \
-  const Tensors &params, const Tensors &saved, const Tensors &grads, const Tensors &first_grads, const Tensors &masks, const Tensor &perturbed
-#define CRAM_UPDATE_OPTIONS \
-  const MaybeTensor &inv_scale, const MaybeTensor &first_inv_scale, const MaybeTensor &found_inf, const Tensors &masters
-#define CRAM_UPDATE_ARGUMENTS {params, saved, grads, first_grads, masks, perturbed, inv_scale, first_inv_scale, found_inf, masters}
 
 Update update_of(const UpdateArguments& a) {
   Update update;
@@ -228,137 +120,26 @@ Update update_of(const UpdateArguments& a) {
   return update;
 }
 
-std::vector<Item> restore_combine_items(const UpdateArguments& a) {
-  Check check("restore_combine_");
-  std::vector<Item> items = check.update(a, true, false);
-  check.no_overlap();
-  return items;
-}
-
-void check_restore_combine_(CRAM_UPDATE_LISTS, CRAM_UPDATE_OPTIONS) { restore_combine_items(CRAM_UPDATE_ARGUMENTS); }
-
 void restore_combine_cpu(CRAM_UPDATE_LISTS, CRAM_UPDATE_OPTIONS) {
   const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
   restore_combine(TorchContext().context, restore_combine_items(arguments), update_of(arguments));
 }
 
-#define CRAM_SGD_ARGUMENTS                                                                                                                   \
-  CRAM_UPDATE_LISTS, const Tensors &momentum_buffers, const Integers &fresh, const Tensor &lr, const Numbers &momentum, const Numbers &dampening, \
-      const Numbers &weight_decay, const Integers &nesterov, const Integers &maximize, CRAM_UPDATE_OPTIONS
-
-struct Sgd {
-  std::vector<Item> items;
-  std::vector<SgdOptions> options;
-};
-
-Sgd sgd_of(const UpdateArguments& a, const Tensors& momentum_buffers, const Integers& fresh, const Tensor& lr, const Numbers& momentum,
-           const Numbers& dampening, const Numbers& weight_decay, const Integers& nesterov, const Integers& maximize, bool read_lr) {
-  Check check("restore_sgd_");
-  Sgd sgd{check.update(a, false, true), {}};
-  const size_t n = sgd.items.size();
-  check.state(sgd.items, "momentum_buffers", momentum_buffers, 0);
-  check.per_item("fresh", fresh, n);
-  check.per_item("lr", lr, n);
-  check.per_item("momentum", momentum, n);
-  check.per_item("dampening", dampening, n);
-  check.per_item("weight_decay", weight_decay, n);
-  check.per_item("nesterov", nesterov, n);
-  check.per_item("maximize", maximize, n);
-  for (size_t i = 0; i < n; ++i) {
-    const Item& item = sgd.items[i];
-    const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);
-    check.require(!updated || at(momentum, i) == 0 || item.state[0] != nullptr, "momentum_buffers[" + std::to_string(i) + "]",
-                  "be there where momentum is not 0", "no buffer");
-    sgd.options.push_back({read_lr ? at(lr, i) : 0, static_cast<float>(at(momentum, i)), static_cast<float>(1 - at(dampening, i)),
-                           static_cast<float>(at(weight_decay, i)), at(nesterov, i) != 0, at(maximize, i) != 0, at(fresh, i) != 0});
-  }
-  check.no_overlap();
-  return sgd;
-}
-
-void check_restore_sgd_(CRAM_SGD_ARGUMENTS) {
-  sgd_of(CRAM_UPDATE_ARGUMENTS, momentum_buffers, fresh, lr, momentum, dampening, weight_decay, nesterov, maximize, false);
-}
-
 void restore_sgd_cpu(CRAM_SGD_ARGUMENTS) {
   const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
-  const Sgd sgd = sgd_of(arguments, momentum_buffers, fresh, lr, momentum, dampening, weight_decay, nesterov, maximize, true);
+  Sgd sgd = sgd_of(arguments, momentum_buffers, fresh, lr, momentum, dampening, weight_decay, nesterov, maximize);
+  for (size_t i = 0; i < sgd.items.size(); ++i) sgd.options[i].lr = at(lr, i);
   restore_sgd(TorchContext().context, sgd.items, update_of(arguments), sgd.options);
-}
-
-#define CRAM_ADAM_ARGUMENTS                                                                                                                    \
-  CRAM_UPDATE_LISTS, const Tensors &exp_avgs, const Tensors &exp_avg_sqs, const Tensors &max_exp_avg_sqs, const Tensors &steps, const Tensor &lr, \
-      const Numbers &beta1, const Numbers &beta2, const Numbers &eps, const Numbers &weight_decay, bool decoupled, const Integers &amsgrad,     \
-      const Integers &maximize, CRAM_UPDATE_OPTIONS
-
-struct Adam {
-  std::vector<Item> items;
-  std::vector<AdamOptions> options;
-  std::vector<AdamHyper> hyper;
-};
-
-Adam adam_of(const UpdateArguments& a, const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& steps,
-             const Tensor& lr, const Numbers& beta1, const Numbers& beta2, const Numbers& eps, const Numbers& weight_decay, bool decoupled,
-             const Integers& amsgrad, const Integers& maximize, bool read_lr) {
-  Check check("restore_adam_");
-  Adam adam{check.update(a, false, true), {}, {}};
-  const size_t n = adam.items.size();
-  check.state(adam.items, "exp_avgs", exp_avgs, 0);
-  check.state(adam.items, "exp_avg_sqs", exp_avg_sqs, 1);
-  check.state(adam.items, "max_exp_avg_sqs", max_exp_avg_sqs, 2);
-  check.steps(adam.items, steps);
-  check.per_item("lr", lr, n);
-  check.per_item("beta1", beta1, n);
-  check.per_item("beta2", beta2, n);
-  check.per_item("eps", eps, n);
-  check.per_item("weight_decay", weight_decay, n);
-  check.per_item("amsgrad", amsgrad, n);
-  check.per_item("maximize", maximize, n);
-  for (size_t i = 0; i < n; ++i) {
-    const Item& item = adam.items[i];
-    const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);
-    const bool complete = item.state[0] != nullptr && item.state[1] != nullptr && (at(amsgrad, i) == 0 || item.state[2] != nullptr);
-    check.require(!updated || complete, "exp_avgs, exp_avg_sqs, max_exp_avg_sqs [" + std::to_string(i) + "]",
-                  "be there (the last with amsgrad)", "no tensor");
-    AdamOptions options = {};
-    options.beta1 = static_cast<float>(at(beta1, i));
-    options.one_minus_beta1 = static_cast<float>(1 - at(beta1, i));
-    options.beta2 = static_cast<float>(at(beta2, i));
-    options.one_minus_beta2 = static_cast<float>(1 - at(beta2, i));
-    options.eps = static_cast<float>(at(eps, i));
-    options.decoupled = decoupled;
-    options.amsgrad = at(amsgrad, i) != 0;
-    options.maximize = at(maximize, i) != 0;
-    adam.options.push_back(options);
-    adam.hyper.push_back({at(beta1, i), at(beta2, i), read_lr ? at(lr, i) : 0, static_cast<float>(at(weight_decay, i))});
-  }
-  check.no_overlap();
-  return adam;
-}
-
-void check_restore_adam_(CRAM_ADAM_ARGUMENTS) {
-  adam_of(CRAM_UPDATE_ARGUMENTS, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize,
-          false);
 }
 
 void restore_adam_cpu(CRAM_ADAM_ARGUMENTS) {
   const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
-  const Adam adam = adam_of(arguments, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad,
-                            maximize, true);
+  Adam adam = adam_of(arguments, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize);
+  for (size_t i = 0; i < adam.items.size(); ++i) adam.hyper[i].lr = at(lr, i);
   restore_adam(TorchContext().context, adam.items, update_of(arguments), adam.options, adam.hyper);
 }
 
 // ---- Norm ----
-
-std::vector<Item> norm_items(const Tensors& grads, const MaybeTensor& inv_scale) {
-  Check check("grad_norm");
-  std::vector<Item> items = check.list("grads", grads, false);
-  check.scalar("inv_scale", inv_scale, false);
-  for (Item& item : items) item.grad = item.param;
-  return items;
-}
-
-void check_grad_norm(const Tensors& grads, const MaybeTensor& inv_scale) { norm_items(grads, inv_scale); }
 
 Tensor grad_norm_cpu(const Tensors& grads, const MaybeTensor& inv_scale) {
   const std::vector<Item> items = norm_items(grads, inv_scale);
@@ -370,25 +151,6 @@ Tensor grad_norm_cpu(const Tensors& grads, const MaybeTensor& inv_scale) {
 
 }  // namespace
 }  // namespace cram
-
-#define CRAM_OPS(define)  \
-  define(topk_threshold)  \
-  define(topk_histogram)  \
-  define(prune_topk_)     \
-  define(perturb_topk_)   \
-  define(prune_nm_)       \
-  define(perturb_nm_)     \
-  define(perturb_masked_) \
-  define(restore_)        \
-  define(restore_combine_) \
-  define(restore_sgd_)    \
-  define(restore_adam_)   \
-  define(grad_norm)
-
-STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CompositeExplicitAutograd, m) {
-#define CRAM_REGISTER_CHECK(op) m.impl("check_" #op, TORCH_BOX(&cram::check_##op));
-  CRAM_OPS(CRAM_REGISTER_CHECK)
-}
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CPU, m) {
   m.impl("topk_threshold", TORCH_BOX(&cram::topk_threshold_cpu));

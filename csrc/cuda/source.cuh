@@ -1,0 +1,135 @@
+// The perturbed weights of a tensor, vector by vector (docs/contract.md: Perturb).
+#pragma once
+
+#include "../perturb.h"
+#include "../restore.h"
+#include "launchers.h"
+#include "vector.cuh"
+
+namespace cram {
+namespace cuda {
+
+// A tensor of a perturbing or pruning launch.
+struct PerturbEntry {
+  void* param;
+  const void* grad;     // optional: without one, u is the weight as it is
+  void* saved;          // optional
+  uint8_t* mask;        // optional
+  const float* master;  // optional
+  int64_t numel;
+  int64_t extra;        // top-k: place of its first weight within its selection set; N:M: elements between neighbours along axis 1, 0: not pruned
+  int32_t set;          // top-k: its selection set, -1: none
+  uint32_t index : 30;  // in the list of the call
+  uint32_t dtype : 2;
+};
+
+inline PerturbEntry perturb_entry(const Item& item, size_t index, int64_t extra = 0) {
+  return {item.param,
+          item.grad,
+          item.saved,
+          item.mask,
+          item.master,
+          item.numel,
+          extra,
+          static_cast<int32_t>(item.set),
+          static_cast<uint32_t>(index),
+          static_cast<uint32_t>(item.dtype)};
+}
+
+using PerturbTable = Table<PerturbEntry>;
+
+#if defined(__CUDACC__)
+
+// Calls f(T{}, W{}) with the number types of the parameter and of the weights that u is computed from.
+template <class Function>
+__device__ __forceinline__ void with_types(const PerturbEntry& entry, Function f) {
+  const bool master = entry.master != nullptr;
+  switch (static_cast<DType>(entry.dtype)) {
+    case DType::kBFloat16:
+      return master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+    case DType::kFloat16:
+      return master ? f(Float16{}, float{}) : f(Float16{}, Float16{});
+    default:
+      return f(float{}, float{});
+  }
+}
+
+// Where u comes from: the weights (the parameter, its saved copy, or its master) and, optional, the gradient.
+template <class T, class W>
+struct Source {
+  const W* weights;
+  const T* grad;
+  float rho, inv_scale;
+  bool scaled;
+
+  __device__ __forceinline__ Source(const PerturbEntry& entry, const void* weights_or_saved, const Perturbation& p)
+      : weights(static_cast<const W*>(entry.master != nullptr ? entry.master : weights_or_saved)),
+        grad(static_cast<const T*>(entry.grad)),
+        rho(grad != nullptr ? p.rho[p.rho_per_tensor ? entry.index : 0] : 0),
+        inv_scale(p.inv_scale != nullptr ? *p.inv_scale : 1),
+        scaled(p.inv_scale != nullptr) {}
+
+  // u from a weight and its gradient; *nonfinite is set where the gradient is Inf or NaN.
+  __device__ __forceinline__ float moved(float w, float g, bool* nonfinite) const {
+    g = unscaled(g, inv_scale, scaled);
+    *nonfinite |= (to_bits(g) & 0x7fffffffu) >= static_cast<uint32_t>(kInfKey);
+    return rounded(uphill(w, g, rho), T{});
+  }
+
+  // u of one element.
+  __device__ __forceinline__ float at(int64_t i) const {
+    const float w = widen(weights[i]);
+    bool ignored = false;
+    return grad != nullptr ? moved(w, widen(grad[i]), &ignored) : w;
+  }
+
+  // u of a vector whose weights are in u.
+  template <int kLanes>
+  __device__ __forceinline__ void move(Lanes<kLanes>& u, const Span<kLanes>& span, bool* nonfinite) const {
+    if (grad == nullptr) return;
+    const Lanes<kLanes> g = load_floats(grad, span);
+    bool bad = false;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      bool own = false;
+      u[i] = moved(u[i], g[i], &own);
+      bad |= own && span.has(i);
+    }
+    *nonfinite |= bad;
+  }
+};
+
+// What a thread has of a chunk: the parameters' bits as they are, and u. All loads come before the first store.
+template <class T, class W>
+struct MovedVectors {
+  static constexpr int kLanes = Vector<T>::kLanes;
+  Vector<T> raw[kVectors<T>];
+  Lanes<kLanes> u[kVectors<T>];
+
+  __device__ __forceinline__ void load(const Source<T, W>& source, const T* param, const Chunk& chunk, bool* nonfinite) {
+    for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
+      raw[j] = cuda::load(param, span);
+      if constexpr (sizeof(T) == sizeof(W)) {
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) u[j][i] = widen(raw[j].get(i));
+      } else {
+        u[j] = load_floats(source.weights, span);
+      }
+      source.move(u[j], span, nonfinite);
+    });
+  }
+};
+
+// u where `kept` has a bit, else +0; a NaN stays.
+template <int kLanes>
+__device__ __forceinline__ Lanes<kLanes> pruned(Lanes<kLanes> u, uint32_t kept) {
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i)
+    if ((kept >> i & 1) == 0 && u[i] == u[i]) u[i] = 0;
+  return u;
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace cram

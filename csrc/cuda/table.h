@@ -1,0 +1,86 @@
+// The tensors of one launch, passed by value: nothing to copy to the device, safe under stream capture. Lists that are longer take several launches.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../item.h"
+
+namespace cram {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 8 * kThreads;   // weights of a chunk: what a block works on at a time, 8 a thread
+constexpr int kMaxTensors = 450;       // a launch
+constexpr int kArgumentBytes = 32764;  // of a kernel, with CUDA >= 12.1
+constexpr int kOtherArguments = 512;   // of these, for what is not the table
+
+// Vectors of 16 bytes are cut where the first array of a tensor (the one that is written) is aligned. In a tensor that starts between two
+// boundaries each chunk begins and ends with a part of a vector, and is shorter so that a thread still has 8 weights at most. A multiple of 8.
+CRAM_HOST_DEVICE constexpr int64_t chunk_size(bool aligned) { return aligned ? kChunk : kChunk - 8; }
+inline int64_t chunk_size(const void* p) { return chunk_size(reinterpret_cast<uintptr_t>(p) % 16 == 0); }
+inline int64_t chunks_of(const void* p, int64_t numel) { return (numel + chunk_size(p) - 1) / chunk_size(p); }
+
+// An Entry is a tensor as a kernel sees it: plain data.
+template <class Entry>
+struct Table {
+  static constexpr int kFitting = (kArgumentBytes - kOtherArguments) / static_cast<int>(sizeof(Entry) + sizeof(uint32_t));
+  static constexpr int kCapacity = kFitting < kMaxTensors ? kFitting : kMaxTensors;
+  static_assert(std::is_trivially_copyable<Entry>::value, "passed by value to kernels");
+
+  int32_t count = 0;
+  int64_t tasks_before = 0;  // tasks of the tables before this one
+  uint32_t ends[kCapacity];  // tasks (chunks, unless said otherwise) of the entries up to and including this one
+  Entry entries[kCapacity];
+};
+
+// The tables of a list, at least one: entry(i) and the number of tasks(i) of each of its n tensors; those without a task are left out.
+template <class Entry, class MakeEntry, class Tasks>
+std::vector<Table<Entry>> make_tables(size_t n, MakeEntry entry, Tasks tasks) {
+  std::vector<Table<Entry>> tables(1);
+  int64_t total = 0;
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t own = tasks(i);
+    if (own <= 0) continue;
+    if (tables.back().count == Table<Entry>::kCapacity || total + own - tables.back().tasks_before > INT32_MAX) {
+      tables.emplace_back();
+      tables.back().tasks_before = total;
+    }
+    total += own;
+    Table<Entry>& table = tables.back();
+    table.entries[table.count] = entry(i);
+    table.ends[table.count++] = static_cast<uint32_t>(total - table.tasks_before);
+  }
+  return tables;
+}
+
+template <class Entry>
+CRAM_HOST_DEVICE inline uint32_t tasks_in(const Table<Entry>& table) {
+  return table.count > 0 ? table.ends[table.count - 1] : 0;
+}
+
+#if defined(__CUDACC__)
+
+struct Task {
+  int entry;
+  uint32_t number;  // among the tasks of the entry
+};
+
+template <class Entry>
+__device__ __forceinline__ Task find(const Table<Entry>& table, uint32_t task) {
+  int low = 0, high = table.count - 1;  // the first entry that ends behind the task
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (table.ends[middle] > task)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return {low, low > 0 ? task - table.ends[low - 1] : task};
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace cram

@@ -1,0 +1,158 @@
+// 16 bytes of a tensor in registers, and the vectors of a chunk: whole ones by one access of 16 bytes, the parts at its ends number by number.
+#pragma once
+
+#include "table.h"
+
+namespace cram {
+namespace cuda {
+
+template <class T>
+struct Vector {
+  static constexpr int kLanes = 16 / sizeof(T);
+  uint32_t words[4];
+
+  __device__ __forceinline__ T get(int lane) const {
+    if constexpr (sizeof(T) == 4)
+      return from_bits(words[lane]);
+    else
+      return T{static_cast<uint16_t>(words[lane / 2] >> (lane % 2 * 16))};
+  }
+  __device__ __forceinline__ void set(int lane, T value) {
+    if constexpr (sizeof(T) == 4)
+      words[lane] = to_bits(value);
+    else if (lane % 2 == 0)
+      words[lane / 2] = (words[lane / 2] & 0xffff0000u) | value.bits;
+    else
+      words[lane / 2] = (words[lane / 2] & 0xffffu) | static_cast<uint32_t>(value.bits) << 16;
+  }
+};
+
+// x, a number that T holds, as T.
+__device__ __forceinline__ float narrowed(float x, float) { return x; }
+__device__ __forceinline__ BFloat16 narrowed(float x, BFloat16) { return {static_cast<uint16_t>(to_bits(x) >> 16)}; }
+__device__ __forceinline__ Float16 narrowed(float x, Float16) { return {half_bits(x)}; }
+
+// The elements [first + low, first + high) of a tensor; lane i of a vector is element first + i.
+template <int kLanes>
+struct Span {
+  int64_t first;
+  int low, high;
+
+  __device__ __forceinline__ bool whole() const { return low == 0 && high == kLanes; }
+  __device__ __forceinline__ bool has(int lane) const { return lane >= low && lane < high; }
+  __device__ __forceinline__ uint32_t lanes() const { return (1u << high) - (1u << low); }  // bit i: lane i exists
+};
+
+__device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class T, int kLanes>
+__device__ __forceinline__ Vector<T> load(const T* p, const Span<kLanes>& span) {
+  static_assert(kLanes == Vector<T>::kLanes, "");
+  Vector<T> x = {};
+  p += span.first;
+  if (span.whole() && aligned(p)) {
+    const uint4 words = *reinterpret_cast<const uint4*>(p);
+    x.words[0] = words.x, x.words[1] = words.y, x.words[2] = words.z, x.words[3] = words.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i)
+      if (span.has(i)) x.set(i, p[i]);
+  }
+  return x;
+}
+
+template <class T, int kLanes>
+__device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLanes>& span) {
+  static_assert(kLanes == Vector<T>::kLanes, "");
+  p += span.first;
+  if (span.whole() && aligned(p)) {
+    *reinterpret_cast<uint4*>(p) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i)
+      if (span.has(i)) p[i] = x.get(i);
+  }
+}
+
+// The numbers of a span as floats.
+template <int kLanes>
+struct Lanes {
+  float x[kLanes];
+  __device__ __forceinline__ float& operator[](int i) { return x[i]; }
+  __device__ __forceinline__ const float& operator[](int i) const { return x[i]; }
+};
+
+// The part of a span that is part number `part` of kLanes / kPart.
+template <int kPart, int kLanes>
+__device__ __forceinline__ Span<kPart> part_of(const Span<kLanes>& span, int part) {
+  return {span.first + part * kPart, max(0, span.low - part * kPart), min(kPart, span.high - part * kPart)};
+}
+
+// From an array of T, whose vectors may be shorter than the span (a float32 master weight of a parameter of 16 bits).
+template <class T, int kLanes>
+__device__ __forceinline__ Lanes<kLanes> load_floats(const T* p, const Span<kLanes>& span) {
+  constexpr int kPart = Vector<T>::kLanes;
+  Lanes<kLanes> x;
+#pragma unroll
+  for (int part = 0; part < kLanes / kPart; ++part) {
+    const Vector<T> raw = load(p, part_of<kPart>(span, part));
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) x[part * kPart + i] = widen(raw.get(i));
+  }
+  return x;
+}
+
+// x, numbers that T holds.
+template <class T, int kLanes>
+__device__ __forceinline__ void store_floats(T* p, const Lanes<kLanes>& x, const Span<kLanes>& span) {
+  constexpr int kPart = Vector<T>::kLanes;
+#pragma unroll
+  for (int part = 0; part < kLanes / kPart; ++part) {
+    Vector<T> raw = {};
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) raw.set(i, narrowed(x[part * kPart + i], T{}));
+    store(p, raw, part_of<kPart>(span, part));
+  }
+}
+
+// Mask bits of a span, bit i for lane i; bits of lanes that do not exist are 0.
+template <int kLanes>
+__device__ __forceinline__ uint32_t load_mask(const uint8_t* mask, const Span<kLanes>& span) {
+  if (span.low >= span.high) return 0;
+  const int64_t begin = span.first + span.low, last = span.first + span.high - 1;
+  uint32_t bits = mask[begin / 8];
+  if (last / 8 != begin / 8) bits |= static_cast<uint32_t>(mask[last / 8]) << 8;
+  return (bits >> (begin % 8) << span.low) & span.lanes();
+}
+
+// Chunk `number` of a tensor of `numel` elements whose written array is p (chunk_size above).
+struct Chunk {
+  int64_t begin, end;
+  bool aligned;
+
+  __device__ __forceinline__ Chunk(const void* p, int64_t numel, uint32_t number) : aligned(cuda::aligned(p)) {
+    begin = number * chunk_size(aligned);
+    end = min(begin + chunk_size(aligned), numel);
+  }
+};
+
+// Calls f(j, span) for each vector that this thread has of a chunk; j counts them, at most kVectors<T>. Vectors are dealt out so that a warp's
+// accesses are consecutive. Every thread calls f as often; a span may be empty.
+template <class T>
+constexpr int kVectors = kChunk / kThreads / Vector<T>::kLanes;
+
+template <class T, class Function>
+__device__ __forceinline__ void for_vectors(const Chunk& chunk, const T* p, Function f) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int shift = chunk.aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(p + chunk.begin) % 16 / sizeof(T));
+  const int size = static_cast<int>(chunk.end - chunk.begin);
+#pragma unroll
+  for (int j = 0; j < kVectors<T>; ++j) {
+    const int first = (j * kThreads + static_cast<int>(threadIdx.x)) * kLanes - shift;
+    const int low = max(0, -first), high = max(low, min(kLanes, size - first));
+    f(j, Span<kLanes>{chunk.begin + first, low, high});
+  }
+}
+
+}  // namespace cuda
+}  // namespace cram

@@ -1,0 +1,154 @@
+"""The CUDA library on a machine without a GPU: an executor of PTX runs on CPU tensors what nvcc made of the kernels and of their launchers.
+
+CRAM_KERNELS_PTXEMU names the folder of the executor: a Python module `ptxemu` whose `Cudart` stands in for libcudart. The library's own
+registration is used: its kernels for the key CUDA are called with CPU tensors. Every tensor of a call, and all that the call allocates, is
+made known to the executor byte for byte, which refuses any other access; what is allocated is poisoned first.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import SENTINEL, named_tensors
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cram_kernels import backend, ops
+
+FOLDER = os.environ.get("CRAM_KERNELS_PTXEMU")
+ROOT = Path(__file__).parent.parent
+
+CHECK, RACE, PREEMPT, SHUFFLE, PREEMPT_ALL, WEAK = 1, 2, 4, 8, 32, 64
+WAYS = {  # name -> environment of the executor
+    "plain": {"PTXEMU_FLAGS": CHECK},
+    "race": {"PTXEMU_FLAGS": CHECK | RACE},
+    "weak": {"PTXEMU_FLAGS": CHECK | WEAK, "PTXEMU_SMS": 3},
+    "shuffled": {"PTXEMU_FLAGS": CHECK | WEAK | SHUFFLE | PREEMPT_ALL, "PTXEMU_SEED": 1, "PTXEMU_THREADS": 2},
+    "one block": {"PTXEMU_FLAGS": CHECK | SHUFFLE | PREEMPT, "PTXEMU_SEED": 2, "PTXEMU_SMS": 1},
+}
+
+
+def why_missing() -> str | None:
+    """None where device code can be executed, else what is missing."""
+    if FOLDER is None:
+        return "CRAM_KERNELS_PTXEMU does not name a PTX executor"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH"
+    if not (ROOT / "native_build.py").exists():
+        return "not run from a source checkout"
+    return None
+
+
+class Memory(TorchDispatchMode):
+    """Makes known to the executor what is allocated while a call runs, and poisons it."""
+
+    def __init__(self, executor: "Executor") -> None:
+        super().__init__()
+        self.executor = executor
+        self.tensors: list[Tensor] = []  # kept alive until forgotten: a captured graph goes on using them
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for _, t in named_tensors(out):
+            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty) and t.numel() > 0:
+                t.view(torch.uint8).fill_(SENTINEL)
+                self.executor.know(t)
+                self.tensors.append(t)
+        return out
+
+    def forget(self) -> None:
+        for t in self.tensors:
+            self.executor.forget(t)
+        self.tensors.clear()
+
+
+class Executor:
+    """The CUDA library, loaded; calls ops of `cram_kernels.ops` on it."""
+
+    name, device, variants = "cuda executed", "cpu", ("plain",)
+
+    def __init__(self) -> None:
+        sys.path[:0] = [str(FOLDER), str(ROOT)]
+        import ptxemu
+
+        import native_build
+
+        folder = ROOT / "build" / "executed"
+        native_build.build_executed(folder)
+        self.cudart = ptxemu.Cudart()
+        self.torch_cuda = ctypes.CDLL(str(folder / "libtorch_cuda_stand_in.so"), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(folder / "libcram_kernels_cuda.so"))
+        self.memory = Memory(self)
+        self.environment: dict[str, str] = {}
+
+    def select(self, way: str) -> None:
+        for name in self.environment:
+            del os.environ[name]
+        self.environment = {name: str(value) for name, value in WAYS[way].items()}
+        os.environ.update(self.environment)
+
+    def know(self, t: Tensor) -> None:
+        self.cudart.lib.ptxemu_register(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.numel() * t.element_size()))
+
+    def forget(self, t: Tensor) -> None:
+        self.cudart.lib.ptxemu_unregister(ctypes.c_void_p(t.data_ptr()))
+
+    @contextlib.contextmanager
+    def known(self, arguments: Any) -> Iterator[None]:
+        tensors = [t for _, t in named_tensors(arguments) if t.numel() > 0]
+        for t in tensors:
+            self.know(t)
+        try:
+            yield
+        finally:
+            for t in tensors:
+                self.forget(t)
+
+    def enqueue(self, op: str, arguments: dict[str, Any]) -> Any:
+        """Call an op; its memory is known until `memory.forget()`."""
+        chosen, backend.select = backend.select, lambda tensors: CudaOps()
+        try:
+            with self.memory:
+                return getattr(ops, op)(**arguments)
+        finally:
+            backend.select = chosen
+
+    def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
+        try:
+            with self.known(arguments):
+                result = self.enqueue(op, arguments)
+                self.cudart.synchronize()
+                return result
+        finally:
+            self.memory.forget()
+
+    def reset(self) -> None:
+        """After a fault, which sticks as on a device."""
+        self.cudart.lib.ptxemu_reset()
+        self.memory.forget()
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[ctypes.c_void_p]:
+        """A stream of its own as the current one."""
+        stream = ctypes.c_void_p()
+        self.cudart.check(self.cudart.lib.cudaStreamCreate(ctypes.byref(stream)))
+        self.torch_cuda.stand_in_set_stream(stream)
+        try:
+            yield stream
+        finally:
+            self.torch_cuda.stand_in_set_stream(ctypes.c_void_p())
+            self.cudart.check(self.cudart.lib.cudaStreamDestroy(stream))
+
+
+class CudaOps:
+    """torch.ops.cram_kernels, called as for CUDA tensors."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.cram_kernels, name).default
+        return lambda *args, **kwargs: op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
