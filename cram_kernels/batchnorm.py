@@ -4,15 +4,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of all kinds: 1d, 2d, 3d, Sync and their lazy forms
 from torch.nn.modules.lazy import LazyModuleMixin
 
+_frozen: WeakKeyDictionary[_BatchNorm, set[object]] = WeakKeyDictionary()  # layer -> the blocks that keep it frozen
+
 
 def _tracking(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    """The layers that track statistics, or would if no block froze them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and (m.track_running_stats or m in _frozen)}
 
 
 def _is_lazy(layer: _BatchNorm) -> bool:
@@ -23,9 +27,9 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
     """Within the block the batch norms of the model keep running_mean, running_var and num_batches_tracked, to the bit.
 
     In train mode they still normalise with the statistics of the batch, as CrAM's second pass needs; eval mode is as ever.
-    Blocks may be nested, and `state_dict()` has the statistics within, too. A batch that is not finite does no harm either:
-    the statistics are left alone, where a momentum of 0 would make them 0 * Inf = NaN. Works through `torch.compile` (one
-    more graph) and DDP (which, with broadcast_buffers, copies rank 0's statistics to the others at any forward).
+    Blocks may be nested or overlap, and `state_dict()` has the statistics within, too. A copy made within stays frozen. A batch that is
+    not finite does no harm either: the statistics are left alone, where a momentum of 0 would make them 0 * Inf = NaN. Works through
+    `torch.compile` (one more graph) and DDP (which, with broadcast_buffers, copies rank 0's statistics to the others at any forward).
 
     Raises (on entry, before anything is changed):
         RuntimeError: a lazy batch norm has not seen a batch yet.
@@ -33,20 +37,36 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.frozen: list[list[_BatchNorm]] = []  # one entry a block; an inner block finds nothing left to freeze
+        self.blocks: list[tuple[object, list[_BatchNorm]]] = []
 
     def __enter__(self) -> None:
         layers = _tracking(self.model)
         for name, layer in layers.items():
             if _is_lazy(layer):
                 raise RuntimeError(f"frozen_batchnorm: layer {name!r} must be initialised, got a lazy one: run a forward pass first")
-        for layer in layers.values():
-            layer.track_running_stats = False  # in train mode: normalise with the batch, and touch nothing
-        self.frozen.append(list(layers.values()))
+        block = object()
+        self.blocks.append((block, list(layers.values())))  # first of all: whatever interrupts the rest, an exit finds what to undo
+        try:
+            for layer in layers.values():
+                _frozen.setdefault(layer, set()).add(block)
+                layer.track_running_stats = False  # in train mode: normalise with the batch, and touch nothing
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        for layer in self.frozen.pop():
-            layer.track_running_stats = True
+        """Of the innermost block. Interrupted, it can be called again; without a block it does nothing."""
+        if not self.blocks:
+            return
+        block, layers = self.blocks[-1]
+        for layer in layers:
+            others = _frozen.get(layer, set()) - {block}
+            if others:
+                _frozen[layer] = others
+            else:
+                layer.track_running_stats = True
+                _frozen.pop(layer, None)
+        self.blocks.pop()
 
 
 def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> int:
@@ -66,11 +86,15 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
         The number of batch norms tuned. 0: the model has none that track statistics, and nothing was done.
 
     Raises:
-        ValueError: `batches` is less than 1, or the loader is empty. Nothing was changed.
+        ValueError: `batches` is not an int of at least 1, or the loader is empty.
+        RuntimeError: a batch norm is frozen, by `frozen_batchnorm` or between the halves of a step. Nothing was changed.
     """
-    if batches < 1:
-        raise ValueError(f"tune_batchnorm: batches must be at least 1, got {batches}")
-    layers = list(_tracking(model).values())
+    if not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"tune_batchnorm: batches must be an int of at least 1, got {batches!r}")
+    tracking = _tracking(model)
+    if held := [name for name, layer in tracking.items() if layer in _frozen]:
+        raise RuntimeError(f"tune_batchnorm: batch norms must not be frozen (frozen_batchnorm, an open step), got {held[0]!r} frozen")
+    layers = list(tracking.values())
     if not layers:
         return 0
     data = _repeated(loader, batches)

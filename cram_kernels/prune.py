@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .params import why_unfit
+from .distributed import is_spread
+from .params import OPEN_STEPS, overlapping, why_unfit
 from .patterns import NM, Pattern, TopK
 from .report import Layer, Report
 
@@ -96,5 +97,11 @@ def _check(weights: dict[str, Tensor]) -> None:
     for name, w in weights.items():
         if (wrong := why_unfit(w)) is not None:
             raise ValueError(f"prune: parameter {name!r} {wrong}, or exclude it")
+        if is_spread(w):
+            raise ValueError(f"prune: parameter {name!r} must be whole, got a shard (DTensor): gather the model first, or exclude it")
+        if any(step.holds(w) for step in OPEN_STEPS):
+            raise ValueError(f"prune: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
+    if (shared := overlapping(weights.items())) is not None:
+        raise ValueError(f"prune: parameter {shared[0]!r} must have memory of its own, got some that {shared[1]!r} has too, or exclude it")
     if nan := [name for name, w in weights.items() if w.isnan().any()]:
         raise ValueError(f"prune: parameters must not be NaN, got NaN in {', '.join(map(repr, nan))}")

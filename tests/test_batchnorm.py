@@ -221,8 +221,12 @@ def test_a_short_loader_is_started_again(make, wanted):
 
 @pytest.mark.parametrize(
     ("loader", "batches", "message"),
-    [([], 100, "loader must give at least one batch, got an empty one"), ([torch.ones(4, 3)], 0, "batches must be at least 1, got 0")],
-    ids=["empty", "batches=0"],
+    [
+        ([], 100, "loader must give at least one batch, got an empty one"),
+        ([torch.ones(4, 3)], 0, "batches must be an int of at least 1, got 0"),
+        ([torch.ones(4, 3)], 2.5, "batches must be an int of at least 1, got 2.5"),
+    ],
+    ids=["empty", "batches=0", "batches=2.5"],
 )
 def test_refused_before_anything_is_reset(loader, batches, message):
     layer = warmed(nn.BatchNorm1d)
@@ -246,3 +250,24 @@ def test_tuning_a_compiled_model():
     model(x)
     assert tune_batchnorm(model, [x], batches=3) == 1
     torch.testing.assert_close(model.state_dict()["_orig_mod.0.running_mean"], x.mean(0))
+
+
+def test_blocks_may_overlap():
+    """The optimizer's own and the user's: statistics move again when both have ended."""
+    layer = warmed(nn.BatchNorm1d)
+    first, second = frozen_batchnorm(layer), frozen_batchnorm(layer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not layer.track_running_stats
+    second.__exit__(None, None, None)
+    assert layer.track_running_stats
+    second.__exit__(None, None, None)  # without a block: nothing
+
+
+def test_frozen_layers_are_not_tuned():
+    layer = warmed(nn.BatchNorm1d)
+    before = statistics(layer)
+    with frozen_batchnorm(layer), pytest.raises(RuntimeError, match="tune_batchnorm: batch norms must not be frozen"):
+        tune_batchnorm(layer, [torch.ones(4, 3)])
+    assert all(torch.equal(a, b) for a, b in zip(before, statistics(layer), strict=True))

@@ -1,4 +1,4 @@
-"""KeyboardInterrupt at every line of the optimizer's own code: a step is done as a whole or not at all, and training goes on from there."""
+"""KeyboardInterrupt at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import cram_kernels
 from cram_kernels import CrAM, TopK
 
-SOURCE = str(Path(cram_kernels.__file__).parent / "optim")
+SOURCE = str(Path(cram_kernels.__file__).parent)
 SHAPES = [(4, 8), (8,)]
 FIRST, SECOND = random_tensors(SHAPES, 1), random_tensors(SHAPES, 2)
 
@@ -23,7 +23,7 @@ def one_thread(set_threads):
 
 
 class Trace:
-    """Within the block, notes the lines that are run in cram_kernels/optim, and raises KeyboardInterrupt before the n-th, if n is given."""
+    """Within the block, notes the lines that are run in cram_kernels, and raises KeyboardInterrupt before the n-th, if n is given."""
 
     def __init__(self, n: int | None = None) -> None:
         self.n, self.lines, self.before = n, [], None
@@ -69,12 +69,22 @@ def calls_step(optimizer: CrAM, params: list[Tensor], halves: list[str]) -> None
     optimizer.step()
 
 
+class Model(nn.Module):
+    """The parameters, and batch norms that attach() freezes in the second pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = nn.ParameterList(nn.Parameter(t) for t in random_tensors(SHAPES, 0))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4, affine=False) for _ in range(2))
+
+
 def after_steps(base: type, count: int) -> tuple[list[nn.Parameter], CrAM]:
-    params = [nn.Parameter(t) for t in random_tensors(SHAPES, 0)]
+    model = Model()
+    params = list(model.params)
     optimizer = CrAM(params, base, compression=[TopK(0.5)], lr=0.1, **({} if base is torch.optim.Adam else {"momentum": 0.9}))
     for _ in range(count):
         calls_step(optimizer, params, [])
-    return params, optimizer
+    return params, optimizer.attach(model)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +115,7 @@ def test_interrupted_at_every_line(form, base, start):
         if form is closure_step or (form is calls_step and not halves):  # step(closure) and perturb() bring the weights back themselves
             assert any(same_bits(params, r) for r in results[:2]), where
         optimizer.restore()  # else, or where the restoring was interrupted: the next call
+        assert all(norm.track_running_stats for norm in optimizer._arena.model.norms), where
         done = next((i for i in (0, 1) if same_bits(params, results[i])), None)
         assert done is not None, where
         found.add(done)

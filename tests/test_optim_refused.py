@@ -195,3 +195,17 @@ def test_a_refused_perturb_says_why_and_leaves_the_optimizer_usable() -> None:
     opt.perturb()
     opt.restore()
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_first_gradient_that_is_overwritten_is_refused(base: type) -> None:
+    """Somebody's own buffer for both passes: the first gradient is gone, and the sum would be twice the second."""
+    p = nn.Parameter(torch.ones(4, 4))
+    own = torch.ones(4, 4)
+    optimizer = CrAM([p], base, lr=1.0, compression=None)
+    p.grad = own
+    optimizer.perturb()
+    p.grad = own.fill_(10.0)
+    with pytest.raises(RuntimeError, match="first gradient of parameter 0 of group 0 must be left alone after perturb"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(4, 4))

@@ -223,3 +223,23 @@ def test_report_as_a_table():
         "pruned layers                             1,600    800    50.00%",
         "all parameters                            1,680    808    48.10%",
     ]
+
+
+def test_a_perturbed_model_is_refused():
+    """What is pruned within a step would come back with the restore."""
+    model = nn.Linear(8, 8)
+    optimizer = CrAM(model.parameters(), lr=0.1)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.perturb()
+    with pytest.raises(ValueError, match="parameter 'weight' must not be perturbed, got one within a step"):
+        prune(model, TopK(0.5))
+    optimizer.restore()
+    prune(model, TopK(0.5))
+
+
+def test_parameters_that_share_part_of_their_memory_are_refused_by_name():
+    model = nn.Module()
+    store = torch.randn(3, 8)
+    model.a, model.b = nn.Parameter(store), nn.Parameter(store[1:])
+    with pytest.raises(ValueError, match="parameter 'b' must have memory of its own, got some that 'a' has too"):
+        prune(model, TopK(0.5))

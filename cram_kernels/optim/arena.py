@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..batchnorm import frozen_batchnorm
 from ..distributed import is_spread, local_of, whole_of
+from ..params import OPEN_STEPS
 from .factor import Factor
 
 ALIGNMENT = 16  # bytes
@@ -39,6 +40,7 @@ class Slot:
         """Drop what belongs to one step."""
         self.origin = self.nothing  # where a restore finds the weights
         self.first = self.nothing  # the first gradient
+        self.first_version = 0
         self.mask = self.nothing  # what masks the second gradient
 
     def state_dtype(self) -> torch.dtype:
@@ -79,6 +81,15 @@ class Slot:
             self.first = self.borrowed.copy_(self.grad)
         else:
             self.first = self.grad
+        self.first_version = self.first._version
+
+    def check_first(self) -> None:
+        """Raise RuntimeError where somebody has written to the first gradient, which perturb() took away."""
+        if self.first is not self.nothing and self.first._version != self.first_version:
+            where = f"parameter {self.position} of group {self.group}"
+            raise RuntimeError(
+                f"CrAM: the first gradient of {where} must be left alone after perturb(), got it overwritten: copy it before"
+            )
 
 
 class Arena:
@@ -120,6 +131,7 @@ class Arena:
     def begin(self, slots: list[Slot]) -> None:
         """From here on `restore` brings the weights of these slots back, whether or not an op has moved them."""
         self.begun, self.uphill = slots, True
+        OPEN_STEPS.add(self)
         for slot in slots:
             if slot.master is not slot.nothing:
                 continue
@@ -127,9 +139,8 @@ class Arena:
                 slot.saved = torch.empty_like(slot.local)
             slot.origin = slot.saved
         if self.model is not None:
-            frozen = frozen_batchnorm(self.model)
-            frozen.__enter__()
-            self.frozen = frozen
+            self.frozen = frozen_batchnorm(self.model)
+            self.frozen.__enter__()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -163,12 +174,18 @@ class Arena:
         if self.frozen is not None:
             self.frozen.__exit__(None, None, None)
         self.frozen, self.uphill = None, False
+        OPEN_STEPS.discard(self)
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether the parameter is perturbed now."""
+        slot = self.slots.get(id(param)) if self.uphill else None
+        return slot is not None and slot in (self.begun or ()) and int(self.flag(slot.layout[1])) != 0
 
     def unperturbed(self, param: Tensor) -> Tensor | None:
         """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
-        slot = self.slots.get(id(param)) if self.uphill else None
-        if slot is None or slot not in (self.begun or ()) or int(self.flag(slot.layout[1])) == 0:
+        if not self.holds(param):
             return None
+        slot = self.slots[id(param)]
         return whole_of(param, slot.master.to(param.dtype) if slot.origin is slot.nothing else slot.origin.clone())
 
     def allocate_bits(self, slots: list[Slot], place: int | None) -> None:

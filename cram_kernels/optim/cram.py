@@ -332,6 +332,8 @@ class CrAM(Wrapper):
             second = [s for s in slots if s.has_gradient()]
             if arena.begun and not second:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?", stacklevel=1)
+            for slot in arena.begun or ():
+                slot.check_first()
             active = [s for s in slots if s.grad is not s.nothing or s.first is not s.nothing]
             if not set(active).issuperset(arena.begun or ()):
                 arena.restore()  # all of them, here: those without a gradient take no part in the update

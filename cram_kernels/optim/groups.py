@@ -2,14 +2,13 @@
 
 import math
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from ..distributed import local_of
-from ..params import why_unfit
+from ..params import overlapping, why_unfit
 
 
 def check_options(groups: list[dict[str, Any]]) -> None:
@@ -33,16 +32,14 @@ def check_params(groups: list[dict[str, Any]], index: int) -> None:
     for i, p in enumerate(params):
         if p.requires_grad and (wrong := why_unfit(local_of(p))) is not None:
             raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
-    extents = []
-    for g, group in enumerate(groups):
-        for i, p in enumerate(group["params"]):
-            local = local_of(p)
-            if p.requires_grad and local.numel() > 0 and local.data_ptr() != 0:  # 0: freed for a while, or not torch's
-                extents.append((str(local.device), local.data_ptr(), local.data_ptr() + local.nbytes, f"parameter {i} of group {g}"))
-    extents.sort()
-    for (device, _, end, one), (next_device, begin, _, other) in pairwise(extents):
-        if device == next_device and begin < end:
-            raise ValueError(f"CrAM: {other} must have memory of its own, got some that {one} has too: tie modules by one Parameter")
+    named = [
+        (f"parameter {i} of group {g}", local_of(p))
+        for g, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if p.requires_grad
+    ]
+    if (shared := overlapping(named)) is not None:
+        raise ValueError(f"CrAM: {shared[0]} must have memory of its own, got some that {shared[1]} has too: tie modules by one Parameter")
 
 
 def excluded(group: dict[str, Any], globs: tuple[str, ...]) -> list[tuple[Tensor, str]]:
