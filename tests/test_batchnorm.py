@@ -270,4 +270,4 @@ def test_frozen_layers_are_not_tuned():
     before = statistics(layer)
     with frozen_batchnorm(layer), pytest.raises(RuntimeError, match="tune_batchnorm: batch norms must not be frozen"):
         tune_batchnorm(layer, [torch.ones(4, 3)])
-    assert all(torch.equal(a, b) for a, b in zip(before, statistics(layer), strict=True))
+    assert_same_statistics(layer, before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cram_kernels import reference
+from cram_kernels import CrAM, reference
 from cram_kernels.patterns import NM, TopK
 from cram_kernels.prune import prune
 from cram_kernels.report import Layer, Report
