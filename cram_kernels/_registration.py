@@ -23,6 +23,8 @@ MUTATING = (
     "restore_combine_",
     "restore_sgd_",
     "restore_adam_",
+    "pack_24_",
+    "unpack_24_",
 )
 
 
@@ -84,6 +86,8 @@ def _fake(name: str) -> Any:
             return k.new_empty(k.numel(), dtype=torch.int32), k.new_empty(k.numel(), 3)
         if name == "topk_threshold":
             return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
+        if name == "nm_violations":
+            return args[0][0].new_empty((len(args[0]), 3), dtype=torch.int64)
         if name == "grad_norm":
             return args[0][0].new_empty((), dtype=torch.float32)
         return None
@@ -96,6 +100,6 @@ def register() -> None:
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name in MUTATING:
             _bump_versions(name)
-    for name in (*MUTATING, "topk_threshold", "grad_norm"):
+    for name in (*MUTATING, "topk_threshold", "nm_violations", "grad_norm"):
         torch.library.register_fake(f"cram_kernels::{name}", _fake(name))
         _refuse_sparse(name)
