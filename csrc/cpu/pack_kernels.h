@@ -77,35 +77,55 @@ CRAM_INLINE void unpack_pairs(const char* packed, int64_t pairs, const uint8_t* 
   }
 }
 
-// The 4 bits of 4 (2 bytes) or 8 groups <-> one metadata word.
-template <class M>
-CRAM_INLINE M join(const uint8_t* places) {
-  M word = 0;
-  for (size_t i = 0; i < 2 * sizeof word; ++i) word = static_cast<M>(word | static_cast<M>(places[i]) << 4 * i);
-  return word;
+// A metadata word <-> the 4 bits of its 4 or 8 groups, a byte each.
+CRAM_INLINE uint16_t join(uint32_t x) {
+  x = (x | x >> 4) & 0x00ff00ffu;
+  return static_cast<uint16_t>(x | x >> 8);
 }
-template <class M>
-CRAM_INLINE void split(M word, uint8_t* places) {
-  for (size_t i = 0; i < 2 * sizeof word; ++i) places[i] = word >> 4 * i & 15;
+CRAM_INLINE uint32_t join(uint64_t x) {
+  x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+  x = (x | x >> 8) & 0x0000ffff0000ffffu;
+  return static_cast<uint32_t>(x | x >> 16);
+}
+CRAM_INLINE uint32_t split(uint16_t word) {
+  const uint32_t x = (word | static_cast<uint32_t>(word) << 8) & 0x00ff00ffu;
+  return (x | x << 4) & 0x0f0f0f0fu;
+}
+CRAM_INLINE uint64_t split(uint32_t word) {
+  uint64_t x = (word | static_cast<uint64_t>(word) << 16) & 0x0000ffff0000ffffu;
+  x = (x | x << 8) & 0x00ff00ff00ff00ffu;
+  return (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
 }
 
-// The metadata of a block of rows [begin, begin + group), one 128-byte line for each pair of columns: f(word, its row, its first place).
-template <class M, class F>
-CRAM_INLINE void for_meta(const PackItem& item, int64_t begin, F f) {
-  constexpr int64_t group = sizeof(M) == 4 ? 16 : 32;
+// The metadata of a block of rows, a line of 128 bytes for each pair of columns: f(word, the bytes of its groups). Bytes: uint32_t or uint64_t.
+template <class Word, class Bytes, class F>
+CRAM_INLINE void for_meta(const PackItem& item, int64_t begin, uint8_t* places, F f) {
+  constexpr int64_t group = 64 / sizeof(Word);
   const int64_t cols = meta_cols(item.slot, item.cols);
-  M* meta = static_cast<M*>(item.meta);
-  for (int64_t col = 0; col < cols; ++col)
-    for (int64_t row = 0; row < group; ++row) f(meta[meta_place(begin + row, col, item.rows, group)], row, col * 2 * sizeof(M));
+  int64_t offsets[2 * group];  // in `places`, of each word of a line
+  for (int64_t row = 0; row < group; ++row)
+    for (int64_t col = 0; col < 2; ++col) offsets[meta_place(row, col, group, group)] = (row * cols + col) * sizeof(Bytes);
+  for (int64_t col = 0; col < cols; col += 2) {
+    Word* line = static_cast<Word*>(item.meta) + col * item.rows + 2 * begin;
+    for (int64_t i = 0; i < 2 * group; ++i) f(line[i], places + offsets[i] + col * sizeof(Bytes));
+  }
 }
 
-template <class M>
-CRAM_INLINE void join_all(const PackItem& item, int64_t begin, int64_t groups, const uint8_t* places) {
-  for_meta<M>(item, begin, [&](M& word, int64_t row, int64_t place) CRAM_MELT { word = join<M>(places + row * groups + place); });
+template <class Word, class Bytes>
+CRAM_INLINE void join_all(const PackItem& item, int64_t begin, uint8_t* places) {
+  for_meta<Word, Bytes>(item, begin, places, [](Word& word, const uint8_t* own) CRAM_MELT {
+    Bytes x;
+    memcpy(&x, own, sizeof x);
+    word = join(x);
+  });
 }
-template <class M>
-CRAM_INLINE void split_all(const PackItem& item, int64_t begin, int64_t groups, uint8_t* places) {
-  for_meta<M>(item, begin, [&](M& word, int64_t row, int64_t place) CRAM_MELT { split<M>(word, places + row * groups + place); });
+
+template <class Word, class Bytes>
+CRAM_INLINE void split_all(const PackItem& item, int64_t begin, uint8_t* places) {
+  for_meta<Word, Bytes>(item, begin, places, [](const Word& word, uint8_t* own) CRAM_MELT {
+    const Bytes x = split(word);
+    memcpy(own, &x, sizeof x);
+  });
 }
 
 static int64_t row_groups(const PackItem& item) { return item.cols / (item.slot == Slot::kFloat32 ? 2 : 4); }
@@ -123,12 +143,12 @@ static void pack_24(const PackItem& item, int64_t begin, uint8_t* places) {
     else
       pack_row<1>(dense, groups, 0xff, packed, own);
   }
-  item.slot == Slot::kInt8 ? join_all<uint32_t>(item, begin, groups, places) : join_all<uint16_t>(item, begin, groups, places);
+  item.slot == Slot::kInt8 ? join_all<uint32_t, uint64_t>(item, begin, places) : join_all<uint16_t, uint32_t>(item, begin, places);
 }
 
 static void unpack_24(const PackItem& item, int64_t begin, uint8_t* places) {
   const int64_t groups = row_groups(item), dense_bytes = item.cols * size_of(item.slot);
-  item.slot == Slot::kInt8 ? split_all<uint32_t>(item, begin, groups, places) : split_all<uint16_t>(item, begin, groups, places);
+  item.slot == Slot::kInt8 ? split_all<uint32_t, uint64_t>(item, begin, places) : split_all<uint16_t, uint32_t>(item, begin, places);
   for (int64_t row = 0; row < rows_multiple(item.slot); ++row) {
     char* dense = static_cast<char*>(item.dense) + (begin + row) * dense_bytes;
     const char* packed = static_cast<const char*>(item.packed) + (begin + row) * dense_bytes / 2;
@@ -142,6 +162,18 @@ static void unpack_24(const PackItem& item, int64_t begin, uint8_t* places) {
   }
 }
 
+constexpr int64_t kSmallTile = 4096;  // numbers
+
+// The counts of the groups that begin at place, place + 1, ...; ranges are noted in ascending order.
+CRAM_INLINE void note(const uint16_t* counts, int64_t size, int64_t place, int n, Violations& found) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < size; ++i) groups += counts[i] > n;
+  found.groups += groups;
+  if (groups == 0 || found.first != INT64_MAX) return;
+  while (*counts <= n) ++counts, ++place;
+  found.first = place;
+}
+
 // Tiles of m rows of `inner` numbers; a group is a column. Rows are taken in strips, so that the counts stay in the first-level cache.
 template <class T, int kM>
 CRAM_INLINE void count_groups(const T* x, T magnitude, int64_t begin, int64_t end, int64_t inner, int n, int m, Violations& found) {
@@ -150,17 +182,36 @@ CRAM_INLINE void count_groups(const T* x, T magnitude, int64_t begin, int64_t en
   for (int64_t tile = begin; tile < end; tile += m * inner)
     for (int64_t strip = 0; strip < inner; strip += kStrip) {
       const int64_t width = inner - strip < kStrip ? inner - strip : kStrip;
-      uint16_t counts[kStrip] = {};
+      uint16_t counts[kStrip];
+      memset(counts, 0, 2 * width);
       for (int row = 0; row < m; ++row)
         for (int64_t i = 0; i < width; ++i) counts[i] = static_cast<uint16_t>(counts[i] + ((x[tile + row * inner + strip + i] & magnitude) != 0));
-      for (int64_t i = 0; i < width; ++i) {
-        found.nonzeros += counts[i];
-        if (counts[i] > n) {
-          ++found.groups;
-          if (tile + strip + i < found.first) found.first = tile + strip + i;
-        }
-      }
+      for (int64_t i = 0; i < width; ++i) found.nonzeros += counts[i];
+      note(counts, width, tile + strip, n, found);
     }
+}
+
+// The same for small tiles, several at once: loops as long as a block, not as a row.
+template <class T, int kM>
+CRAM_INLINE void count_small_tiles(const T* x, T magnitude, int64_t begin, int64_t end, int64_t inner, int n, int m, Violations& found) {
+  if (kM > 0) m = kM;
+  const int64_t tile = m * inner, block = kSmallTile / tile * tile;
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t size = end - first < block ? end - first : block;
+    uint8_t nonzero[kSmallTile];
+    uint16_t counts[kSmallTile];  // of the group that begins at i, where one does
+    int64_t nonzeros = 0;
+    for (int64_t i = 0; i < size; ++i) nonzero[i] = (x[first + i] & magnitude) != 0;
+    for (int64_t i = 0; i < size; ++i) nonzeros += nonzero[i];
+    found.nonzeros += nonzeros;
+    const int64_t beginnings = size - (m - 1) * inner;
+    for (int64_t i = 0; i < beginnings; ++i) {
+      int count = 0;
+      for (int row = 0; row < m; ++row) count += nonzero[i + row * inner];
+      counts[i] = static_cast<uint16_t>(count);
+    }
+    for (int64_t start = 0; start < size; start += tile) note(counts + start, inner, first + start, n, found);
+  }
 }
 
 // The same where a group is m neighbours.
@@ -176,12 +227,11 @@ CRAM_INLINE void count_neighbours(const T* x, T magnitude, int64_t begin, int64_
   }
   found.nonzeros += nonzeros;
   found.groups += groups;
-  if (groups == 0) return;
-  for (int64_t i = begin; i < end; i += m) {
+  for (int64_t i = begin; groups > 0; i += m) {
     int count = 0;
     for (int j = 0; j < m; ++j) count += (x[i + j] & magnitude) != 0;
     if (count > n) {
-      if (i < found.first) found.first = i;
+      found.first = i;
       return;
     }
   }
@@ -192,6 +242,9 @@ CRAM_INLINE void count_of(const GroupItem& item, T magnitude, int64_t begin, int
   const T* x = static_cast<const T*>(item.data);
   if (item.inner == 1)
     m == 4 ? count_neighbours<T, 4>(x, magnitude, begin, end, n, m, found) : count_neighbours<T, 0>(x, magnitude, begin, end, n, m, found);
+  else if (m * item.inner <= kSmallTile)
+    m == 4 ? count_small_tiles<T, 4>(x, magnitude, begin, end, item.inner, n, m, found)
+           : count_small_tiles<T, 0>(x, magnitude, begin, end, item.inner, n, m, found);
   else
     m == 4 ? count_groups<T, 4>(x, magnitude, begin, end, item.inner, n, m, found)
            : count_groups<T, 0>(x, magnitude, begin, end, item.inner, n, m, found);
