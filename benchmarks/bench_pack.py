@@ -15,7 +15,7 @@ from cram_kernels import ops
 from . import gate, inputs, run
 from .inputs import Arguments, OpRun
 from .measure import Contest, Contestant, Setup
-from .shapes import Shape
+from .shapes import Shape, shrink
 
 DTYPES = {"fp16": torch.float16, "int8": torch.int8, "fp32": torch.float32}
 FASTER_THAN_TORCH = (20.0, math.inf)
@@ -23,14 +23,14 @@ WORDS = {torch.float16: 16, torch.int8: 32, torch.float32: 8}  # weights a metad
 
 
 def shapes(setup: Setup) -> list[Shape]:
-    """The linear layers of BERT-base, and one of 4096 x 4096."""
-    linear = [shape for shape in setup.shapes("BERT-base") if len(shape) == 2 and shape[0] % 32 == shape[1] % 32 == 0]
-    return [*linear, (128, 192) if setup.quick else (4096, 4096)]
+    """One of 4096 x 4096, and those of a layer of BERT-base."""
+    full = [(4096, 4096), *(4 * [(768, 768)]), (3072, 768), (768, 3072)]
+    return shrink(full) if setup.quick else full
 
 
 def weights(shapes: list[Shape], dtype: str, device: str) -> list[Tensor]:
-    """2:4 along the rows; float32 1:2."""
-    made = inputs.tensors(shapes, "params", torch.float32, device)
+    """2:4 along the rows; float32 1:2. Dims are rounded up to a multiple of 64, which every dtype packs."""
+    made = inputs.tensors([(-(-rows // 64) * 64, -(-cols // 64) * 64) for rows, cols in shapes], "params", torch.float32, device)
     m = 2 if dtype == "fp32" else 4
     ops.prune_nm_(made, [], [1] * len(made), m // 2, m)
     return [(w.mul_(40 * math.sqrt(w.shape[1])) if dtype == "int8" else w).to(DTYPES[dtype]) for w in made]
@@ -52,7 +52,7 @@ def unpacking(dtype: str, setup: Setup, shapes: list[Shape]) -> Arguments:
 
 def contest(
     op: str, build: Callable[..., Arguments], peer: Callable[[Arguments], Any], same: Callable[..., bool], dtype: str, setup: Setup
-):
+) -> Contest:
     own = OpRun(setup, op, shapes(setup), partial(build, dtype, setup), {"weights": 1, "packed": 1, "metas": 1})
     arguments = own.arguments
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m cram_kernels info`."""
+"""The command line: `python -m cram_kernels info`, `check` and `export`."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import _native, backend
+from .export import cli as export_cli
 from .version import __version__
 
 
@@ -55,10 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cram_kernels", description="CrAM kernels.")
     parser.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
-    parser.parse_args(argv)
-    print(info())
-    return 0
+    own = commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
+    own.set_defaults(run=lambda options: print(info()) or 0)
+    export_cli.add_commands(commands)
+    options = parser.parse_args(argv)
+    return options.run(options)
 
 
 if __name__ == "__main__":
