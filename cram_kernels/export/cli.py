@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="is every tensor of a file 2:4, on which axis, and who can run it?",
-        description="Exit status: 0, every tensor that can be n:m and is not excluded is; 1, one is not, or none is n:m; 2, the file cannot be read.",
+        description="Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read.",
     )
     check.add_argument("file", help="safetensors, torch checkpoint (loaded with weights_only) or .onnx")
     check.add_argument("--json", action="store_true", help="everything as JSON instead of a table")
@@ -35,12 +35,8 @@ def add_commands(commands: Any) -> None:
     write.add_argument("out", type=Path, help="replaced in one step when all is written and checked")
     write.add_argument("--format", choices=FORMATS, default="safetensors")
     write.add_argument("--prune", action="store_true", help="prune what violates the pattern, instead of refusing it")
-    write.add_argument(
-        "--model", metavar="MODULE:FUNCTION", help="for onnx: makes the model that the weights are loaded into; the module is imported"
-    )
-    write.add_argument(
-        "--input", metavar="1,3,224,224", action="append", default=[], help="for onnx: the shape of a float32 input, for each one"
-    )
+    write.add_argument("--model", metavar="MODULE:FUNCTION", help="for onnx: makes the model for the weights; the module is imported")
+    write.add_argument("--input", metavar="1,3,224,224", action="append", default=[], help="for onnx: shape of a float32 input, each")
     write.set_defaults(run=run_export)
     for command in (check, write):
         command.add_argument("--pattern", type=_pattern, default=NM(2, 4), metavar="2:4")
@@ -79,9 +75,8 @@ def run_export(options: argparse.Namespace) -> int:
             report = export(weights, options.out, **common)
     except (OSError, ValueError, ImportError, TypeError, AttributeError, RuntimeError) as error:
         return _cannot("export", error)
-    print(
-        f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {Path(options.file).stat().st_size:,}"
-    )
+    before, after = (Path(path).stat().st_size for path in (options.file, options.out))
+    print(f"{report.summary()}\n{options.out}: {after:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
 
 

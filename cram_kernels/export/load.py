@@ -1,6 +1,8 @@
 """Load pruned weights into a model, and give the layers that can use them torch's semi-structured tensors."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,9 +151,27 @@ def _compress(model: nn.Module, row: Row, backend: str) -> None:
 
 
 def cutlass_tensor(w: Tensor) -> Any:
-    """w as torch's CUTLASS tensor, packed by our own op where it serves w's device, on the CPU else: the same bits."""
+    """w as torch's CUTLASS tensor, packed on the CPU."""
     packed, meta = cutlass.pack(w.cpu())
-    return SparseSemiStructuredTensorCUTLASS(w.shape, packed.to(w.device), meta.to(w.device), None, None, None)
+    return _cutlass(w.shape, packed.to(w.device), meta.to(w.device))
+
+
+def cusparselt_tensor(w: Tensor) -> Any:
+    with _prototype():
+        return SparseSemiStructuredTensorCUSPARSELT.from_dense(w)
+
+
+def _cutlass(shape: torch.Size, packed: Tensor, meta: Tensor) -> Any:
+    with _prototype():
+        return SparseSemiStructuredTensorCUTLASS(shape, packed, meta, None, None, None)
+
+
+@contextmanager
+def _prototype() -> Iterator[None]:
+    """torch says once that its semi-structured tensors are a prototype; docs/inference.md says so too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
+        yield
 
 
 def read_cutlass(path: str | Path) -> dict[str, Any]:
@@ -170,7 +190,7 @@ def read_cutlass(path: str | Path) -> dict[str, Any]:
         shape = tuple(entry["shape"])
         if entry["stored"] == cutlass.NAME:
             packed, meta = cutlass.parts(name, tensors, entry["dtype"], shape, path)
-            found[name] = SparseSemiStructuredTensorCUTLASS(torch.Size(shape), packed, meta, None, None, None)
+            found[name] = _cutlass(torch.Size(shape), packed, meta)
         else:
             found[name] = container.take(name, tensors, entry["dtype"], shape, path)
     return found | {alias: found[name] for alias, name in own["aliases"].items()}
@@ -178,5 +198,5 @@ def read_cutlass(path: str | Path) -> dict[str, Any]:
 
 COMPRESS: dict[str, Callable[[Tensor], Any]] = {
     "cutlass": cutlass_tensor,
-    "cusparselt": SparseSemiStructuredTensorCUSPARSELT.from_dense,
+    "cusparselt": cusparselt_tensor,
 }
