@@ -1,4 +1,4 @@
-"""load_sparse: on the CPU weights stay dense; on a GPU eligible layers become torch's semi-structured tensors, and the others say why not."""
+"""load_sparse: dense on the CPU; on a GPU eligible layers become semi-structured, and the others say why not."""
 
 import copy
 from pathlib import Path
