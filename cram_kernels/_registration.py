@@ -23,6 +23,8 @@ MUTATING = (
     "restore_combine_",
     "restore_sgd_",
     "restore_adam_",
+    "pack_24_",
+    "unpack_24_",
 )
 
 
@@ -87,6 +89,8 @@ def _fake(name: str) -> Any:
             return prefix.new_empty(prefix.numel(), 2**bits)
         if name == "topk_threshold":
             return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
+        if name == "nm_violations":
+            return args[0][0].new_empty((len(args[0]), 3), dtype=torch.int64)
         if name == "grad_norm":
             return args[0][0].new_empty((), dtype=torch.float32)
         return None
@@ -99,6 +103,6 @@ def register() -> None:
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name in MUTATING:
             _bump_versions(name)
-    for name in (*MUTATING, "topk_threshold", "topk_histogram", "grad_norm"):
+    for name in (*MUTATING, "topk_threshold", "topk_histogram", "nm_violations", "grad_norm"):
         torch.library.register_fake(f"cram_kernels::{name}", _fake(name))
         _refuse_sparse(name)

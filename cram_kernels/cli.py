@@ -1,4 +1,4 @@
-"""The command line: `python -m cram_kernels info`, `python -m cram_kernels verify-gpu`."""
+"""The command line: `python -m cram_kernels info`, `check`, `export` and `verify-gpu`."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import _native, backend
+from .export import cli as export_cli
 from .verify import command as verify
 from .version import __version__
 
@@ -56,13 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cram-kernels", description="CrAM kernels.")
     parser.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
-    verify.add_options(commands.add_parser("verify-gpu", help="everything that only a real GPU can show, in one report"))
+    own = commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
+    own.set_defaults(run=lambda options: print(info()) or 0)
+    export_cli.add_commands(commands)
+    gpu = commands.add_parser("verify-gpu", help="everything that only a real GPU can show, in one report")
+    verify.add_options(gpu)
+    gpu.set_defaults(run=verify.main)
     options = parser.parse_args(argv)
-    if options.command == "verify-gpu":
-        return verify.main(options)
-    print(info())
-    return 0
+    return options.run(options)
 
 
 if __name__ == "__main__":

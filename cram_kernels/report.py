@@ -50,7 +50,7 @@ class Report:
         if vectors:
             rows.append(_row(f"({len(vectors)} more)", "", "dense", vectors, "fewer than 2 dims"))
         rows += [_row("pruned layers", "", "", self.pruned), _row("all parameters", "", "", self.layers)]
-        return _table(("layer", "shape", "pattern", "weights", "zeros", "sparsity", "why dense"), rows, "<<<>>><")
+        return table(("layer", "shape", "pattern", "weights", "zeros", "sparsity", "why dense"), rows, "<<<>>><")
 
 
 def _total(layers: Sequence[Layer]) -> dict[str, int | float]:
@@ -67,6 +67,6 @@ def _row(name: str, shape: str, pattern: str, layers: Sequence[Layer], note: str
     return name, shape, pattern, f"{total['numel']:,}", f"{total['zeros']:,}", f"{total['sparsity']:.2%}", note
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in (head, *rows))

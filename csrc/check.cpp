@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 namespace cram {
-namespace {
 
 using torch::headeronly::ScalarType;
 
@@ -31,16 +30,26 @@ std::string show(ScalarType t) {
       return "uint8";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     case ScalarType::ComplexFloat:
       return "complex64";
     default:
       return "dtype number " + std::to_string(static_cast<int>(t));
   }
 }
+
+namespace {
 
 std::string show(DType t) { return t == DType::kFloat32 ? "float32" : t == DType::kBFloat16 ? "bfloat16" : "float16"; }
 
@@ -134,11 +143,8 @@ void Check::dense(const std::string& what, const Tensor& t) {
 
 void Check::remember(const char* name, int64_t index, const Tensor& t, bool written) {
   if (t.numel() == 0) return;
-  const ScalarType dtype = t.scalar_type();
-  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  const int64_t size = dtype == ScalarType::Byte ? 1 : half ? 2 : dtype == ScalarType::Long ? 8 : 4;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  extents_.push_back({begin, begin + t.numel() * size, name, index, written});
+  extents_.push_back({begin, begin + t.numel() * t.element_size(), name, index, written});
 }
 
 std::vector<Item> Check::list(const char* name, const Tensors& tensors, bool written) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "item.h"
+#include "pack.h"
 
 namespace cram {
 
@@ -18,6 +19,9 @@ using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<Tensor>;
+
+std::string show(torch::headeronly::IntHeaderOnlyArrayRef values);  // [2, 3]
+std::string show(torch::headeronly::ScalarType t);                 // float32
 
 // The arguments that all perturbations share, and those that all updates share.
 struct PerturbArguments {
@@ -49,6 +53,11 @@ class Check {
   // `name`: of the tensor that has one entry a selection set.
   void sets(std::vector<Item>& items, const Integers& sets, const Tensor& k, const char* name = "k");
   void nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m);
+
+  // 2-D weights with their packed numbers and metadata; either side is written.
+  std::vector<PackItem> packed(const Tensors& weights, const Tensors& packed, const Tensors& metas, bool weights_written);
+  // Weights whose axis 1 is a multiple of m.
+  std::vector<GroupItem> groups(const Tensors& weights, int64_t n, int64_t m);
 
   // One element of `dtype` on the device of the list.
   void* scalar(const char* name, const Tensor& t, const char* dtype, bool written, int64_t index = -1);
@@ -89,6 +98,7 @@ class Check {
   void on_device(const std::string& what, const Tensor& t);
   void dense(const std::string& what, const Tensor& t);
   void remember(const char* name, int64_t index, const Tensor& t, bool written);
+  void matrix(const char* name, size_t index, const Tensor& t, torch::headeronly::ScalarType dtype, int64_t rows, int64_t cols, bool written);
   static std::string entry(const char* name, int64_t index);
 
   const char* op_;

@@ -49,6 +49,9 @@ const Op kOps[] = {
          "int[] amsgrad=[0], int[] maximize=[0], " +
          kUpdateOptions,
      "()"},
+    {"pack_24_", "Tensor[] weights, Tensor(a!)[] packed, Tensor(b!)[] metas", "()"},
+    {"unpack_24_", "Tensor(a!)[] weights, Tensor[] packed, Tensor[] metas", "()"},
+    {"nm_violations", "Tensor[] weights, int n, int m", "Tensor"},
     {"grad_norm", "Tensor[] grads, *, Tensor? inv_scale=None", "Tensor"},
 };
 

@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include "pack_kernels.h"
+
 namespace cram {
 namespace CRAM_ISA {
 
@@ -20,8 +22,6 @@ CRAM_INLINE auto with_type(DType t, Function f) {
   }
 }
 
-// The bodies of the loops below are lambdas that must melt into them: called once a block, they would cost more than their work.
-#define CRAM_MELT __attribute__((always_inline))
 
 struct Whole {  // the number of lanes of a whole block, as a type: loads and stores need no tail
   constexpr operator int() const { return kBlock; }
@@ -382,7 +382,7 @@ static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, in
   });
 }
 
-constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked, nm, round_master, combine, sgd, adam, norm};
+constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked, nm, round_master, combine, sgd, adam, pack_24, unpack_24, violations, norm};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

@@ -5,24 +5,12 @@
 
 #include "../arguments.h"
 #include "drivers.h"
-#include "simd.h"
+#include "torch_pool.h"
 
 namespace cram {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-// torch's own threads; inside another parallel region, one.
-void run_in_torch(int threads, void (*body)(void*, int), void* context) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(context, static_cast<int>(worker));
-  });
-}
-
-struct TorchContext {
-  Pool pool{static_cast<int>(torch::stable::get_num_threads()), run_in_torch};
-  Context context{pool, kernels()};
-};
 
 float at(const Tensor& values, size_t i) { return static_cast<const float*>(values.data_ptr())[values.numel() == 1 ? 0 : i]; }
 

@@ -26,6 +26,9 @@ typedef float FloatVec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Bits;  // one bit a lane, 16 lanes
 
+// Lambdas that are the body of a loop must melt into it: called once a block, they would cost more than their work.
+#define CRAM_MELT __attribute__((always_inline))
+
 #define CRAM_PARTS for (int part = 0; part < kParts; ++part)
 
 struct F {

@@ -1,0 +1,42 @@
+"""The format "bitmask": smaller files for any zeros, in no engine's layout; `read` gives the dense tensors back, bit for bit.
+
+A tensor NAME of 2 or more dims is stored as NAME.values, the numbers with a bit set (so -0 is one) in row-major order, and NAME.bitmask,
+uint8 [ceil(numel / 8)]: bit i % 8 of byte i // 8 is 1 where element i, in row-major order, is in the values. Where that is not smaller,
+NAME is stored dense.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..reference.key import pack_bits, unpack_bits
+from .container import dtype_named, take
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NAME = "bitmask"
+
+
+def encode(name: str, t: Tensor) -> dict[str, Tensor] | None:
+    """t contiguous -> the tensors to store; None where dense is as small."""
+    if t.dim() < 2 or t.is_complex():
+        return None
+    bits = t.flatten().view(INTEGERS[t.element_size()])
+    kept = bits != 0
+    values = bits[kept].view(t.dtype)
+    mask = pack_bits(kept)
+    return {f"{name}.values": values, f"{name}.bitmask": mask} if values.nbytes + mask.nbytes < t.nbytes else None
+
+
+def decode(name: str, tensors: dict[str, Tensor], dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    """The dense tensor.
+
+    Raises:
+        ValueError: values or bits are missing or do not fit each other.
+    """
+    t = torch.zeros(shape, dtype=dtype_named(dtype))
+    kept = unpack_bits(take(f"{name}.bitmask", tensors, "uint8", (-(-t.numel() // 8),), path), t.numel())
+    values = take(f"{name}.values", tensors, dtype, (int(kept.sum()),), path)
+    integer = INTEGERS[t.element_size()]
+    t.view(-1).view(integer)[kept] = values.view(integer)
+    return t

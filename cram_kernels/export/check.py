@@ -1,0 +1,132 @@
+"""Is it really n:m, on which axis, and who can run it?"""
+
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..patterns import NM
+from .consumers import CONSUMERS, Facts, dtype_name
+from .report import NMReport, Row
+from .weights import Weight, weights_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+@torch.no_grad()
+def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclude: Iterable[str] = ()) -> NMReport:
+    """Count, for every tensor, the groups of m input channels with more than n numbers that are not zero.
+
+    Args:
+        model: a module or a state dict, on any device; it is only read. A state dict does not say what uses a matrix: embeddings are then
+            checked as if they were Linear layers.
+        n, m: 1 <= n < m <= 1024.
+        exclude: patterns of names that may stay dense, as in `fnmatch`.
+
+    Returns:
+        An `NMReport`. `report.ok`: no tensor violates n:m, and at least one was checked.
+
+    Raises:
+        TypeError: model is neither, or an entry of the state dict is no tensor.
+        ValueError: n and m are no pattern; a pattern in `exclude` matches no tensor.
+    """
+    return check_weights(weights_of(model), NM(n, m), exclude)
+
+
+def check_weights(weights: list[Weight], pattern: NM, exclude: Iterable[str] = ()) -> NMReport:
+    excluded = _excluded(weights, exclude)
+    return NMReport(pattern, tuple(_row(weight, pattern, i in excluded) for i, weight in enumerate(weights)))
+
+
+def _excluded(weights: list[Weight], exclude: Iterable[str]) -> set[int]:
+    found: set[int] = set()
+    for glob in [exclude] if isinstance(exclude, str) else exclude:
+        matched = {i for i, w in enumerate(weights) if any(fnmatchcase(name, glob) for name in (w.name, *w.aliases))}
+        if not matched:
+            raise ValueError(f"exclude must match the name of a tensor, got {glob!r}, which matches none of {len(weights)}")
+        found |= matched
+    return found
+
+
+def why_unchecked(weight: Weight, pattern: NM) -> str | None:
+    """None where the weight can be n:m, else the reason why it stays dense."""
+    t = weight.tensor
+    if t.dtype not in DTYPES:
+        return f"dtype {dtype_name(t.dtype)}"
+    if t.layout != torch.strided:
+        return f"layout {t.layout}"
+    if t.is_meta:
+        return "a meta tensor"
+    if weight.kind == "conv transpose":
+        return "axis 1 of a transposed convolution is the outputs"
+    why = pattern.why_dense(t.shape)
+    if why is None or weight.kind != "conv" or t.shape[1] >= pattern.m:
+        return why
+    return "depthwise: one input channel a group" if t.shape[1] == 1 else f"{why} (a stem)"
+
+
+def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
+    t = weight.tensor
+    why = why_unchecked(weight, pattern)
+    name, shape, dtype = weight.name, tuple(t.shape), dtype_name(t.dtype)
+    if why is not None:
+        zeros = t.numel() - int(t.count_nonzero()) if t.layout == torch.strided and not t.is_meta else 0
+        return Row(name, shape, dtype, weight.kind, weight.axis, None, t.numel(), zeros, why_dense=why, aliases=weight.aliases)
+    t = dense(t)
+    groups, first, nonzeros = violations(t, pattern.n, pattern.m)
+    facts = Facts(is_24=_holds(t, 2, 4), is_12=_holds(t, 1, 2))
+    return Row(
+        name,
+        shape,
+        dtype,
+        weight.kind,
+        weight.axis,
+        groups,
+        t.numel(),
+        t.numel() - nonzeros,
+        groups=t.numel() // pattern.m,
+        first=_place(t, first, pattern.m) if groups else None,
+        holds_along=_elsewhere(weight.kind, t, pattern) if groups else None,
+        why_dense="excluded" if excluded and groups else None,
+        verdicts={consumer.name: consumer.verdict(weight, facts) for consumer in CONSUMERS},
+        aliases=weight.aliases,
+    )
+
+
+def dense(t: Tensor) -> Tensor:
+    """t, or a copy without holes and on the CPU: what the op can count in."""
+    t = t.cpu()
+    return t if torch.empty_like(t, device="meta").stride() == t.stride() else t.contiguous()
+
+
+def violations(t: Tensor, n: int, m: int) -> tuple[int, int, int]:
+    """Groups that violate n:m along axis 1, where the first begins in memory order, and the numbers that are not zero."""
+    groups, first, nonzeros = ops.nm_violations([t], n, m)[0].tolist()
+    return groups, first, nonzeros
+
+
+def _holds(t: Tensor, n: int, m: int) -> bool:
+    return t.dim() >= 2 and t.shape[1] % m == 0 and violations(t, n, m)[0] == 0
+
+
+def _place(t: Tensor, index: int, m: int) -> str:
+    """The group that begins at this element in memory order, as an index into t: [3, 4:8, 0, 1]."""
+    place = [0] * t.dim()
+    for stride, dim in sorted(((stride, dim) for dim, stride in enumerate(t.stride()) if t.shape[dim] > 1), reverse=True):
+        place[dim], index = divmod(index, stride)
+    return "[" + ", ".join(f"{i}:{i + m}" if dim == 1 else str(i) for dim, i in enumerate(place)) + "]"
+
+
+def _elsewhere(kind: str, t: Tensor, pattern: NM) -> str | None:
+    """Another axis along which the pattern holds: the usual mistakes."""
+    n, m = pattern.n, pattern.m
+    if t.shape[0] % m == 0 and _holds(t.transpose(0, 1), n, m):
+        return "axis 0, the outputs"
+    flat = math.prod(t.shape[1:])
+    if t.dim() > 2 and flat % m == 0 and _holds(t.reshape(t.shape[0], flat), n, m):
+        return "axes 1 and up flattened, across kernel positions"
+    return None

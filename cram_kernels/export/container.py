@@ -1,0 +1,108 @@
+"""The safetensors container of our files: tensors, and a manifest in the metadata that says what they are.
+
+The manifest is JSON under the key "cram_kernels":
+
+    {"format", "format_version", "cram_kernels": version, "pattern": {"n", "m"}, "axis", "aliases": {name: its name in the file},
+     "tensors": {name: {"shape", "dtype", "stored": "dense" | "bitmask" | "cutlass-sm80", "pattern": "2:4" | null, "zeros", "why_dense"}}}
+
+A format version that this package does not know is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..version import __version__
+from .consumers import dtype_name
+from .report import NMReport
+
+KEY = "cram_kernels"
+VERSION = 1
+AXIS = 1
+
+
+def safetensors() -> Any:
+    """The safetensors.torch module.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("these files need safetensors: pip install 'cram_kernels[export]'") from error
+    return safetensors.torch
+
+
+def manifest(format: str, report: NMReport, stored: Mapping[str, str]) -> dict[str, Any]:
+    """stored: name -> how, of the tensors that are not stored dense."""
+    tensors = {
+        row.name: {
+            "shape": list(row.shape),
+            "dtype": row.dtype,
+            "stored": stored.get(row.name, "dense"),
+            "pattern": str(report.pattern) if row.holds else None,
+            "zeros": row.zeros,
+            "why_dense": row.why_dense,
+        }
+        for row in report.rows
+    }
+    return {
+        "format": format,
+        "format_version": VERSION,
+        "cram_kernels": __version__,
+        "pattern": {"n": report.pattern.n, "m": report.pattern.m},
+        "axis": AXIS,
+        "aliases": {alias: row.name for row in report.rows for alias in row.aliases},
+        "tensors": tensors,
+    }
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None:
+    """Contiguous tensors on the CPU, no two of which share memory."""
+    safetensors().save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a safetensors file; None where it has none.
+
+    Raises:
+        ValueError: it has one that this version cannot read.
+    """
+    safetensors()
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        text = (file.metadata() or {}).get(KEY)
+    if text is None:
+        return None
+    own = json.loads(text)
+    if own.get("format_version") != VERSION:
+        raise ValueError(f"{path}: format_version must be {VERSION}, got {own.get('format_version')!r}: written by another cram_kernels")
+    return own
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return safetensors().load_file(str(path))
+
+
+def take(name: str, tensors: Mapping[str, Tensor], dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    """A tensor of the file that must have this dtype and shape.
+
+    Raises:
+        ValueError: it is not there, or another.
+    """
+    if name not in tensors:
+        raise ValueError(f"{path}: must have the tensor {name!r}, as its manifest says, got none")
+    t = tensors[name]
+    if dtype_name(t.dtype) != dtype or tuple(t.shape) != shape:
+        raise ValueError(f"{path}: {name!r} must be {dtype} {list(shape)}, got {dtype_name(t.dtype)} {list(t.shape)}")
+    return t
+
+
+def dtype_named(name: str) -> torch.dtype:
+    return getattr(torch, name)

@@ -1,0 +1,202 @@
+"""Load pruned weights into a model, and give the layers that can use them torch's semi-structured tensors."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+
+from ..patterns import NM
+from ..report import table
+from . import container, cutlass
+from .check import check_weights
+from .consumers import CUSPARSELT, CUTLASS, Consumer
+from .files import read
+from .report import Row
+from .weights import weights_of
+
+Backend = Literal["auto", "cusparselt", "cutlass", "dense"]
+BACKENDS = ("auto", "cusparselt", "cutlass", "dense")
+CONSUMER: dict[str, Consumer] = {"cutlass": CUTLASS, "cusparselt": CUSPARSELT}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One tensor of the model after loading."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    backend: str  # "cusparselt", "cutlass" or "dense"
+    why_dense: str | None
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    rows: tuple[Loaded, ...]
+
+    @property
+    def sparse(self) -> tuple[Loaded, ...]:
+        return tuple(row for row in self.rows if row.backend != "dense")
+
+    def __str__(self) -> str:
+        shown = [row for row in self.rows if len(row.shape) > 1]
+        cells = [(r.name, " x ".join(map(str, r.shape)), r.dtype, r.backend, r.why_dense or "") for r in shown]
+        head = table(("tensor", "shape", "dtype", "backend", "why dense"), cells, "<<<<<")
+        return f"{head}\n{len(self.sparse)} of {len(self.rows)} tensors are semi-structured"
+
+
+@torch.no_grad()
+def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -> LoadReport:
+    """Load a file into a model and compress the weights of its Linear layers that are 2:4 and eligible, each checked anew.
+
+    Move the model to its device and dtype first: weights are converted to the model's dtype as by `load_state_dict`.
+
+    Args:
+        model: on one device. Its Linear weights become parameters that need no gradient.
+        path: whatever `read` reads; the names must be the model's.
+        backend: "cusparselt", "cutlass" (compute capability 8.x only), "dense", or "auto": the first of these that this GPU and this torch
+            have. On the CPU "auto" stays dense, and the others are refused.
+
+    Returns:
+        A `LoadReport`: what every tensor became, and why.
+
+    Raises:
+        ValueError: an unknown backend, one that cannot run here, or a file whose tensors do not hold the pattern of its manifest.
+        RuntimeError: names or shapes are not the model's (from `load_state_dict`).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chosen, why = _choose(backend, device)
+    state = read(path)
+    _recheck(Path(path), state)
+    model.load_state_dict(state)
+    report = check_weights(weights_of(model), NM(2, 4))
+    rows = []
+    for row in report.rows:
+        reason = why or why_dense(row, chosen)
+        if reason is None:
+            _compress(model, row, chosen)
+        rows.append(Loaded(row.name, row.shape, row.dtype, chosen if reason is None else "dense", reason))
+    return LoadReport(tuple(rows))
+
+
+def why_dense(row: Row, backend: str) -> str | None:
+    """None where a weight of the model can be compressed, else the reason why it stays dense."""
+    if row.why_dense is not None:
+        return row.why_dense
+    if row.kind == "matrix":
+        return "not the weight of a Linear module"
+    if row.aliases:
+        return f"shared with {', '.join(row.aliases)}"
+    if row.dtype.startswith("float8"):
+        return f"{row.dtype} runs in torch._scaled_mm only, not in a Linear"
+    verdict = row.verdicts[CONSUMER[backend].name]
+    if verdict.runs != "yes":
+        return row.describe() if row.violations else verdict.why
+    return None
+
+
+def _choose(backend: str, device: torch.device) -> tuple[str, str | None]:
+    """The backend, or "dense" and why."""
+    if backend == "dense":
+        return "dense", "backend 'dense'"
+    if device.type != "cuda":
+        if backend != "auto":
+            raise ValueError(f"load_sparse: backend {backend!r} needs a model on an NVIDIA GPU, got one on {str(device)!r}")
+        return "dense", f"on {device.type}: semi-structured matrix products need an NVIDIA GPU"
+    missing = {name: _why_missing(name, device) for name in CONSUMER}
+    if backend == "auto":
+        name = next((name for name in ("cusparselt", "cutlass") if missing[name] is None), None)
+        return (name, None) if name is not None else ("dense", "; ".join(f"{name}: {why}" for name, why in missing.items()))
+    if missing[backend] is not None:
+        raise ValueError(f"load_sparse: backend {backend!r} must be able to run here, got: {missing[backend]}")
+    return backend, None
+
+
+def _why_missing(backend: str, device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if backend == "cutlass":
+        return None if major == 8 else f"torch's CUTLASS kernels run on compute capability 8.x only, got {major}.{minor}"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch has no cuSPARSELt"
+    return None if major >= 8 else f"sparse tensor cores need compute capability 8.0 or later, got {major}.{minor}"
+
+
+def _recheck(path: Path, state: dict[str, Tensor]) -> None:
+    """The tensors that the manifest calls n:m are."""
+    own = container.read_manifest(path) if path.suffix == ".safetensors" else None
+    if own is None:
+        return
+    pattern = NM(**own["pattern"])
+    for row in check_weights(weights_of(state), pattern).rows:
+        if own["tensors"][row.name]["pattern"] is not None and not row.holds:
+            raise ValueError(
+                f"load_sparse: {path}: {row.name!r} must be {pattern}, as its manifest says, got violations in {row.describe()}"
+            )
+
+
+def _compress(model: nn.Module, row: Row, backend: str) -> None:
+    """The weight of a Linear becomes a semi-structured tensor."""
+    module = model.get_submodule(row.name.rpartition(".")[0])
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.weight = nn.Parameter(COMPRESS[backend](weight.detach().contiguous()), requires_grad=False)
+
+
+def cutlass_tensor(w: Tensor) -> Any:
+    """w as torch's CUTLASS tensor, packed on the CPU."""
+    packed, meta = cutlass.pack(w.cpu())
+    return _cutlass(w.shape, packed.to(w.device), meta.to(w.device))
+
+
+def cusparselt_tensor(w: Tensor) -> Any:
+    with _prototype():
+        return SparseSemiStructuredTensorCUSPARSELT.from_dense(w)
+
+
+def _cutlass(shape: torch.Size, packed: Tensor, meta: Tensor) -> Any:
+    with _prototype():
+        return SparseSemiStructuredTensorCUTLASS(shape, packed, meta, None, None, None)
+
+
+@contextmanager
+def _prototype() -> Iterator[None]:
+    """torch says once that its semi-structured tensors are a prototype; docs/inference.md says so too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
+        yield
+
+
+def read_cutlass(path: str | Path) -> dict[str, Any]:
+    """The packed tensors of a "cutlass-sm80" file as SparseSemiStructuredTensorCUTLASS, on the CPU; the others dense.
+
+    Raises:
+        ValueError: the file is no such file, or damaged.
+    """
+    path = Path(path)
+    own = container.read_manifest(path)
+    if own is None or own["format"] != cutlass.NAME:
+        raise ValueError(f"read_cutlass: path must be a {cutlass.NAME!r} file, got {str(path)!r}, which is {own and own['format']!r}")
+    tensors = container.load(path)
+    found: dict[str, Any] = {}
+    for name, entry in own["tensors"].items():
+        shape = tuple(entry["shape"])
+        if entry["stored"] == cutlass.NAME:
+            packed, meta = cutlass.parts(name, tensors, entry["dtype"], shape, path)
+            found[name] = _cutlass(torch.Size(shape), packed, meta)
+        else:
+            found[name] = container.take(name, tensors, entry["dtype"], shape, path)
+    return found | {alias: found[name] for alias, name in own["aliases"].items()}
+
+
+COMPRESS: dict[str, Callable[[Tensor], Any]] = {
+    "cutlass": cutlass_tensor,
+    "cusparselt": cusparselt_tensor,
+}

@@ -1,0 +1,68 @@
+"""The format "onnx": the model with dense initialisers, zeros included, run through ONNX Runtime and compared with torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .check import check_weights
+from .container import KEY, manifest
+from .onnx_weights import onnx_package, onnx_weights
+from .report import NMReport
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # largest difference, as a share of the largest output
+
+
+def write_onnx(model: nn.Module, path: Path, report: NMReport, example_inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Export a model in eval mode on the CPU; one file, so at most 2 GB.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ValueError: a weight is not n:m along its input channels in the file, or the outputs differ.
+    """
+    onnx = onnx_package()
+    runtime = _runtime()
+    program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, **options)
+    assert program is not None  # it is one where no file is named
+    program.model.metadata_props[KEY] = json.dumps(manifest("onnx", report, {}))
+    onnx.save(program.model_proto, str(path))
+    _same_pattern(path, report)
+    _same_outputs(runtime, path, model, example_inputs)
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx.export needs it)
+    except ImportError as error:
+        raise ImportError(f"format 'onnx' needs onnxscript and onnxruntime: pip install 'cram_kernels[onnx]' ({error})") from error
+    return onnxruntime
+
+
+def _same_pattern(path: Path, report: NMReport) -> None:
+    """What is n:m in the model is n:m along the axis that engines read in the file."""
+    rows = {row.name: row for row in check_weights(onnx_weights(path), report.pattern).rows}
+    for row in report.holding:
+        found = rows.get(row.name)  # none where the exporter folded or renamed it
+        if found is not None and not found.holds and found.kind != "embedding":
+            raise ValueError(
+                f"export: tensor {row.name!r} must be {report.pattern} along its input channels in the ONNX file, got another axis"
+            )
+
+
+def _same_outputs(runtime: Any, path: Path, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(model(*example_inputs))
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    values = [t for t in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
+    names = [x.name for x in session.get_inputs()]
+    found = session.run(None, {name: t.numpy() for name, t in zip(names, values, strict=True)})
+    for i, (want, got) in enumerate(zip([t for t in expected if isinstance(t, Tensor)], found, strict=True)):
+        if want.numel() == 0:
+            continue
+        difference = float((torch.from_numpy(got).double() - want.double()).abs().max())
+        allowed = TOLERANCE.get(want.dtype, 0.0) * float(want.double().abs().max())
+        if not difference <= allowed:  # a NaN differs
+            raise ValueError(f"export: output {i} of ONNX Runtime must be within {allowed:.3g} of torch's, got {difference:.3g} beside it")

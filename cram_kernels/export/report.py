@@ -1,0 +1,100 @@
+"""What the checker found: plain data that prints as a table and goes to JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..patterns import NM
+from ..report import table
+from .consumers import CONSUMERS, Verdict
+
+MARKS = {"yes": "yes", "seldom": "seldom", "no": "-"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    axis: int  # of the input channels
+    violations: int | None  # groups; None: it cannot be n:m, see why_dense
+    numel: int
+    zeros: int
+    groups: int = 0
+    first: str | None = None  # the first group that violates
+    holds_along: str | None = None  # where the pattern holds instead
+    why_dense: str | None = None
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # consumer -> can it run this tensor
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        return self.violations == 0
+
+    @property
+    def violates(self) -> bool:
+        """It could be n:m, is not, and was not excluded."""
+        return bool(self.violations) and self.why_dense is None
+
+    def describe(self) -> str:
+        """Of a tensor that violates: count and place."""
+        text = f"{self.violations:,} of {self.groups:,} groups, the first {self.first}"
+        return text + (f"; it holds along {self.holds_along}" if self.holds_along else "")
+
+
+@dataclass(frozen=True)
+class NMReport:
+    """All tensors. `str()` is a table, which sums up in one line what has fewer than 2 dims; the rest is exact data."""
+
+    pattern: NM
+    rows: tuple[Row, ...]
+
+    @property
+    def holding(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.holds)
+
+    @property
+    def violating(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.violates)
+
+    @property
+    def ok(self) -> bool:
+        """No tensor violates the pattern, and at least one holds it."""
+        return not self.violating and bool(self.holding)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's types only."""
+        rows = [asdict(row) | {"shape": list(row.shape), "aliases": list(row.aliases)} for row in self.rows]
+        return {"pattern": str(self.pattern), "ok": self.ok, "tensors": rows}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        small = [row for row in self.rows if len(row.shape) < 2]
+        head = ("tensor", "shape", "dtype", "axis", str(self.pattern), "zeros", *(c.name for c in CONSUMERS), "why")
+        cells = [self._cells(row) for row in self.rows if row not in small]
+        if small:
+            cells.append((f"({len(small)} more)", "", "", "", "dense", "", *("-" for _ in CONSUMERS), "fewer than 2 dims"))
+        return "\n".join([table(head, cells, "<<<><>" + "<" * (len(CONSUMERS) + 1)), self.summary()])
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        status = "yes" if row.holds else "VIOLATED" if row.violates else "dense"
+        verdicts = [row.verdicts.get(c.name, Verdict("no")) for c in CONSUMERS]
+        why = [row.describe()] if row.violates else [row.why_dense] if row.why_dense else []
+        if row.holds:
+            reasons = {v.why: [name for name, other in row.verdicts.items() if other.why == v.why] for v in verdicts if v.why}
+            why += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        shape = " x ".join(map(str, row.shape))
+        share = f"{row.zeros / row.numel:.2%}" if row.numel else ""
+        return row.name, shape, row.dtype, str(row.axis), status, share, *(MARKS[v.runs] for v in verdicts), "; ".join(filter(None, why))
+
+    def summary(self) -> str:
+        if self.violating:
+            return f"{len(self.violating)} of {len(self.rows)} tensors violate {self.pattern}"
+        if not self.holding:
+            return f"no tensor is {self.pattern}"
+        return f"{len(self.holding)} of {len(self.rows)} tensors are {self.pattern}, none violates it"

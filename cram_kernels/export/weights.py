@@ -1,0 +1,79 @@
+"""The weights of a model, a state dict or a file as the checker sees them: axis 1 is the input channels."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv", "conv transpose", "embedding", "matrix", "other"]  # "matrix": 2 dims, user unknown
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor. Tied names share one entry.
+
+    name, aliases: its names in the model or file.
+    tensor: [K, C, ...], axis 1 the input channels; a view, in any memory order.
+    kind: what uses it.
+    axis: the input channels in the tensor as it is stored: 1, or 0 where an ONNX file has it transposed.
+    groups: of the convolution, where known.
+    """
+
+    name: str
+    tensor: Tensor
+    kind: Kind
+    axis: int = 1
+    groups: int | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
+    """Every tensor of a model or a state dict.
+
+    Raises:
+        TypeError: neither, or a value of the state dict is no tensor.
+    """
+    if isinstance(source, nn.Module):
+        return _of_tensors(source.state_dict(), {name: use for name, use in _uses(source)})
+    if not isinstance(source, Mapping):
+        raise TypeError(f"check_nm: model must be a torch.nn.Module or a state dict, got {type(source).__name__}")
+    return _of_tensors(source, {})
+
+
+def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | None]]) -> list[Weight]:
+    names: dict[object, list[str]] = {}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"state dict: entry {name!r} must be a tensor, got {type(t).__name__}")
+        same = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.layout == torch.strided and t.numel() > 0 else name
+        names.setdefault(same, []).append(name)
+    found = []
+    for own in names.values():
+        t = tensors[own[0]].detach()
+        # a linear layer tied to an embedding is both: as an embedding it must stay what it is
+        kinds = [uses.get(name, (guess(t), None)) for name in own]
+        kind, groups = next((use for use in kinds if use[0] == "embedding"), kinds[0])
+        found.append(Weight(own[0], t, kind, groups=groups, aliases=tuple(own[1:])))
+    return found
+
+
+def guess(t: Tensor) -> Kind:
+    """What uses a tensor of this shape, as far as the shape tells."""
+    return "matrix" if t.dim() == 2 else "conv" if 3 <= t.dim() <= 5 else "other"
+
+
+def _uses(model: nn.Module) -> Iterator[tuple[str, tuple[Kind, int | None]]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.Linear):
+            yield f"{prefix}weight", ("linear", None)
+        elif isinstance(module, CONVOLUTIONS):
+            yield f"{prefix}weight", ("conv", module.groups)
+        elif isinstance(module, TRANSPOSED):
+            yield f"{prefix}weight", ("conv transpose", module.groups)
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            yield f"{prefix}weight", ("embedding", None)

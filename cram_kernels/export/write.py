@@ -1,0 +1,169 @@
+"""Export: check, prune where asked, write, read back, and only then take the file's place."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..params import DTYPES
+from ..patterns import NM
+from . import bitmask, container, cutlass
+from .atomic import replacing
+from .check import check_weights, dense
+from .files import read_safetensors
+from .onnx_model import write_onnx
+from .report import NMReport, Row
+from .weights import Weight, weights_of
+
+Encoder = Callable[[str, Tensor, Row], dict[str, Tensor] | None]
+
+ENCODERS: dict[str, Encoder] = {  # format -> the tensors to store for one, or None: as it is
+    "safetensors": lambda name, t, row: None,
+    bitmask.NAME: lambda name, t, row: bitmask.encode(name, t),
+    cutlass.NAME: cutlass.encode,
+}
+FORMATS = (*ENCODERS, "onnx")
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module | Mapping[str, Any],
+    path: str | Path,
+    format: str = "safetensors",
+    *,
+    pattern: NM = NM(2, 4),  # noqa: B008 (frozen)
+    exclude: Iterable[str] = (),
+    prune: bool = False,
+    example_inputs: tuple[Any, ...] | None = None,
+    onnx_options: Mapping[str, Any] | None = None,
+) -> NMReport:
+    """Write a pruned model to one file, which is read back and compared before it takes the place of `path`.
+
+    Args:
+        model: a module, or a state dict (not for "onnx"). It is not changed.
+        path: of the file; a process that is killed leaves the old one, or none.
+        format: "safetensors": dense with zeros; every reader reads it. "bitmask": smaller, for `read`. "cutlass-sm80": matrices packed for
+            SM 8.x. "onnx": the model with dense weights, run through ONNX Runtime and compared.
+        pattern: what every tensor that is not excluded must hold, as far as its shape allows: see `check_nm`.
+        exclude: patterns of names that may stay dense, as in `fnmatch`.
+        prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused.
+        example_inputs: "onnx": what the model is traced and compared with.
+        onnx_options: "onnx": more arguments of `torch.onnx.export`, such as dynamic_shapes or opset_version.
+
+    Returns:
+        What `check_nm` says of the exported weights.
+
+    Raises:
+        ValueError: a tensor violates the pattern (count and first place are given), an argument is wrong, or the file does not give back
+            what was written. Nothing at `path` was changed.
+        ImportError: the format's package is not installed.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"export: path must be in a folder that is there, got {str(path)!r}")
+    if format == "onnx":
+        return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
+    if example_inputs is not None or onnx_options is not None:
+        raise ValueError(f"export: example_inputs and onnx_options must be absent for format {format!r}, got some")
+    weights = [_on_cpu(weight) for weight in weights_of(model)]
+    report = _conforming(weights, pattern, exclude, prune)
+    tensors: dict[str, Tensor] = {}
+    stored: dict[str, str] = {}
+    for weight, row in zip(weights, report.rows, strict=True):
+        parts = ENCODERS[format](weight.name, weight.tensor, row)
+        if parts is not None:
+            stored[weight.name] = format
+        for name, t in (parts or {weight.name: weight.tensor}).items():
+            if name in tensors:
+                raise ValueError(f"export: names must differ from those of packed parts, got {name!r} twice")
+            tensors[name] = t
+    with replacing(path) as partial:
+        container.save(partial, tensors, container.manifest(format, report, stored))
+        _verify(partial, weights, stored, path)
+    return report
+
+
+def _on_cpu(weight: Weight) -> Weight:
+    """A contiguous copy on the CPU: the files are row-major, and tensors that share memory are each stored."""
+    return Weight(weight.name, weight.tensor.cpu().contiguous().clone(), weight.kind, weight.axis, weight.groups, weight.aliases)
+
+
+def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prune: bool) -> NMReport:
+    """The report of weights of which none violates the pattern; pruned in place where asked."""
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    report = check_weights(weights, pattern, exclude)
+    if prune and report.violating:
+        violating = {row.name for row in report.violating}
+        _prune_([weight for weight in weights if weight.name in violating], pattern)
+        report = check_weights(weights, pattern, exclude)
+    if report.violating:
+        row, *others = report.violating
+        more = f", and {len(others)} more tensors violate it" if others else ""
+        how = "exclude it" if prune else "prune it (prune=True), or exclude it"
+        raise ValueError(
+            f"export: tensor {row.name!r} must be {pattern} along axis {row.axis}, got violations in {row.describe()}{more}; {how}"
+        )
+    return report
+
+
+def _prune_(weights: list[Weight], pattern: NM) -> None:
+    for weight in weights:
+        if weight.tensor.dtype not in DTYPES:
+            raise ValueError(f"export: tensor {weight.name!r} must be float32, bfloat16 or float16 to be pruned, got {weight.tensor.dtype}")
+        if weight.tensor.isnan().any():
+            raise ValueError(f"export: tensor {weight.name!r} must not be NaN to be pruned, got NaN")
+        pruned = dense(weight.tensor)
+        ops.prune_nm_([pruned], (), [1], pattern.n, pattern.m)
+        if pruned is not weight.tensor:
+            weight.tensor.copy_(pruned)
+
+
+def _verify(partial: Path, weights: list[Weight], stored: Mapping[str, str], path: Path) -> None:
+    found = read_safetensors(partial)
+    for weight in weights:
+        same = _same_numbers if stored.get(weight.name) == cutlass.NAME else _same_bits
+        for name in (weight.name, *weight.aliases):
+            if not same(found[name], weight.tensor):
+                raise ValueError(f"export: {path} must give back {name!r}, got another tensor")
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.reshape(-1).view(torch.uint8).view(-1, max(1, t.element_size()))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    """To the bit, but that a -0 may be +0: packing has no place for it beside two numbers."""
+    zeros = (a == 0) & (b == 0)
+    return _same_bits(a.masked_fill(zeros, 0), b.masked_fill(zeros, 0))
+
+
+def _export_onnx(
+    model: nn.Module | Mapping[str, Any],
+    path: Path,
+    pattern: NM,
+    exclude: Iterable[str],
+    prune: bool,
+    example_inputs: tuple[Any, ...] | None,
+    options: dict[str, Any],
+) -> NMReport:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"export: model must be a torch.nn.Module for format 'onnx', got {type(model).__name__}")
+    if not isinstance(example_inputs, tuple):
+        raise ValueError(
+            f"export: example_inputs must be a tuple of the model's inputs for format 'onnx', got {type(example_inputs).__name__}"
+        )
+    model = copy.deepcopy(model).cpu().eval()
+    report = _conforming(weights_of(model), pattern, exclude, prune)
+    with replacing(path) as partial:
+        write_onnx(model, partial, report, example_inputs, options)
+    return report

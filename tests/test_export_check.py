@@ -1,0 +1,176 @@
+"""The checker: its counts equal brute force, its reasons are those of the consumers, its command's exit status is for CI."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import Transformer, make, pruned, resnet
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+
+from cram_kernels import NM, cli, prune
+from cram_kernels.export import check_nm
+from cram_kernels.export.consumers import CUSPARSELT, CUTLASS
+from cram_kernels.export.report import Row
+
+
+def one(t: Tensor, **options) -> Row:
+    (row,) = check_nm({"w": t}, **options).rows
+    return row
+
+
+def brute_force(t: Tensor, n: int, m: int) -> tuple[int, str | None]:
+    """Violating groups along axis 1, and the first in memory order."""
+    found = []
+    other = [range(size) for dim, size in enumerate(t.shape) if dim != 1]
+    for place in itertools.product(*other):
+        for begin in range(0, t.shape[1], m):
+            index = (place[0], slice(begin, begin + m), *place[1:])
+            if sum(float(x) != 0 for x in t[index].flatten()) > n:
+                memory = sum(i * s for i, s in zip((place[0], begin, *place[1:]), t.stride(), strict=True))
+                found.append((memory, index))
+    if not found:
+        return 0, None
+    first = min(found, key=lambda x: x[0])[1]
+    return len(found), "[" + ", ".join(f"{i.start}:{i.stop}" if isinstance(i, slice) else str(i) for i in first) + "]"
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (3, 12, 2), (2, 8, 3, 2), (1, 4, 1, 1), (2, 4, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (1, 4), (2, 3)], ids=str)
+def test_counts_and_places(shape: tuple[int, ...], n: int, m: int) -> None:
+    t = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(1)).float()
+    layouts = [t, t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))]
+    layouts += [t.repeat(1, 2, *[1] * (t.dim() - 2))[:, ::2]]  # with holes
+    for own in layouts:
+        row = one(own, n=n, m=m)
+        assert row.zeros == int((own == 0).sum()) and row.numel == own.numel()
+        if shape[1] % m:
+            assert row.violations is None and "not a multiple" in str(row.why_dense)
+            continue
+        groups, first = brute_force(own.contiguous() if own is layouts[2] else own, n, m)
+        assert (row.violations, row.first) == (groups, first)
+
+
+def test_the_usual_mistakes() -> None:
+    """2:4 on another axis: named."""
+    w = torch.randn(8, 8, 3, 4)
+    rows = w.clone().transpose(0, 1).contiguous()
+    prune(nn.ParameterList([rows]), NM(2, 4))
+    assert one(rows.transpose(0, 1)).holds_along == "axis 0, the outputs"
+    flat = w.clone().view(8, 96)
+    prune(nn.ParameterList([flat]), NM(2, 4))
+    row = one(flat.view(8, 8, 3, 4))
+    assert row.violates and row.holds_along == "axes 1 and up flattened, across kernel positions"
+    assert one(w).holds_along is None
+
+
+@pytest.mark.parametrize(
+    "consumer, theirs", [(CUTLASS, SparseSemiStructuredTensorCUTLASS), (CUSPARSELT, SparseSemiStructuredTensorCUSPARSELT)]
+)
+def test_shapes_are_those_of_the_installed_torch(consumer, theirs) -> None:
+    torch_says = {dtype: (c.sparse_min_rows, c.sparse_min_cols) for dtype, c in theirs._DTYPE_SHAPE_CONSTRAINTS.items()}
+    assert consumer.multiples == torch_says
+
+
+def verdicts(t: Tensor) -> dict[str, tuple[str, str]]:
+    return {name: (v.runs, v.why) for name, v in one(t).verdicts.items()}
+
+
+def half_zero(*shape: int, m: int = 4) -> Tensor:
+    t = torch.ones(shape)
+    t[:, torch.arange(shape[1]) % m < m // 2] = 0
+    return t
+
+
+def test_who_can_run_it() -> None:
+    large = half_zero(512, 512)
+    assert {name: runs for name, (runs, _) in verdicts(large.half()).items()} == {"CUTLASS": "yes", "cuSPARSELt": "yes", "TensorRT": "yes"}
+    assert verdicts(large)["CUTLASS"] == ("no", "float32 needs 1:2 on tensor cores: convert to float16 or bfloat16")
+    assert verdicts(half_zero(64, 64, m=2))["CUTLASS"][0] == "yes"  # 1:2
+    assert verdicts(large.to(torch.float8_e4m3fn))["cuSPARSELt"][0] == "yes"
+    assert verdicts(large.to(torch.float8_e4m3fn))["CUTLASS"] == ("no", "float8_e4m3fn is not read")
+    assert verdicts(large[:24, :64].bfloat16())["CUTLASS"] == ("no", "shape is not a multiple of 32 x 64")
+    assert verdicts(large[:, :64].bfloat16())["TensorRT"][0] == "seldom"
+    assert verdicts(half_zero(512, 512, 3, 3).half())["CUTLASS"] == ("no", "not a matrix: torch has no sparse convolution")
+    assert verdicts(torch.ones(512, 512).half()) == dict.fromkeys(("CUTLASS", "cuSPARSELt", "TensorRT"), ("no", "not 2:4"))
+    one_of_four = torch.zeros(64, 64)
+    one_of_four[:, ::4] = 1
+    assert verdicts(one_of_four.half())["CUTLASS"][0] == "yes"  # a legal 2:4
+
+
+def test_a_model_names_stems_depthwise_and_embeddings() -> None:
+    report = check_nm(pruned(resnet()))
+    rows = {row.name: row for row in report.rows}
+    assert report.ok and str(rows["0.weight"].why_dense).endswith("(a stem)")
+    assert rows["4.weight"].why_dense == "depthwise: one input channel a group"
+    assert rows["3.shortcut.weight"].holds and rows["3.shortcut.weight"].kind == "conv"
+    tied = pruned(Transformer(tied=True))
+    row = next(row for row in check_nm(tied, exclude=["head.*"]).rows if row.name == "embedding.weight")
+    assert row.kind == "embedding" and row.aliases == ("head.weight",) and row.why_dense == "excluded"
+    transposed = check_nm(nn.ConvTranspose2d(8, 8, 3)).rows[0]
+    assert transposed.violations is None and "outputs" in str(transposed.why_dense)
+
+
+def test_report_is_data_and_a_table() -> None:
+    model = pruned(resnet())
+    with torch.no_grad():
+        model[7].weight[3, 4:8] = 1
+    report = check_nm(model)
+    assert not report.ok and [row.name for row in report.violating] == ["7.weight"]
+    data = json.loads(report.to_json())
+    assert data["ok"] is False and len(data["tensors"]) == len(report.rows)
+    assert {row["name"]: row["first"] for row in data["tensors"]}["7.weight"] == "[3, 4:8]"
+    text = str(report)
+    assert "1 of 96 groups, the first [3, 4:8]" in text and text.endswith("1 of 35 tensors violate 2:4"), text
+    assert check_nm(model, exclude="7.*").ok
+    assert not check_nm({"b": torch.zeros(4)}).ok  # nothing is 2:4
+    with pytest.raises(ValueError, match="got 'head', which matches none"):
+        check_nm(model, exclude=["head"])
+    with pytest.raises(TypeError, match="got list"):
+        check_nm([torch.zeros(2, 4)])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "nested", "onnx"])
+def test_command(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, _, _ = make("convolution")
+    path = tmp_path / {"safetensors": "w.safetensors", "torch": "w.pt", "nested": "w.pth", "onnx": "w.onnx"}[kind]
+
+    def save() -> None:
+        state = model.state_dict()
+        if kind == "safetensors":
+            pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install 'cram_kernels[export]'").save_file(
+                state, path
+            )
+        elif kind == "onnx":
+            pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'cram_kernels[onnx]'")
+            torch.onnx.export(model, (torch.randn(1, 8, 6, 6),), path, dynamo=True, external_data=False, verbose=False)
+        else:
+            torch.save({"epoch": 3, "state_dict": state} if kind == "nested" else state, path)
+
+    save()
+    assert cli.main(["check", str(path)]) == 0
+    assert "2 of 4 tensors are 2:4, none violates it" in capsys.readouterr().out
+    with torch.no_grad():
+        model[0].weight[5, :4, 1, 2] = 1
+    save()
+    assert cli.main(["check", str(path), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}
+    assert (rows["0.weight"]["violations"], rows["0.weight"]["first"]) == (1, "[5, 0:4, 1, 2]")
+    assert cli.main(["check", str(path), "--exclude", "0.*"]) == 0
+    assert cli.main(["check", str(path), "--pattern", "4:8", "--exclude", "*"]) == 1  # none is 4:8 ...
+
+
+def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, content in (("a.pt", b"no"), ("a.safetensors", b"no"), ("a.onnx", b"no")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert cli.main(["check", str(path)]) == 2
+        assert name in capsys.readouterr().err
+    assert cli.main(["check", str(tmp_path / "none.pt")]) == 2
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert cli.main(["check", str(tmp_path / "list.pt")]) == 2
+    assert "must hold a state dict" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["check", "x", "--pattern", "4:2"])

@@ -1,0 +1,169 @@
+"""ONNX: real exports of real models, judged by ONNX Runtime and by NVIDIA's Polygraphy."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_bitwise_equal
+from export_models import MODELS, make
+from torch import Tensor, nn
+
+from cram_kernels import NM, cli, prune
+from cram_kernels.export import check_nm, export, onnx_model, weights_in
+from cram_kernels.export.check import check_weights
+
+for _package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(_package, reason=f"{_package} is not installed: pip install 'cram_kernels[onnx]'")
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+
+POLYGRAPHY = "import sys; from polygraphy.tools import main; sys.exit(main())"
+
+
+def run(path: Path, *inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [x.name for x in session.get_inputs()]
+    return torch.from_numpy(session.run(None, dict(zip(names, [t.numpy() for t in inputs], strict=True)))[0])
+
+
+def polygraphy_sparse(path: Path) -> set[str]:
+    """The tensors that Polygraphy calls 2:4; it prints PASSED whatever it finds."""
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'cram_kernels[test]'")
+    command = [sys.executable, "-c", POLYGRAPHY, "inspect", "sparsity", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"POLYGRAPHY_AUTOINSTALL_DEPS": "0"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = set(re.findall(r"Found sparse tensor: (\S+)", result.stdout))
+    assert found or "Found non-sparse tensor" in result.stdout, result.stdout
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, tmp_path: Path) -> None:
+    """The file computes what torch does, on other inputs too; every weight is 2:4 for us and for Polygraphy."""
+    model, inputs, exclude = make(name)
+    path = tmp_path / "m.onnx"
+    report = export(model, path, "onnx", exclude=exclude, example_inputs=inputs)
+    assert os.listdir(tmp_path) == ["m.onnx"]  # one file
+    others = tuple(t.flip(0) if t.is_floating_point() else (t + 31) % 100 for t in inputs)
+    for values in (inputs, others):
+        with torch.no_grad():
+            expected = model(*values)
+        torch.testing.assert_close(run(path, *values), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    graph = onnx.load(path)
+    assert not graph.graph.sparse_initializer
+    found = {row.name: row for row in check_weights(weights_in(path), NM(2, 4)).rows}
+    holding = {row.name for row in report.holding}
+    used = {name: row for name, row in found.items() if row.kind in ("conv", "linear") and row.violations is not None}
+    assert used and all(row.holds for row in used.values())
+    assert polygraphy_sparse(path) == set(used)
+    assert len(used) == len(holding), (sorted(used), sorted(holding))
+    own = json.loads({p.key: p.value for p in graph.metadata_props}["cram_kernels"])
+    assert own["format"] == "onnx" and {name for name, entry in own["tensors"].items() if entry["pattern"]} == holding
+
+
+def test_weights_keep_their_bits(tmp_path: Path) -> None:
+    """Where nothing is folded the initialisers are the weights."""
+    model, inputs, _ = make("convolution")
+    export(model, tmp_path / "m.onnx", "onnx", example_inputs=inputs)
+    found = {w.name: w.tensor for w in weights_in(tmp_path / "m.onnx")}
+    for name, t in model.state_dict().items():
+        assert_bitwise_equal(found[name], t.contiguous(), name)
+
+
+def test_half(tmp_path: Path) -> None:
+    model, (x,), _ = make("resnet")
+    assert export(model.half(), tmp_path / "m.onnx", "onnx", example_inputs=(x.half(),)).ok
+    assert {row.dtype for row in check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4)).holding} == {"float16"}
+
+
+def test_dynamic_shapes(tmp_path: Path) -> None:
+    model, inputs, _ = make("resnet")
+    options = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    export(model, tmp_path / "m.onnx", "onnx", example_inputs=inputs, onnx_options=options)
+    x = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_wrong_axis_is_seen_by_both(tmp_path: Path) -> None:
+    """2:4 along C*R*S flattened is not 2:4 for an engine."""
+    flat = torch.randn(16, 8 * 9)
+    prune(nn.ParameterList([flat]), NM(2, 4))
+    model = nn.Conv2d(8, 16, 3).eval()
+    with torch.no_grad():
+        model.weight.copy_(flat.view(16, 8, 3, 3))
+    torch.onnx.export(model, (torch.randn(1, 8, 5, 5),), tmp_path / "m.onnx", dynamo=True, external_data=False, verbose=False)
+    assert polygraphy_sparse(tmp_path / "m.onnx") == set()
+    (row,) = check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4)).violating
+    assert row.holds_along == "axes 1 and up flattened, across kernel positions"
+    assert cli.main(["check", str(tmp_path / "m.onnx")]) == 1
+    with pytest.raises(ValueError, match="must be 2:4 along axis 1"):
+        export(model, tmp_path / "n.onnx", "onnx", example_inputs=(torch.randn(1, 8, 5, 5),))
+    before = model.weight.clone()
+    assert export(model, tmp_path / "n.onnx", "onnx", example_inputs=(torch.randn(1, 8, 5, 5),), prune=True).ok
+    assert polygraphy_sparse(tmp_path / "n.onnx") == {"weight"} and torch.equal(model.weight, before)
+
+
+def node_model(tmp_path: Path, nodes: list, weight: Tensor, inputs: int) -> Path:
+    """y = nodes(x, w) as a file."""
+    value = onnx.helper.make_tensor_value_info
+    w = onnx.numpy_helper.from_array(weight.numpy(), "w")
+    x, y = value("x", onnx.TensorProto.FLOAT, [None, inputs]), value("y", onnx.TensorProto.FLOAT, None)
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [x], [y], [w])), tmp_path / "n.onnx")
+    return tmp_path / "n.onnx"
+
+
+NODES = {  # name -> nodes, whether the weight is stored [inputs, outputs]
+    "MatMul": ([("MatMul", ["x", "w"], {})], True),
+    "Gemm": ([("Gemm", ["x", "w"], {})], True),
+    "Gemm transB": ([("Gemm", ["x", "w"], {"transB": 1})], False),
+    "Transpose": ([("Transpose", ["w"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], {})], False),
+    "Cast, Transpose": ([("Cast", ["w"], {"to": 1}), ("Transpose", ["t"], {"perm": [1, 0]}), ("Gemm", ["x", "u"], {})], False),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_axis_is_the_one_that_is_summed(name: str, tmp_path: Path) -> None:
+    steps, transposed = NODES[name]
+    weight = torch.randn(8, 12)  # [outputs, inputs]
+    prune(nn.ParameterList([weight]), NM(2, 4))
+    outputs = [*("t", "u")[: len(steps) - 1], "y"]
+    nodes = [onnx.helper.make_node(op, inputs, [out], **attributes) for (op, inputs, attributes), out in zip(steps, outputs, strict=True)]
+    path = node_model(tmp_path, nodes, weight.t().contiguous() if transposed else weight, 12)
+    (row,) = check_weights(weights_in(path), NM(2, 4)).rows
+    assert row.holds and row.shape == (8, 12) and row.axis == (0 if transposed else 1) and row.kind == "linear"
+    assert polygraphy_sparse(path) == {"w"}
+
+
+def test_other_outputs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison with ONNX Runtime is a real one: a file of other weights is not written."""
+    model, inputs, _ = make("convolution")
+    real = onnx_model._same_pattern
+
+    def spoiled(path: Path, report) -> None:
+        real(path, report)
+        graph = onnx.load(path)
+        w = onnx.numpy_helper.to_array(graph.graph.initializer[0])
+        graph.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(w * 1.01, graph.graph.initializer[0].name))
+        onnx.save(graph, path)
+
+    monkeypatch.setattr(onnx_model, "_same_pattern", spoiled)
+    with pytest.raises(ValueError, match=r"output 0 of ONNX Runtime must be within .* of torch's, got "):
+        export(model, tmp_path / "m.onnx", "onnx", example_inputs=inputs)
+    assert os.listdir(tmp_path) == []
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = make("resnet")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    options = ["export", str(tmp_path / "w.pt"), str(tmp_path / "m.onnx"), "--format", "onnx", "--input", "1,3,16,16"]
+    assert cli.main([*options, "--model", "export_models:resnet"]) == 0
+    assert cli.main(["check", str(tmp_path / "m.onnx")]) == 0
+    assert cli.main(options) == 2 and cli.main([*options, "--model", "export_models:none"]) == 2
+    assert check_nm(model).ok
