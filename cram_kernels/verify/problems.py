@@ -123,6 +123,20 @@ def prune_nm(lists: Lists) -> Arguments:
     return {"weights": arguments["params"], "masks": arguments["masks"], "prune": arguments["prune"], "n": 2, "m": 4}
 
 
+def pack(lists: Lists) -> Arguments:
+    """Of [64, 64] weights: the shapes of the other ops are not those that can be packed."""
+    own = Lists([(64, 64)] * len(lists.shapes), None, lists.device)
+    own.dtypes = lists.dtypes
+    weights = own.tensors()
+    columns = [8 if w.dtype == torch.float32 else 4 for w in weights]
+    metas = [torch.zeros(64, c, dtype=torch.int16, device=lists.device) for c in columns]
+    return {"weights": weights, "packed": [torch.zeros_like(w[:, :32]) for w in weights], "metas": metas}
+
+
+def violations(lists: Lists) -> Arguments:
+    return {"weights": pack(lists)["weights"], "n": 2, "m": 4}
+
+
 PROBLEMS: dict[str, Callable[[Lists], Arguments]] = {
     "topk_threshold": threshold,
     "topk_histogram": histogram,
@@ -131,6 +145,9 @@ PROBLEMS: dict[str, Callable[[Lists], Arguments]] = {
     "prune_nm_": prune_nm,
     "perturb_nm_": perturb_nm,
     "perturb_masked_": perturb,
+    "nm_violations": violations,
+    "pack_24_": pack,
+    "unpack_24_": pack,
     "restore_": restore,
     "restore_combine_": combine,
     "restore_sgd_": sgd,
