@@ -52,6 +52,7 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.executor = executor
         self.tensors: list[Tensor] = []  # kept alive until forgotten: a captured graph goes on using them
+        self.bytes = 0  # bytes of the last call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -63,6 +64,7 @@ class Memory(TorchDispatchMode):
         return out
 
     def forget(self) -> None:
+        self.bytes = sum(t.numel() * t.element_size() for t in self.tensors)
         for t in self.tensors:
             self.executor.forget(t)
         self.tensors.clear()

@@ -2,6 +2,7 @@
 // is read back. A launch that fails throws std::runtime_error.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "../item.h"
@@ -21,6 +22,21 @@ struct Perturbation {
   float* found_inf = nullptr;        // optional
   int32_t* perturbed = nullptr;      // the flag
 };
+
+enum class TopkMode { kPerturb, kPrune, kThreshold };
+
+struct TopkCall {
+  TopkMode mode;
+  const int64_t* k;  // [num_sets]
+  int64_t num_sets;
+  int32_t* thresholds;  // [num_sets]
+  int64_t* stats;       // [num_sets, 3]
+  // Memory on the device that lives until the stream has come by, aligned to 16. About 0.16 bytes a weight of a large set.
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+// perturb_topk_, prune_topk_ and topk_threshold; the perturbation is that of perturb_topk_.
+void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream);
 
 void perturb_masked(const std::vector<Item>& items, const Perturbation& p, Stream stream);
 

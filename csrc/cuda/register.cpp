@@ -11,6 +11,8 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace cram {
 namespace {
 
+using torch::headeronly::ScalarType;
+
 // The device of a call, current for as long as this lives, and its current stream.
 class Device {
  public:
@@ -43,7 +45,45 @@ void perturb_masked_cuda(CRAM_PERTURB_LISTS, CRAM_PERTURB_OPTIONS) {
   cuda::perturb_masked(items, perturbation(arguments), device.stream());
 }
 
+using TopkResult = std::tuple<Tensor, Tensor>;
+
+// Thresholds and statistics; what they are, the caller has checked.
+TopkResult topk(const std::vector<Item>& items, const cuda::Perturbation& p, const Tensor& k, cuda::TopkMode mode) {
+  const Device device(k);
+  const int64_t num_sets = k.numel();
+  Tensor thresholds = torch::stable::new_empty(k, {num_sets}, ScalarType::Int), stats = torch::stable::new_empty(k, {num_sets, 3}, ScalarType::Long);
+  std::optional<Tensor> workspace;
+  const auto allocate = [&](int64_t bytes) {
+    workspace = torch::stable::new_empty(k, {bytes}, ScalarType::Byte);
+    return workspace->data_ptr();
+  };
+  const cuda::TopkCall call = {
+      mode, k.const_data_ptr<int64_t>(), num_sets, thresholds.mutable_data_ptr<int32_t>(), stats.mutable_data_ptr<int64_t>(), allocate};
+  cuda::topk(items, p, call, device.stream());
+  return {thresholds, stats};
+}
+
+Tensor topk_threshold_cuda(const Tensors& weights, const Integers& sets, const Tensor& k) {
+  Check check("topk_threshold");
+  return std::get<0>(topk(topk_items(check, weights, {}, sets, k, false), {}, k, cuda::TopkMode::kThreshold));
+}
+
+TopkResult prune_topk_cuda(const Tensors& weights, const Tensors& masks, const Integers& sets, const Tensor& k) {
+  Check check("prune_topk_");
+  return topk(topk_items(check, weights, masks, sets, k, true), {}, k, cuda::TopkMode::kPrune);
+}
+
+TopkResult perturb_topk_cuda(CRAM_PERTURB_LISTS, const Integers& sets, const Tensor& k, CRAM_PERTURB_OPTIONS) {
+  const PerturbArguments arguments = CRAM_PERTURB_ARGUMENTS;
+  return topk(perturb_topk_items(arguments, sets, k), perturbation(arguments), k, cuda::TopkMode::kPerturb);
+}
+
 }  // namespace
 }  // namespace cram
 
-STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) { m.impl("perturb_masked_", TORCH_BOX(&cram::perturb_masked_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
+  m.impl("topk_threshold", TORCH_BOX(&cram::topk_threshold_cuda));
+  m.impl("prune_topk_", TORCH_BOX(&cram::prune_topk_cuda));
+  m.impl("perturb_topk_", TORCH_BOX(&cram::perturb_topk_cuda));
+  m.impl("perturb_masked_", TORCH_BOX(&cram::perturb_masked_cuda));
+}

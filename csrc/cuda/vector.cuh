@@ -134,6 +134,12 @@ struct Chunk {
     begin = number * chunk_size(aligned);
     end = min(begin + chunk_size(aligned), numel);
   }
+
+  // Lanes of the first vector that lie before the chunk.
+  template <class T>
+  __device__ __forceinline__ int shift(const T* p) const {
+    return aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+  }
 };
 
 // Calls f(j, span) for each vector that this thread has of a chunk; j counts them, at most kVectors<T>. Vectors are dealt out so that a warp's
@@ -144,7 +150,7 @@ constexpr int kVectors = kChunk / kThreads / Vector<T>::kLanes;
 template <class T, class Function>
 __device__ __forceinline__ void for_vectors(const Chunk& chunk, const T* p, Function f) {
   constexpr int kLanes = Vector<T>::kLanes;
-  const int shift = chunk.aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(p + chunk.begin) % 16 / sizeof(T));
+  const int shift = chunk.shift(p);
   const int size = static_cast<int>(chunk.end - chunk.begin);
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {
