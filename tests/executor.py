@@ -52,17 +52,19 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.executor = executor
         self.tensors: list[Tensor] = []  # kept alive until forgotten: a captured graph goes on using them
+        self.bytes = 0  # bytes of the last call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for _, t in named_tensors(out):
             if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty) and t.numel() > 0:
-                t.view(torch.uint8).fill_(SENTINEL)
+                t.view(-1).view(torch.uint8).fill_(SENTINEL)
                 self.executor.know(t)
                 self.tensors.append(t)
         return out
 
     def forget(self) -> None:
+        self.bytes = sum(t.numel() * t.element_size() for t in self.tensors)
         for t in self.tensors:
             self.executor.forget(t)
         self.tensors.clear()

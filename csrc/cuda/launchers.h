@@ -2,9 +2,12 @@
 // is read back. A launch that fails throws std::runtime_error.
 #pragma once
 
+#include <functional>
 #include <vector>
 
+#include "../adam.h"
 #include "../item.h"
+#include "../sgd.h"
 
 struct CUstream_st;
 
@@ -22,7 +25,46 @@ struct Perturbation {
   int32_t* perturbed = nullptr;      // the flag
 };
 
+enum class TopkMode { kPerturb, kPrune, kThreshold };
+
+struct TopkCall {
+  TopkMode mode;
+  const int64_t* k;  // [num_sets]
+  int64_t num_sets;
+  int32_t* thresholds;  // [num_sets]
+  int64_t* stats;       // [num_sets, 3]
+  // Memory on the device that lives until the stream has come by, aligned to 16. About 0.16 bytes a weight of a large set.
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+// perturb_topk_, prune_topk_ and topk_threshold; the perturbation is that of perturb_topk_.
+void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream);
+
 void perturb_masked(const std::vector<Item>& items, const Perturbation& p, Stream stream);
+
+// What the updates share; everything on the device.
+struct Update {
+  const float* inv_scale = nullptr;        // optional
+  const float* first_inv_scale = nullptr;  // optional
+  const float* found_inf = nullptr;        // optional
+  int32_t* perturbed = nullptr;            // the flag
+};
+
+struct LearningRate {
+  const float* values = nullptr;  // one, or one a tensor
+  bool per_tensor = false;
+};
+
+void restore(const std::vector<Item>& items, int32_t* perturbed, Stream stream);
+void restore_combine(const std::vector<Item>& items, const Update& update, Stream stream);
+// options, hyper: one an item; what depends on lr and step is computed on the device.
+void restore_sgd(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<SgdOptions>& options, Stream stream);
+void restore_adam(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<AdamOptions>& options,
+                  const std::vector<AdamHyper>& hyper, Stream stream);
+
+// sums: room for norm_sums(items) numbers.
+int64_t norm_sums(const std::vector<Item>& items);
+void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* sums, float* result, Stream stream);
 
 }  // namespace cuda
 }  // namespace cram

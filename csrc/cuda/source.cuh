@@ -3,42 +3,12 @@
 
 #include "../perturb.h"
 #include "../restore.h"
+#include "entry.h"
 #include "launchers.h"
 #include "vector.cuh"
 
 namespace cram {
 namespace cuda {
-
-// A tensor of a perturbing or pruning launch.
-struct PerturbEntry {
-  void* param;
-  const void* grad;     // optional: without one, u is the weight as it is
-  void* saved;          // optional
-  uint8_t* mask;        // optional
-  const float* master;  // optional
-  int64_t numel;
-  int64_t extra;        // top-k: place of its first weight within its selection set; N:M: elements between neighbours along axis 1, 0: not pruned
-  int32_t set;          // top-k: its selection set, -1: none
-  uint32_t index : 30;  // in the list of the call
-  uint32_t dtype : 2;
-};
-
-inline PerturbEntry perturb_entry(const Item& item, size_t index, int64_t extra = 0) {
-  return {item.param,
-          item.grad,
-          item.saved,
-          item.mask,
-          item.master,
-          item.numel,
-          extra,
-          static_cast<int32_t>(item.set),
-          static_cast<uint32_t>(index),
-          static_cast<uint32_t>(item.dtype)};
-}
-
-using PerturbTable = Table<PerturbEntry>;
-
-#if defined(__CUDACC__)
 
 // Calls f(T{}, W{}) with the number types of the parameter and of the weights that u is computed from.
 template <class Function>
@@ -128,8 +98,6 @@ __device__ __forceinline__ Lanes<kLanes> pruned(Lanes<kLanes> u, uint32_t kept) 
     if ((kept >> i & 1) == 0 && u[i] == u[i]) u[i] = 0;
   return u;
 }
-
-#endif
 
 }  // namespace cuda
 }  // namespace cram

@@ -66,7 +66,10 @@ __device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLane
   static_assert(kLanes == Vector<T>::kLanes, "");
   p += span.first;
   if (span.whole() && aligned(p)) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+    // a plain assignment is taken apart by nvcc 13 for sm_80 to sm_90, to share its pieces with the other branch
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
+                 "r"(x.words[3])
+                 : "memory");
   } else {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i)
@@ -134,6 +137,12 @@ struct Chunk {
     begin = number * chunk_size(aligned);
     end = min(begin + chunk_size(aligned), numel);
   }
+
+  // Lanes of the first vector that lie before the chunk.
+  template <class T>
+  __device__ __forceinline__ int shift(const T* p) const {
+    return aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+  }
 };
 
 // Calls f(j, span) for each vector that this thread has of a chunk; j counts them, at most kVectors<T>. Vectors are dealt out so that a warp's
@@ -144,7 +153,7 @@ constexpr int kVectors = kChunk / kThreads / Vector<T>::kLanes;
 template <class T, class Function>
 __device__ __forceinline__ void for_vectors(const Chunk& chunk, const T* p, Function f) {
   constexpr int kLanes = Vector<T>::kLanes;
-  const int shift = chunk.aligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(p + chunk.begin) % 16 / sizeof(T));
+  const int shift = chunk.shift(p);
   const int size = static_cast<int>(chunk.end - chunk.begin);
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {

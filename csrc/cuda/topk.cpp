@@ -1,0 +1,102 @@
+#include "topk.h"
+
+#include <cmath>
+#include <numeric>
+
+namespace cram {
+namespace cuda {
+namespace {
+
+int32_t samples_of(int64_t numel) { return numel <= kDirect ? 0 : static_cast<int32_t>(std::clamp<int64_t>(numel / 64, 2048, kMaxSamples)); }
+
+// For a bracket around the median, the widest, a tenth more, and a bin of the sample's histogram at each end.
+int64_t capacity_of(int64_t numel, int32_t samples) {
+  if (samples == 0) return numel;
+  const double share = 1.1 * 2 * kDeviations * 0.5 / std::sqrt(static_cast<double>(samples)) + 1.0 / 128;
+  return std::min({numel, static_cast<int64_t>(share * static_cast<double>(numel)), static_cast<int64_t>(UINT32_MAX)});
+}
+
+// Float32 keys of T's numbers have as many trailing zeros as T has fewer bits of mantissa.
+int32_t key_step(DType t) { return t == DType::kFloat32 ? 1 : t == DType::kBFloat16 ? 1 << 16 : 1 << 13; }
+
+// Samples whose place may lie in [first, first + numel) of a set.
+int64_t samples_in(int64_t first, int64_t numel, const SetEntry& set) {
+  return set.samples == 0 ? 0 : ((first + numel) * set.samples + set.numel - 1) / set.numel - first * set.samples / set.numel;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool dense) : num_sets(sets_wanted) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < items.size(); ++i)
+    if (items[i].numel > 0 && (dense || items[i].set >= 0)) order.push_back(i);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return items[a].set < items[b].set; });
+
+  std::vector<SetEntry> entries(num_sets);
+  std::vector<int64_t> first(items.size(), 0);
+  for (int64_t s = 0; s < num_sets; ++s) entries[s].index = static_cast<int32_t>(s), entries[s].key_step = 1 << 16;
+  for (size_t i : order) {
+    if (items[i].set < 0) continue;
+    SetEntry& set = entries[items[i].set];
+    first[i] = set.numel;
+    set.numel += items[i].numel;
+    set.key_step = std::min(set.key_step, key_step(items[i].dtype));
+  }
+  int64_t candidates = 0, tallied = 0;
+  for (SetEntry& set : entries) {
+    set.samples = samples_of(set.numel);
+    set.capacity = capacity_of(set.numel, set.samples);
+    set.slices = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(set.capacity, kSliceSize)));
+    set.first = candidates;
+    set.tallies = tallied;
+    candidates += set.capacity;
+    tallied += tally_bytes(set.samples);
+  }
+
+  const auto entry = [&](size_t j) { return perturb_entry(items[order[j]], order[j], first[order[j]]); };
+  chunks = make_tables<PerturbEntry>(order.size(), entry, [&](size_t j) { return chunks_of(items[order[j]].param, items[order[j]].numel); });
+  samples = make_tables<PerturbEntry>(order.size(), entry, [&](size_t j) {
+    const Item& item = items[order[j]];
+    return item.set < 0 ? 0 : ceil_div(samples_in(first[order[j]], item.numel, entries[item.set]), kThreads);
+  });
+  const auto set_entry = [&](size_t s) { return entries[s]; };
+  sets = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return ceil_div(tally_bytes(entries[s].samples), kClearBytes); });
+  slices = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return int64_t{entries[s].slices}; });
+
+  const int64_t num_chunks = chunks.back().tasks_before + tasks_in(chunks.back());
+  const auto place = [&](int64_t size) {
+    const int64_t at = bytes;
+    bytes += ceil_div(size, 256) * 256;
+    return at;
+  };
+  place(sizeof(int32_t));  // any_fallback
+  sets_at = place(num_sets * sizeof(SetState));
+  tallies_at = place(tallied);
+  records_at = place(num_chunks * sizeof(CandidateRecord));
+  keys_at = place(candidates * sizeof(int32_t));
+  offsets_at = place(candidates * sizeof(uint16_t));
+}
+
+TopkMemory TopkPlan::memory(void* workspace) const {
+  unsigned char* p = static_cast<unsigned char*>(workspace);
+  return {reinterpret_cast<int32_t*>(p), reinterpret_cast<SetState*>(p + sets_at), reinterpret_cast<CandidateRecord*>(p + records_at),
+          reinterpret_cast<int32_t*>(p + keys_at), reinterpret_cast<uint16_t*>(p + offsets_at)};
+}
+
+void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream) {
+  const bool perturbs = call.mode == TopkMode::kPerturb;
+  const TopkPlan plan(items, call.num_sets, perturbs);
+  void* const workspace = call.allocate(plan.workspace());
+  const TopkMemory memory = plan.memory(workspace);
+  topk_prepare(plan, memory, plan.tallies(workspace), call.k, stream);
+  topk_sample(plan, memory, p, stream);
+  topk_stream(plan, memory, p, perturbs, stream);
+  topk_select(plan, memory, stream);
+  topk_radix(plan, memory, p, perturbs, stream);
+  topk_finish(plan, memory, p, call.mode, call.thresholds, call.stats, stream);
+}
+
+}  // namespace cuda
+}  // namespace cram

@@ -1,0 +1,103 @@
+"""Top-k of the CUDA backend, executed on the CPU, equals the reference to the bit."""
+
+import pytest
+import torch
+from calls import PERTURB_VARIANTS, SELECTIONS, perturb, poisoned_masks, selection
+from capture import check_captured, launches
+from cases import HOSTILE, LARGE, SMALL, Case, Drawn, Spec, mixed
+from compare import check
+
+CASE = pytest.mark.parametrize("case", SMALL, ids=str)
+MEDIUM = Drawn(  # a set that is sampled
+    "normal", [Spec((160, 250)), Spec((5, 5)), Spec((64, 8, 3, 3), order=(0, 2, 3, 1), offset=3), Spec((20_011,), torch.bfloat16, offset=1)]
+)
+
+
+def arguments_of(case: Case | Drawn, name: str, variant: str = "plain") -> dict:
+    arguments = perturb(case, variant)
+    return arguments | selection(name, arguments["params"])
+
+
+def pruning(case: Case | Drawn, name: str) -> dict:
+    weights = case.tensors("params")
+    return {"weights": weights, "masks": poisoned_masks(case), **selection(name, weights)}
+
+
+@CASE
+def test_perturb_topk(executed, case: Case) -> None:
+    for i, name in enumerate(SELECTIONS):
+        check(executed, "perturb_topk_", arguments_of(case, name, PERTURB_VARIANTS[i % len(PERTURB_VARIANTS)]))
+
+
+@CASE
+def test_prune_topk(executed, case: Case) -> None:
+    for name in ("largest", "half", "smallest", "groups", "all_dense"):
+        arguments = pruning(case, name)
+        check(executed, "prune_topk_", arguments)
+        check(executed, "topk_threshold", {key: arguments[key] for key in ("weights", "sets", "k")})
+
+
+@pytest.mark.parametrize("variant", PERTURB_VARIANTS)
+def test_in_all_ways(executed_in_all_ways, variant: str) -> None:
+    """Small sets, whose weights are all candidates, and one that is sampled; ties of one in seven weights make it fall back."""
+    for case, name in ((Case("bits", "offsets", "mixed"), "groups"), (Case("ties", "shapes", "mixed"), "half"), (MEDIUM, "tenth")):
+        check(executed_in_all_ways, "perturb_topk_", arguments_of(case, name, variant))
+    check(executed_in_all_ways, "prune_topk_", pruning(MEDIUM, "half"))
+
+
+def test_fallback_in_all_ways(executed_in_all_ways) -> None:
+    for variant in ("amp", "masters"):
+        arguments = perturb(MEDIUM._replace(values="narrow"), variant)
+        _, stats = check(executed_in_all_ways, "perturb_topk_", arguments | selection("half", arguments["params"]))
+        assert stats[0, 2] == 1, f"no fallback, statistics {stats.tolist()}"
+
+
+@pytest.mark.parametrize("case", LARGE + HOSTILE, ids=str)
+def test_large(executed, case: Case) -> None:
+    check(executed, "perturb_topk_", arguments_of(case, "tenth", "masters" if case.dtype != "fp32" else "amp"))
+
+
+@pytest.mark.parametrize("name", ["second", "keep_all", "groups"])
+def test_large_selections(executed, name: str) -> None:
+    case = Case("normal", "large", "mixed")
+    check(executed, "perturb_topk_", arguments_of(case, name))
+    check(executed, "prune_topk_", pruning(case, name))
+
+
+def test_sets_of_ten_thousand(executed) -> None:
+    check(executed, "perturb_topk_", arguments_of(Case("normal", "pieces", "mixed"), "per_tensor"))
+
+
+def test_ordinary_weights_need_no_fallback_and_little_memory(executed) -> None:
+    case = Drawn("normal", [Spec((2100, 2000))])
+    _, stats = check(executed, "perturb_topk_", arguments_of(case, "half"))
+    numel = case.specs[0].numel
+    assert 0 < stats[0, 1] < 0.03 * numel and stats[0, 2] == 0
+    assert executed.memory.bytes <= 0.2 * numel
+
+
+def test_launches(executed) -> None:
+    assert launches(executed, "perturb_topk_", arguments_of(Drawn("normal", mixed([Spec((100,))] * 450)), "half")) <= 8
+    assert launches(executed, "perturb_topk_", arguments_of(Case("normal", "large", "fp32"), "half")) == 8
+
+
+def test_many_tensors_take_several_launches(executed) -> None:
+    case = Drawn("normal", mixed([Spec((1 + 71 * i % 331,)) for i in range(901)]))
+    check(executed, "perturb_topk_", arguments_of(case, "half", "few_masks"))
+    check(executed, "perturb_topk_", arguments_of(case, "groups", "masters"))
+    check(executed, "prune_topk_", pruning(case, "per_tensor"))
+
+
+@pytest.mark.parametrize("rho", [0.0, float("inf"), float("-inf"), float("nan")])
+def test_rho(executed, rho: float) -> None:
+    for values in ("normal", "zeros"):
+        arguments = perturb(Case(values, "shapes", "mixed"), rho=rho)
+        check(executed, "perturb_topk_", arguments | selection("half", arguments["params"]))
+
+
+@pytest.mark.parametrize("values", ["normal", "narrow"])
+def test_captured(executed, values: str) -> None:
+    """A graph serves every later step: other weights, gradients, rho and k, with and without a fallback."""
+    check_captured(executed, "perturb_topk_", arguments_of(MEDIUM._replace(values=values), "half", "amp"))
+    check_captured(executed, "prune_topk_", pruning(MEDIUM._replace(values=values), "tenth"))
+    check_captured(executed, "topk_threshold", {key: pruning(MEDIUM, "tenth")[key] for key in ("weights", "sets", "k")})
