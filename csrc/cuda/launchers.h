@@ -25,6 +25,9 @@ struct Perturbation {
   int32_t* perturbed = nullptr;      // the flag
 };
 
+// Memory on the device that lives until the stream has come by, aligned to 16.
+using Allocate = std::function<void*(int64_t bytes)>;
+
 enum class TopkMode { kPerturb, kPrune, kThreshold };
 
 struct TopkCall {
@@ -33,12 +36,14 @@ struct TopkCall {
   int64_t num_sets;
   int32_t* thresholds;  // [num_sets]
   int64_t* stats;       // [num_sets, 3]
-  // Memory on the device that lives until the stream has come by, aligned to 16. About 0.16 bytes a weight of a large set.
-  std::function<void*(int64_t bytes)> allocate;
+  Allocate allocate;    // about 0.16 bytes a weight of a large set
 };
 
 // perturb_topk_, prune_topk_ and topk_threshold; the perturbation is that of perturb_topk_.
 void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream);
+
+// perturb_nm_; without a flag in the perturbation prune_nm_. Memory: a byte a weight for the masks of tensors whose axis 1 lies far apart in memory.
+void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, const Allocate& allocate, Stream stream);
 
 void perturb_masked(const std::vector<Item>& items, const Perturbation& p, Stream stream);
 

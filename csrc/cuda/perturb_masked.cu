@@ -16,7 +16,7 @@ __device__ __forceinline__ void masked_chunk(const PerturbEntry& entry, uint32_t
   for_vectors(chunk, param, [&](int j, const auto& span) {
     if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
     const uint32_t kept = entry.mask != nullptr ? load_mask(entry.mask, span) : ~0u;
-    store_floats(param, pruned(moved.u[j], kept), span);
+    store(param, pruned(moved.raw[j], moved.u[j], kept, true), span);
   });
 }
 

@@ -28,6 +28,22 @@ class Device {
   cuda::Stream stream_ = nullptr;
 };
 
+// What a call needs beyond its arguments, from torch's allocator: free for other calls on the same stream once this is gone.
+class Workspace {
+ public:
+  explicit Workspace(const Tensor& like) : like_(like) {}
+  cuda::Allocate allocate() {
+    return [this](int64_t bytes) {
+      parts_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+      return parts_.back().data_ptr();
+    };
+  }
+
+ private:
+  const Tensor& like_;
+  Tensors parts_;
+};
+
 cuda::Perturbation perturbation(const PerturbArguments& a) {
   cuda::Perturbation p;
   p.rho = static_cast<const float*>(a.rho.data_ptr());
@@ -36,6 +52,22 @@ cuda::Perturbation perturbation(const PerturbArguments& a) {
   p.found_inf = const_cast<float*>(float_or_null(a.found_inf));
   p.perturbed = static_cast<int32_t*>(a.perturbed.data_ptr());
   return p;
+}
+
+void prune_nm_cuda(const Tensors& weights, const Tensors& masks, const Integers& prune, int64_t n, int64_t m) {
+  const std::vector<Item> items = prune_nm_items(weights, masks, prune, n, m);
+  if (items.empty()) return;
+  const Device device(weights[0]);
+  Workspace workspace(weights[0]);
+  cuda::nm(items, {}, static_cast<int>(n), static_cast<int>(m), workspace.allocate(), device.stream());
+}
+
+void perturb_nm_cuda(CRAM_PERTURB_LISTS, const Integers& prune, int64_t n, int64_t m, CRAM_PERTURB_OPTIONS) {
+  const PerturbArguments arguments = CRAM_PERTURB_ARGUMENTS;
+  const std::vector<Item> items = perturb_nm_items(arguments, prune, n, m);
+  const Device device(perturbed);
+  Workspace workspace(perturbed);
+  cuda::nm(items, perturbation(arguments), static_cast<int>(n), static_cast<int>(m), workspace.allocate(), device.stream());
 }
 
 void perturb_masked_cuda(CRAM_PERTURB_LISTS, CRAM_PERTURB_OPTIONS) {
@@ -52,13 +84,9 @@ TopkResult topk(const std::vector<Item>& items, const cuda::Perturbation& p, con
   const Device device(k);
   const int64_t num_sets = k.numel();
   Tensor thresholds = torch::stable::new_empty(k, {num_sets}, ScalarType::Int), stats = torch::stable::new_empty(k, {num_sets, 3}, ScalarType::Long);
-  std::optional<Tensor> workspace;
-  const auto allocate = [&](int64_t bytes) {
-    workspace = torch::stable::new_empty(k, {bytes}, ScalarType::Byte);
-    return workspace->data_ptr();
-  };
+  Workspace workspace(k);
   const cuda::TopkCall call = {
-      mode, k.const_data_ptr<int64_t>(), num_sets, thresholds.mutable_data_ptr<int32_t>(), stats.mutable_data_ptr<int64_t>(), allocate};
+      mode, k.const_data_ptr<int64_t>(), num_sets, thresholds.mutable_data_ptr<int32_t>(), stats.mutable_data_ptr<int64_t>(), workspace.allocate()};
   cuda::topk(items, p, call, device.stream());
   return {thresholds, stats};
 }
@@ -129,6 +157,8 @@ STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
   m.impl("topk_threshold", TORCH_BOX(&cram::topk_threshold_cuda));
   m.impl("prune_topk_", TORCH_BOX(&cram::prune_topk_cuda));
   m.impl("perturb_topk_", TORCH_BOX(&cram::perturb_topk_cuda));
+  m.impl("prune_nm_", TORCH_BOX(&cram::prune_nm_cuda));
+  m.impl("perturb_nm_", TORCH_BOX(&cram::perturb_nm_cuda));
   m.impl("perturb_masked_", TORCH_BOX(&cram::perturb_masked_cuda));
   m.impl("restore_", TORCH_BOX(&cram::restore_cuda));
   m.impl("restore_combine_", TORCH_BOX(&cram::restore_combine_cuda));

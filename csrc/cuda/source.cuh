@@ -47,10 +47,9 @@ struct Source {
   }
 
   // u of one element.
-  __device__ __forceinline__ float at(int64_t i) const {
+  __device__ __forceinline__ float at(int64_t i, bool* nonfinite) const {
     const float w = widen(weights[i]);
-    bool ignored = false;
-    return grad != nullptr ? moved(w, widen(grad[i]), &ignored) : w;
+    return grad != nullptr ? moved(w, widen(grad[i]), nonfinite) : w;
   }
 
   // u of a vector whose weights are in u.
@@ -90,13 +89,17 @@ struct MovedVectors {
   }
 };
 
-// u where `kept` has a bit, else +0; a NaN stays.
-template <int kLanes>
-__device__ __forceinline__ Lanes<kLanes> pruned(Lanes<kLanes> u, uint32_t kept) {
+// What is written for a vector: u, or the weights' own bits where they did not move; +0 where `kept` has no bit, but a NaN stays.
+template <class T, int kLanes>
+__device__ __forceinline__ Vector<T> pruned(Vector<T> raw, const Lanes<kLanes>& u, uint32_t kept, bool moves) {
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i)
-    if ((kept >> i & 1) == 0 && u[i] == u[i]) u[i] = 0;
-  return u;
+  for (int i = 0; i < kLanes; ++i) {
+    if ((kept >> i & 1) == 0 && u[i] == u[i])
+      raw.set(i, T{});
+    else if (moves)
+      raw.set(i, narrowed(u[i], T{}));
+  }
+  return raw;
 }
 
 }  // namespace cuda

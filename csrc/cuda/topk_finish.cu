@@ -41,7 +41,8 @@ __device__ __forceinline__ void fix_up(const PerturbEntry& entry, uint32_t numbe
     if (key <= low || key > high || key == kNanKey) continue;
     const int offset = memory.offsets[at];
     const int64_t i = chunk.begin + offset;
-    param[i] = narrowed(keep ? source.at(i) : 0.0f, T{});
+    bool ignored = false;
+    param[i] = narrowed(keep ? source.at(i, &ignored) : 0.0f, T{});
     atomicXor(flips + offset / 32, 1u << (offset % 32));
   }
   __syncwarp();
@@ -59,7 +60,6 @@ __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t numb
   const Chunk chunk(param, entry.numel, number);
   const Source<T, W> source(entry, entry.saved != nullptr ? entry.saved : param, p);
   for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
-    Vector<T> raw = load(param, span);
     Lanes<kLanes> u = load_floats(source.weights, span);
     bool ignored = false;
     source.move(u, span, &ignored);
@@ -68,10 +68,8 @@ __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t numb
     for (int i = 0; i < kLanes; ++i) {
       const int32_t key = magnitude_key(u[i]);
       kept |= (key > threshold && key != kNanKey ? 1u : 0u) << i;
-      if (entry.grad != nullptr) raw.set(i, narrowed(u[i], T{}));  // else a NaN keeps its bits
-      if (key <= threshold && key != kNanKey) raw.set(i, T{});
     }
-    store(param, raw, span);
+    store(param, pruned(load(param, span), u, kept, entry.grad != nullptr), span);
     mask.put<T>(j, kept & span.lanes());
   });
   __syncthreads();

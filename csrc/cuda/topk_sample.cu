@@ -93,7 +93,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     const bool mine = j < samples && place >= 0 && place < entry.numel;
     int bin = 0;
     if (mine) {
-      with_types(entry, [&](auto t, auto w) { bin = bin_of(magnitude_key(Source<decltype(t), decltype(w)>(entry, entry.param, p).at(place))); });
+      with_types(entry, [&](auto t, auto w) {
+        bool ignored = false;
+        bin = bin_of(magnitude_key(Source<decltype(t), decltype(w)>(entry, entry.param, p).at(place, &ignored)));
+      });
     }
     tally(state.sampled, bin, mine);
     if (is_last(&state.samples_done, __syncthreads_count(mine), static_cast<uint32_t>(samples)) && !state.settled) bracket(state);

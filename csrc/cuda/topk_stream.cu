@@ -87,7 +87,7 @@ __device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t
     if constexpr (kWrite) {
       kept &= ~nan & real;
       if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
-      store_floats(param, pruned(moved.u[j], kept), span);
+      store(param, pruned(moved.raw[j], moved.u[j], kept, true), span);
       shared.mask.put<T>(j, kept);
     }
   });

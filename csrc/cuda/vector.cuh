@@ -133,9 +133,11 @@ struct Chunk {
   int64_t begin, end;
   bool aligned;
 
-  __device__ __forceinline__ Chunk(const void* p, int64_t numel, uint32_t number) : aligned(cuda::aligned(p)) {
-    begin = number * chunk_size(aligned);
-    end = min(begin + chunk_size(aligned), numel);
+  __device__ __forceinline__ Chunk(const void* p, int64_t numel, uint32_t number) : Chunk(p, numel, number, chunk_size(cuda::aligned(p))) {}
+  // Of another size: a multiple of 8, chunk_size at most.
+  __device__ __forceinline__ Chunk(const void* p, int64_t numel, uint32_t number, int64_t size) : aligned(cuda::aligned(p)) {
+    begin = number * size;
+    end = min(begin + size, numel);
   }
 
   // Lanes of the first vector that lie before the chunk.
