@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from cram_kernels import _native, ops
-from cram_kernels.backend import use_backend, why_missing
+from cram_kernels import _native, _triton, ops
+from cram_kernels.backend import DEVICES, use_backend, why_missing
 
-BACKENDS = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # name -> device
+BACKENDS = DEVICES  # name -> device of its tensors
+if _triton.INTERPRETED:
+    import interpreter
+
+    interpreter.hurry()
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 
