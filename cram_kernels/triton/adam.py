@@ -62,8 +62,8 @@ def restore_adam_kernel(
     DECOUPLED: tl.constexpr, LR_EACH: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     beta1, beta2 = number(row, BETA1), number(row, BETA2)
     eps, wd = number(row, EPS).to(tl.float32), number(row, WEIGHT_DECAY).to(tl.float32)
     flags = tl.load(row + FLAGS)

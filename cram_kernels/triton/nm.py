@@ -44,7 +44,7 @@ def nm_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """A chunk of groups. ADJACENT: the weights of a group are neighbours in memory and M is a power of two: mask bytes are whole."""
-    tensor, row, first, size = chunk_of(rows, chunks, GROUPS)
+    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
     g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
     if ADJACENT:
         start = first * M
@@ -78,8 +78,8 @@ def pack_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A byte a weight in the scratch -> a bit a weight in the mask."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     keep = tl.load(scratch + tl.load(row + SCRATCH) + start + i, mask=valid, other=0)
     byte = tl.arange(0, BLOCK // 8)
     bytes = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], 1)

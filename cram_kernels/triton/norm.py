@@ -30,9 +30,7 @@ def chunk_sums_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums float64 [chunks of 1024 of all tensors]."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    if ALIGNED:
-        size = tl.multiple_of(size, 8)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     c = tl.arange(0, BLOCK // CHUNK)
     i = tl.arange(0, CHUNK)[:, None] + c[None, :] * CHUNK
     g = scaled(widen(tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=i < size, other=0)), inv_scale).to(tl.float64)

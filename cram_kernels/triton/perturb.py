@@ -53,8 +53,8 @@ def perturb_masked_kernel(
     rows, chunks, rho, inv_scale, found_inf,
     RHO_EACH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     w = save(row, start, i, valid, T, MASTERS, ALIGNED)
     u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
     keep = load_bits(row, start, size, BLOCK) | (magnitude_key(widen(u)) == NAN_KEY)

@@ -39,8 +39,8 @@ def restore_kernel(
     rows, chunks, perturbed,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     if tl.load(perturbed) != 0:
         w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
         tl.store(column(row, PARAM, start, T, ALIGNED) + i, stored, mask=valid)
@@ -51,8 +51,8 @@ def restore_combine_kernel(
     rows, chunks, perturbed, inv_scale, first_inv_scale, found_inf,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     if tl.load(perturbed) != 0:
         w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
         tl.store(column(row, PARAM, start, T, ALIGNED) + i, stored, mask=valid)

@@ -21,8 +21,8 @@ def restore_sgd_kernel(
     rows, chunks, perturbed, lr, inv_scale, first_inv_scale, found_inf,
     LR_EACH: tl.constexpr, T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     mu, wd = number(row, MOMENTUM).to(tl.float32), number(row, WEIGHT_DECAY).to(tl.float32)
     flags = tl.load(row + FLAGS)
     rate = tl.load(lr + tensor) if LR_EACH else tl.load(lr)

@@ -159,18 +159,19 @@ class Table:
 
 
 @triton.jit
-def chunk_of(rows, chunks, BLOCK: tl.constexpr):
-    """Of this program: tensor int64, its row, the first element int64, elements int32."""
+def chunk_of(rows, chunks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of this program: tensor int64, its row, the first element int64, elements int32 (ALIGNED: a multiple of 8)."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 3
     tensor = tl.load(chunk).to(tl.int64)
-    return tensor, rows + tensor * WIDTH, tl.load(chunk + 1).to(tl.int64) * BLOCK, tl.load(chunk + 2)
+    size = tl.load(chunk + 2)
+    if ALIGNED:
+        size = tl.multiple_of(size, 8)
+    return tensor, rows + tensor * WIDTH, tl.load(chunk + 1).to(tl.int64) * BLOCK, size
 
 
 @triton.jit
-def elements_of(size, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def elements_of(size, BLOCK: tl.constexpr):
     """The chunk as [BLOCK / 8, 8], a row a mask byte: places int32, and which of them there are."""
-    if ALIGNED:
-        size = tl.multiple_of(size, 8)
     i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     return i, i < size
 

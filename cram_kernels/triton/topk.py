@@ -40,8 +40,8 @@ def stream_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The one pass: count what is above the bracket, append the candidates in it; PERTURB: save, move uphill, prune on the guess."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
-    i, valid = elements_of(size, BLOCK, ALIGNED)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     s = tl.load(row + PLACE)
     state, own = state + s * STATES, sets + s * FIELDS
     low, high = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
@@ -78,16 +78,16 @@ def finish_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Set the candidates right; without PERTURB and after a fallback, prune the whole chunk by the threshold."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     state = state + tl.load(row + PLACE) * STATES
     threshold = tl.load(state + HIGH).to(tl.int32)
     span = spans + tl.program_id(0).to(tl.int64) * 2
     if not PERTURB:
-        i, valid = elements_of(size, BLOCK, ALIGNED)
+        i, valid = elements_of(size, BLOCK)
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
         prune(row, start, size, i, valid, u, threshold, T, ALIGNED, BLOCK)
     elif tl.load(state + FALLBACK) != 0:
-        i, valid = elements_of(size, BLOCK, ALIGNED)
+        i, valid = elements_of(size, BLOCK)
         w = weight_at(row, start, i, valid, SAVED, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED)
         prune(row, start, size, i, valid, u, threshold, T, ALIGNED, BLOCK)

@@ -89,7 +89,7 @@ def sample_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the keys of one weight a stratum, at a hashed place. A chunk is strata of one tensor."""
-    tensor, row, first, size = chunk_of(rows, chunks, BLOCK)
+    tensor, row, first, size = chunk_of(rows, chunks, BLOCK, False)
     own = sets + tl.load(row + PLACE) * FIELDS
     stratum = tl.load(own + STRATUM)
     lane = tl.arange(0, BLOCK)

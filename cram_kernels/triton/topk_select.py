@@ -44,13 +44,13 @@ def count_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A histogram of the keys in (LOW, HIGH] of each set: of its candidates, or of all weights."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK)
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     s = tl.load(row + PLACE)
     state, histogram = state + s * STATES, histogram + s * SEARCH_BINS
     low, high = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
     shift = shift_of(high.to(tl.int64) - low)
     if tl.load(state + FALLBACK) != 0:
-        i, valid = elements_of(size, BLOCK, ALIGNED)
+        i, valid = elements_of(size, BLOCK)
         u = weight_at(row, start, i, valid, SAVED if PERTURB else PARAM, T, MASTERS, ALIGNED)
         if PERTURB:
             u = widen(uphill(u, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED))
