@@ -1,4 +1,6 @@
-"""`make triton-static`: every Triton kernel compiled ahead of time, without a GPU, into a folder that `benchmarks.cuda_static --cubins` reads.
+"""`make triton-static`: every Triton kernel compiled ahead of time, without a GPU.
+
+The folder of cubins is what `python -m benchmarks.cuda_static --cubins` reads.
 
 The ops run on CPU tensors; instead of launching a kernel, what it would be launched with is written down and compiled for each arch.
 """
@@ -121,7 +123,7 @@ def all_launches(dtypes: list[str]) -> list[Launch]:
             for aligned in (True, False):
                 label = name + " masters" * masters + " unaligned" * (not aligned)
                 for op, call in calls(DTYPES[name], masters, aligned):
-                    for launch in record(call, f"{label}{op[op.index(' '):] if ' ' in op else ''}"):
+                    for launch in record(call, f"{label}{op[op.index(' ') :] if ' ' in op else ''}"):
                         found.setdefault(launch.key(), launch)
     return list(found.values())
 
@@ -156,7 +158,9 @@ def amd(launches: list[Launch], archs: list[str], folder: Path) -> list[str]:
             counts["16-byte loads"] += len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
             counts["fused multiply-adds"] += len(re.findall(r"v_(?:fma|mad|fmac|mac)_f32", text))
             registers = max(registers, *(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text)))
-        lines.append(f"{arch}: " + ", ".join(f"{value} {name}" for name, value in counts.items()) + f", at most {registers} vector registers")
+        lines.append(
+            f"{arch}: " + ", ".join(f"{value} {name}" for name, value in counts.items()) + f", at most {registers} vector registers"
+        )
     return lines
 
 

@@ -22,8 +22,8 @@ def _load() -> str | None:
         return reason
     if not INTERPRETED and not torch.cuda.is_available():
         return (
-            "torch finds no GPU; with TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs the same kernels on CPU "
-            "tensors, slowly, to learn and to debug"
+            "torch finds no GPU; with TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs the same kernels "
+            "on CPU tensors, slowly, to learn and to debug"
         )
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: `pip install 'cram_kernels[triton]'`"

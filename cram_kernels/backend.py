@@ -1,7 +1,7 @@
 """Which implementation serves an op: chosen by the device of its tensors, overridden loudly, never replaced silently.
 
-`cpu` serves CPU tensors; `cuda`, else `triton`, serve NVIDIA GPUs. With TRITON_INTERPRET=1 in the environment `triton` serves CPU tensors, where
-it is asked for. `use_backend(name)` or the environment variable CRAM_KERNELS_BACKEND
+`cpu` serves CPU tensors; `cuda`, else `triton`, serve NVIDIA GPUs. With TRITON_INTERPRET=1 in the environment `triton` serves CPU tensors
+where it is asked for. `use_backend(name)` or the environment variable CRAM_KERNELS_BACKEND
 override. A backend that is missing raises when it is used, with the reason; the reference is used only where it is asked for.
 """
 

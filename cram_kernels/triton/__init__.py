@@ -1,7 +1,8 @@
 """The ops on Triton: for NVIDIA GPUs without the CUDA library, and one file an op to read. Needs the package triton (`pip install triton`).
 
 Each function has the name, the arguments and the results of the op in `cram_kernels.ops`, and computes the reference's bits. With
-TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs the same kernels on CPU tensors, slowly: to learn and to debug.
+TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs the same kernels on CPU tensors: slowly, to learn and to
+debug.
 """
 
 from .adam import restore_adam_

@@ -10,7 +10,23 @@ from torch import Tensor
 from .number import rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import (
-    FIRST_GRAD, GRAD, MASK, MASTER, NUMBER, PARAM, SAVED, STATE, STEP, WIDTH, bits, chunk_of, column, elements_of, number, one_of, only,
+    FIRST_GRAD,
+    GRAD,
+    MASK,
+    MASTER,
+    NUMBER,
+    PARAM,
+    SAVED,
+    STATE,
+    STEP,
+    WIDTH,
+    bits,
+    chunk_of,
+    column,
+    elements_of,
+    number,
+    one_of,
+    only,
 )  # fmt: skip
 
 BETA1 = NUMBER

@@ -78,7 +78,7 @@ def pack_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A byte a weight in the scratch -> a bit a weight in the mask."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    _tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     i, valid = elements_of(size, BLOCK)
     keep = tl.load(scratch + tl.load(row + SCRATCH) + start + i, mask=valid, other=0)
     byte = tl.arange(0, BLOCK // 8)
@@ -114,9 +114,11 @@ def launch(table: Table, inner: list[int], places: list[int], size: int, n: int,
         return max(1, kind.tuning.block // lanes)
 
     for near in (True, False):
-        for kind, chunks in table.chunks(lambda i, near=near: inner[i] > 0 and adjacent(inner[i], m) == near, groups, per_program):
+        own = {i for i, stride in enumerate(inner) if stride > 0 and adjacent(stride, m) == near}
+        for kind, chunks in table.chunks(own.__contains__, groups, per_program):
             options = kind.tuning.options
-            options["GROUPS"] = options.pop("BLOCK") and per_program(kind)
+            del options["BLOCK"]
+            options["GROUPS"] = per_program(kind)
             nm_kernel[(len(chunks),)](
                 table.rows, chunks, scratch=scratch, N=n, M=m, LANES=lanes, ADJACENT=near, **perturbation, **kind.constants, **options
             )

@@ -30,7 +30,7 @@ def chunk_sums_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums float64 [chunks of 1024 of all tensors]."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    _tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     c = tl.arange(0, BLOCK // CHUNK)
     i = tl.arange(0, CHUNK)[:, None] + c[None, :] * CHUNK
     g = scaled(widen(tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=i < size, other=0)), inv_scale).to(tl.float64)
@@ -68,9 +68,7 @@ def grad_norm(grads: Sequence[Tensor], *, inv_scale: Tensor | None = None) -> Te
         fold_rows = min(FOLD, size)
         size //= fold_rows
         out = norm if size == 1 else torch.empty(size, dtype=torch.float64, device=device)
-        fold_kernel[(-(-size // COLUMNS),)](
-            sums, n, out, size, ROWS=fold_rows, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False
-        )
+        fold_kernel[(-(-size // COLUMNS),)](sums, n, out, size, ROWS=fold_rows, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False)
         if size == 1:
             return norm
         sums, n = out, size

@@ -39,10 +39,10 @@ def restore_kernel(
     rows, chunks, perturbed,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    _tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     i, valid = elements_of(size, BLOCK)
     if tl.load(perturbed) != 0:
-        w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
+        _w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
         tl.store(column(row, PARAM, start, T, ALIGNED) + i, stored, mask=valid)
 
 
@@ -51,13 +51,13 @@ def restore_combine_kernel(
     rows, chunks, perturbed, inv_scale, first_inv_scale, found_inf,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    _tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     i, valid = elements_of(size, BLOCK)
     if tl.load(perturbed) != 0:
-        w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
+        _w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
         tl.store(column(row, PARAM, start, T, ALIGNED) + i, stored, mask=valid)
     if tl.load(row + GRAD) != 0 and not skipped(found_inf):
-        g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
+        g, _there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
         tl.store(column(row, GRAD, start, T, ALIGNED) + i, rounded(g, T), mask=valid)
 
 

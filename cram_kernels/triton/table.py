@@ -6,7 +6,7 @@ one, and a second one for chunks whose addresses or sizes allow no 16-byte acces
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +111,9 @@ class Table:
         numbers: column -> int64 values, one a tensor.
     """
 
-    def __init__(self, like: Sequence[Tensor], lists: dict[int, Sequence[Tensor]], numbers: dict[int, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, like: Sequence[Tensor], lists: Mapping[int, Sequence[Tensor]], numbers: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
         self.sizes = tuple(t.numel() for t in like)
         self.dtypes = [t.dtype for t in like]
         self.device = like[0].device if len(like) else torch.device("cpu")

@@ -1,6 +1,8 @@
-"""Global top-k in one pass (docs/contract.md: Top-k): sample a bracket around the threshold, perturb and prune on a guess while writing down
-what falls into the bracket, select exactly among those, set right what the guess got wrong. Where the guess fails, the same selection runs
-over all weights, and they are pruned once more: that costs time, never exactness. Nothing is read back: the device decides.
+"""Global top-k in one pass (docs/contract.md: Top-k).
+
+Sample a bracket around the threshold, perturb and prune on a guess while writing down what falls into the bracket, select exactly among
+those, set right what the guess got wrong. Where the guess fails, the same selection runs over all weights, and they are pruned once more:
+that costs time, never exactness. Nothing is read back: the device decides.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +15,25 @@ from torch import Tensor
 
 from .number import NAN_KEY, magnitude_key, rounded, widen
 from .perturb import perturb_table, raise_flag, rho_of, save, uphill, weight_at
-from .table import MASK, PARAM, PLACE, SAVED, Kind, Table, chunk_of, column, constant, elements_of, only, store_bits
+from .table import MASK, PARAM, PLACE, SAVED, Table, chunk_of, column, constant, elements_of, only, store_bits
 from .topk_bracket import (
-    ABOVE, BASE, CAPACITY, CUT, FALLBACK, FIELDS, FOUND, HIGH, LOW, NANS, NUMEL, SAMPLE_BINS, STATES, STRATA,
-    bracket_kernel, make_sets, sample_kernel,
+    ABOVE,
+    BASE,
+    CAPACITY,
+    CUT,
+    FALLBACK,
+    FIELDS,
+    FOUND,
+    HIGH,
+    LOW,
+    NANS,
+    NUMEL,
+    SAMPLE_BINS,
+    STATES,
+    STRATA,
+    bracket_kernel,
+    make_sets,
+    sample_kernel,
 )  # fmt: skip
 from .topk_select import ROUNDS, SEARCH_BINS, count_kernel, narrow_kernel, verify_kernel
 from .tuning import records

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .number import KEEP_ALL, NAN_KEY, magnitude_key, widen
 from .perturb import rho_of, uphill, weight_at
-from .table import NUMBER, PARAM, PLACE, WIDTH, chunk_of, column
+from .table import NUMBER, PARAM, PLACE, chunk_of
 
 DIRECT = 16384  # sets up to this size: every weight is a candidate
 SAMPLE = 65536  # weights of a set, about, and at most an eighth
@@ -62,7 +62,10 @@ def make_sets(sizes: tuple[int, ...], sets: tuple[int, ...], num_sets: int) -> S
         fields += [numel, stratum, slots, base, capacity]
         slots += not direct
         base += capacity
-    strata = tuple(samples(size, fields[s * FIELDS.value + STRATUM.value], i) if s >= 0 else 0 for i, (size, s) in enumerate(zip(sizes, sets)))
+    strata = tuple(
+        samples(size, fields[s * FIELDS.value + STRATUM.value], i) if s >= 0 else 0
+        for i, (size, s) in enumerate(zip(sizes, sets, strict=True))
+    )
     return Sets(tuple(fields), strata, slots, base)
 
 
