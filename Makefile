@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint test-asan test-ubsan test-tsan cuda-static clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-triton cuda-static triton-static clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,14 @@ test-tsan: setup
 cuda-static: setup
 	command -v cuobjdump || $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) triton
 	$(BIN)/python -m benchmarks.cuda_static $(ARGS)
+
+# All op tests under Triton's interpreter, half an hour; `make test` runs some of them.
+test-triton: setup
+	CRAM_KERNELS_ALL_TRITON_TESTS=1 $(BIN)/python -m pytest tests/test_triton.py $(ARGS)
+
+# Every Triton kernel compiled for every arch, about 15 minutes; no GPU needed.
+triton-static: setup
+	$(BIN)/python -m benchmarks.triton_static $(ARGS)
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from cram_kernels import _triton
 from cram_kernels.backend import use_backend, why_missing
 
 from . import report
@@ -56,7 +57,10 @@ def main(
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of NAME.json and NAME.png")
     options = parser.parse_args(argv)
-    if (reason := why_missing(options.backend)) is not None:
+    reason = why_missing(options.backend)
+    if options.backend == "triton" and _triton.INTERPRETED:
+        reason = "the times of Triton's interpreter (TRITON_INTERPRET) say nothing about the kernels"
+    if reason is not None:
         print(f"{name}: backend {options.backend} cannot run here: {reason}")
         return CANNOT_RUN
     if options.threads:

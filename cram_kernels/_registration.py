@@ -1,4 +1,4 @@
-"""What torch has to know of the native ops beyond their schemas: result shapes for tracing, and version counters.
+"""What torch has to know of the ops beyond their schemas: result shapes for tracing, and version counters.
 
 Ops of the stable ABI do not bump the version counters of what they mutate by themselves; a backward that saved an old weight would then be
 silently wrong instead of raising.
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-_library = torch.library.Library("cram_kernels", "IMPL")
+NATIVE = "cram_kernels"
+_libraries: list[torch.library.Library] = []  # what they registered ends with them
 
 MUTATING = (
     "prune_topk_",
@@ -26,9 +27,23 @@ MUTATING = (
     "pack_24_",
     "unpack_24_",
 )
+OPS = (*MUTATING, "topk_threshold", "topk_histogram", "nm_violations", "grad_norm")
 
 
-def _tensors(args: Any) -> list[Tensor]:
+def keep(library: torch.library.Library) -> torch.library.Library:
+    _libraries.append(library)
+    return library
+
+
+def define(namespace: str) -> None:
+    """The native ops' schemas once more, for another backend."""
+    library = keep(torch.library.Library(namespace, "DEF"))
+    for name in OPS:
+        schema = str(getattr(getattr(torch.ops, NATIVE), name).default._schema)
+        library.define(schema.removeprefix(f"{NATIVE}::"))
+
+
+def tensors(args: Any) -> list[Tensor]:
     """The tensors among arguments, lists of them opened."""
     found = []
     for arg in args:
@@ -39,8 +54,8 @@ def _tensors(args: Any) -> list[Tensor]:
     return found
 
 
-def _bump_versions(name: str) -> None:
-    op = getattr(torch.ops.cram_kernels, name).default
+def _bump_versions(library: torch.library.Library, name: str) -> None:
+    op = getattr(getattr(torch.ops, library.ns), name).default
     mutated = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
     names = {argument.name for argument, written in zip(op._schema.arguments, mutated, strict=True) if written}
     below = torch._C._after_ADInplaceOrView_keyset
@@ -48,10 +63,10 @@ def _bump_versions(name: str) -> None:
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         result = op.redispatch(keyset & below, *args, **kwargs)
         written = [arg for arg, write in zip(args, mutated, strict=False) if write]
-        increment_version(_tensors([*written, *(kwargs[key] for key in kwargs.keys() & names)]))
+        increment_version(tensors([*written, *(kwargs[key] for key in kwargs.keys() & names)]))
         return result
 
-    _library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+    library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def _same_device(name: str, args: Any, kwargs: Any) -> None:
@@ -59,14 +74,14 @@ def _same_device(name: str, args: Any, kwargs: Any) -> None:
     device = None
     schema = getattr(torch.ops.cram_kernels, name).default._schema
     for argument, value in [*zip(schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in schema.arguments[len(args) :])]:
-        for i, t in enumerate(_tensors([value])):
+        for i, t in enumerate(tensors([value])):
             device = device or t.device
             if t.device != device and t.numel() > 0:
                 where = f"{argument.name}[{i}]" if isinstance(value, (list, tuple)) else argument.name
                 raise RuntimeError(f"{name}: {where} must be on {device} like the tensors before it, got {t.device}")
 
 
-def _refuse_sparse(name: str) -> None:
+def _refuse_sparse(library: torch.library.Library, name: str) -> None:
     """A sparse tensor among the arguments brings the call to kernels of its own: they name it."""
     check = getattr(torch.ops.cram_kernels, f"check_{name}")
 
@@ -75,7 +90,7 @@ def _refuse_sparse(name: str) -> None:
         raise RuntimeError(f"{name}: every tensor must be dense (strided), got a sparse one")
 
     for key in ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"):
-        _library.impl(name, kernel, key)
+        library.impl(name, kernel, key)
 
 
 def _fake(name: str) -> Any:
@@ -98,11 +113,12 @@ def _fake(name: str) -> Any:
     return fake
 
 
-def register() -> None:
+def register(namespace: str = NATIVE) -> None:
+    library = keep(torch.library.Library(namespace, "IMPL"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         for name in MUTATING:
-            _bump_versions(name)
-    for name in (*MUTATING, "topk_threshold", "topk_histogram", "nm_violations", "grad_norm"):
-        torch.library.register_fake(f"cram_kernels::{name}", _fake(name))
-        _refuse_sparse(name)
+            _bump_versions(library, name)
+    for name in OPS:
+        torch.library.register_fake(f"{namespace}::{name}", _fake(name))
+        _refuse_sparse(library, name)

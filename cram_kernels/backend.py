@@ -1,6 +1,7 @@
 """Which implementation serves an op: chosen by the device of its tensors, overridden loudly, never replaced silently.
 
-`cpu` serves CPU tensors; `cuda`, else `triton`, serve NVIDIA GPUs. `use_backend(name)` or the environment variable CRAM_KERNELS_BACKEND
+`cpu` serves CPU tensors; `cuda`, else `triton`, serve NVIDIA GPUs. With TRITON_INTERPRET=1 in the environment `triton` serves CPU tensors
+where it is asked for. `use_backend(name)` or the environment variable CRAM_KERNELS_BACKEND
 override. A backend that is missing raises when it is used, with the reason; the reference is used only where it is asked for.
 """
 
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, _triton, reference
 
 ENVIRONMENT = "CRAM_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": _triton.DEVICE}  # whose tensors a backend serves; the reference: any
 
 _chosen: str | None = os.environ.get(ENVIRONMENT) or None
 
@@ -52,7 +54,7 @@ def why_missing(name: str) -> str | None:
     if name == "cuda":
         return _native.why_missing("cuda")
     if name == "triton":
-        return "the Triton backend is not part of this version"
+        return _triton.why_missing()
     return None
 
 
@@ -100,13 +102,13 @@ def _require(name: str) -> None:
 def name_for(device_type: str) -> str:
     """The backend that serves tensors on this kind of device."""
     if _chosen is not None:
-        if _chosen in NAMES and _chosen != "reference" and (_chosen == "cpu") != (device_type == "cpu"):
+        if _chosen in NAMES and _chosen != "reference" and device_type != DEVICES[_chosen]:
             raise BackendUnavailable(f"backend {_chosen!r} was chosen ({ENVIRONMENT} or use_backend()), got tensors on {device_type!r}")
         return _chosen
     if device_type == "cpu":
         return "cpu"
     if device_type == "cuda":
-        return "cuda" if why_missing("cuda") is None or why_missing("triton") is not None else "triton"
+        return "cuda" if why_missing("cuda") is None or why_missing("triton") is not None or _triton.INTERPRETED else "triton"
     raise BackendUnavailable(f"no backend serves tensors on {device_type!r}; use_backend('reference') runs anywhere")
 
 
@@ -114,4 +116,6 @@ def select(tensors: Sequence[Tensor]) -> Any:
     """The namespace whose functions implement the ops for these tensors (an empty list: for the CPU)."""
     name = name_for(tensors[0].device.type if len(tensors) else "cpu")
     _require(name)
-    return _reference if name == "reference" else torch.ops.cram_kernels
+    if name == "reference":
+        return _reference
+    return torch.ops.cram_kernels_triton if name == "triton" else torch.ops.cram_kernels

@@ -9,12 +9,16 @@ import torch
 from executor import WAYS, Executor
 from executor import why_missing as why_not_executed
 
-from cram_kernels import _native, ops
-from cram_kernels.backend import use_backend, why_missing
+from cram_kernels import _native, _triton, ops
+from cram_kernels.backend import DEVICES, use_backend, why_missing
 
-BACKENDS = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # name -> device
+BACKENDS = DEVICES  # name -> device of its tensors
 # Device code: without an executor of PTX one test of test_install.py is skipped in the name of all.
 collect_ignore_glob = [] if why_not_executed() is None else ["test_cuda_*.py"]
+if _triton.INTERPRETED:
+    import interpreter
+
+    interpreter.hurry()
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 

@@ -1,0 +1,71 @@
+"""Loads the Triton backend, as torch ops of a namespace of their own; remembers why it is missing instead of failing the import.
+
+The ops have the schemas of the native ones, so that torch.compile sees one node for each, and both backends for a GPU can be there at once.
+"""
+
+import contextlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from . import _native, _registration
+
+NAMESPACE = "cram_kernels_triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
+DEVICE = "cpu" if INTERPRETED else "cuda"  # of the tensors that it serves
+
+
+def _load() -> str | None:
+    if (reason := _native.why_missing("cpu")) is not None:
+        return reason
+    if not INTERPRETED and not torch.cuda.is_available():
+        return (
+            "torch finds no GPU; with TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs the same kernels "
+            "on CPU tensors, slowly, to learn and to debug"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: `pip install 'cram_kernels[triton]'`"
+    try:
+        from . import triton as functions
+    except ImportError as error:
+        return f"the kernels need triton 3.6 or later: {error}"
+    _register(functions)
+    return None
+
+
+def _register(functions: Any) -> None:
+    _registration.define(NAMESPACE)
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    _registration.keep(library)
+    for name in _registration.OPS:
+        library.impl(name, _implementation(name, getattr(functions, name, _not_there(name))), DEVICE.upper())
+    _registration.register(NAMESPACE)
+
+
+def _not_there(name: str) -> Any:
+    def not_there(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name}: the Triton backend does not have this op yet; the CPU backend and the reference do")
+
+    return not_there
+
+
+def _implementation(name: str, function: Any) -> Any:
+    check = getattr(torch.ops.cram_kernels, f"check_{name}")
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        device = next(t.device for t in _registration.tensors(args))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return implementation
+
+
+_missing = _load()
+
+
+def why_missing() -> str | None:
+    """None where the backend can run, else the reason why not."""
+    return _missing

@@ -1,0 +1,222 @@
+"""Lists of tensors as kernels see them: a row of pointers and numbers a tensor, and a list of chunks, both on the device.
+
+One program serves one chunk, so that a pass over any number of tensors is one launch for each `Kind` among them: for models of one dtype
+one, and a second one for chunks whose addresses or sizes allow no 16-byte accesses.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .number import STORED
+from .tuning import Tuning, tuning
+
+# The columns of a row, int64. Pointers are 0 where the tensor is absent; numbers are the bits of a float64.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+FIRST_GRAD = tl.constexpr(2)
+SAVED = tl.constexpr(3)
+MASTER = tl.constexpr(4)
+STATE = tl.constexpr(5)  # and the two behind it: optimizer state
+MASK = tl.constexpr(8)
+STEP = tl.constexpr(9)  # Adam's
+PLACE = tl.constexpr(10)  # top-k: the selection set; N:M: elements between neighbours along axis 1; norm: chunks of the tensors before
+NUMBER = tl.constexpr(11)  # and the four behind it
+WIDTH = tl.constexpr(16)
+WEIGHTS = range(0, 8)  # columns whose tensors have the parameter's elements
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    dtype: torch.dtype
+    master: bool  # with float32 master weights
+    aligned: bool  # all addresses are multiples of 16 bytes, all sizes of 8 elements
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        state = tl.float32 if self.master else STORED[self.dtype]
+        return {"T": STORED[self.dtype], "S": state, "MASTERS": self.master, "ALIGNED": self.aligned}
+
+    @property
+    def tuning(self) -> Tuning:
+        return tuning(self.dtype)
+
+
+def bits(x: float) -> int:
+    """A float64 as the int64 with its bits."""
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def one_of(values: Sequence, i: int) -> Any:
+    """values[i] of one for all or one a tensor."""
+    return values[i if len(values) > 1 else 0]
+
+
+_constants: OrderedDict[Any, Any] = OrderedDict()  # key -> device tensors that depend on nothing but the key
+_captured: list[Any] = []  # what a captured graph reads must live as long as the process
+
+
+def constant(build: Callable[..., Any], device: torch.device, *key: Any) -> Any:
+    """build(upload, *key), remembered for each stream: `upload` brings an integer tensor to the device without waiting for it."""
+    if device.type != "cuda":
+        return build(lambda host: host, *key)
+    if torch.cuda.is_current_stream_capturing():  # the copies become part of the graph: theirs alone, and never freed
+
+        def upload(host: Tensor) -> Tensor:
+            pinned = host.pin_memory()
+            _captured.append((pinned, pinned.to(device, non_blocking=True)))
+            return _captured[-1][1]
+
+        return build(upload, *key)
+    where = (build, device, torch.cuda.current_stream(device).cuda_stream, *key)
+    if where not in _constants:
+        _constants[where] = build(lambda host: host.pin_memory().to(device, non_blocking=True), *key)
+        if len(_constants) > 256:
+            _constants.popitem(last=False)
+    _constants.move_to_end(where)
+    return _constants[where]
+
+
+def upload_rows(upload: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) -> Tensor:
+    return upload(torch.tensor(numbers, dtype=torch.int64).view(len(numbers) // WIDTH.value, WIDTH.value))
+
+
+def upload_chunks(
+    upload: Callable[[Tensor], Tensor], sizes: tuple[int, ...], members: tuple[int, ...], aligned: tuple[bool, ...], block: int
+) -> dict[bool, Tensor]:
+    """aligned -> int32 [chunks, 3]: tensor, number of the chunk in it, elements. sizes: of all tensors; aligned: of the members."""
+    numels, tensors = torch.tensor([sizes[i] for i in members]), torch.tensor(members)
+    counts = (numels + block - 1) // block
+    member = torch.arange(len(members)).repeat_interleave(counts)
+    local = torch.arange(len(member)) - (counts.cumsum(0) - counts)[member]
+    elements = (numels[member] - local * block).clamp(max=block)
+    chunks = torch.stack([tensors[member], local, elements], 1).int()
+    whole = torch.tensor(aligned)[member] & (elements % 8 == 0)
+    return {own: upload(chunks[whole == own].contiguous()) for own in (True, False) if bool((whole == own).any())}
+
+
+class Table:
+    """The rows of one call.
+
+    Args:
+        like: the parameters.
+        lists: column -> tensors, absent entries having 0 elements, or an empty list.
+        numbers: column -> int64 values, one a tensor.
+    """
+
+    def __init__(
+        self, like: Sequence[Tensor], lists: Mapping[int, Sequence[Tensor]], numbers: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        self.sizes = tuple(t.numel() for t in like)
+        self.dtypes = [t.dtype for t in like]
+        self.device = like[0].device if len(like) else torch.device("cpu")
+        flat = [0] * (len(like) * WIDTH.value)
+        for column, tensors in lists.items():
+            for i, t in enumerate(tensors):
+                flat[i * WIDTH.value + column] = t.data_ptr() if t.numel() else 0
+        for column, values in (numbers or {}).items():
+            for i, value in enumerate(values):
+                flat[i * WIDTH.value + column] = value
+        self.flat = flat
+        self.rows: Tensor = constant(upload_rows, self.device, tuple(flat))
+
+    def __getitem__(self, place: tuple[int, tl.constexpr]) -> int:
+        tensor, column = place
+        return self.flat[tensor * WIDTH.value + column.value]
+
+    def _aligned(self, i: int) -> bool:
+        return all(self.flat[i * WIDTH.value + column] % 16 == 0 for column in WEIGHTS)
+
+    def chunks(
+        self,
+        among: Callable[[int], bool] = lambda i: True,
+        sizes: tuple[int, ...] | None = None,
+        block: Callable[[Kind], int] = lambda kind: kind.tuning.block,
+    ) -> Iterator[tuple[Kind, Tensor]]:
+        """A kind and its chunks, int32 [chunks, 3], for each launch of a pass.
+
+        Args:
+            among: the tensors to serve.
+            sizes: of the tensors, where they are not counted in elements.
+            block: units of `sizes` a program.
+        """
+        sizes = self.sizes if sizes is None else sizes
+        groups: dict[tuple[torch.dtype, bool], list[int]] = {}
+        for i, size in enumerate(sizes):
+            if size > 0 and among(i):
+                groups.setdefault((self.dtypes[i], self[i, MASTER] != 0), []).append(i)
+        for (dtype, master), members in groups.items():
+            aligned = tuple(map(self._aligned, members))
+            units = block(Kind(dtype, master, True))
+            chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, units)
+            for own, table in chunks.items():
+                yield Kind(dtype, master, own), table
+
+
+@triton.jit
+def chunk_of(rows, chunks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of this program: tensor int64, its row, the first element int64, elements int32 (ALIGNED: a multiple of 8)."""
+    chunk = chunks + tl.program_id(0).to(tl.int64) * 3
+    tensor = tl.load(chunk).to(tl.int64)
+    size = tl.load(chunk + 2)
+    if ALIGNED:
+        size = tl.multiple_of(size, 8)
+    return tensor, rows + tensor * WIDTH, tl.load(chunk + 1).to(tl.int64) * BLOCK, size
+
+
+@triton.jit
+def elements_of(size, BLOCK: tl.constexpr):
+    """The chunk as [BLOCK / 8, 8], a row a mask byte: places int32, and which of them there are."""
+    i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return i, i < size
+
+
+@triton.jit
+def only(valid, there):
+    """valid, a tensor, where `there`, a scalar (whose own broadcast the interpreter takes for integers)."""
+    return valid & (tl.broadcast_to(there.to(tl.int32), valid.shape) != 0)
+
+
+@triton.jit
+def pointer(address, start, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """To element `start` behind an address; ALIGNED: a multiple of 16 bytes, which the compiler cannot know of a stored pointer."""
+    p = address.to(tl.pointer_type(T)) + start
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def column(row, COLUMN: tl.constexpr, start, T: tl.constexpr, ALIGNED: tl.constexpr):
+    return pointer(tl.load(row + COLUMN), start, T, ALIGNED)
+
+
+@triton.jit
+def number(row, COLUMN: tl.constexpr):
+    """A float64 of the row."""
+    return tl.load(row + COLUMN).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def load_bits(row, start, size, BLOCK: tl.constexpr):
+    """The mask bits of a chunk, bool [BLOCK / 8, 8]; all 1 where there is no mask."""
+    byte = tl.arange(0, BLOCK // 8)
+    there = tl.load(row + MASK) != 0
+    bytes = tl.load(column(row, MASK, start // 8, tl.uint8, False) + byte, mask=only(byte * 8 < size, there), other=255)
+    return ((bytes.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def store_bits(row, start, size, keep, BLOCK: tl.constexpr):
+    """keep bool [BLOCK / 8, 8], False beyond the chunk, into the mask, where there is one."""
+    byte = tl.arange(0, BLOCK // 8)
+    there = tl.load(row + MASK) != 0
+    bytes = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], 1)
+    tl.store(column(row, MASK, start // 8, tl.uint8, False) + byte, bytes.to(tl.uint8), mask=only(byte * 8 < size, there))

@@ -1,0 +1,68 @@
+"""The Triton backend without a GPU: its kernels under Triton's interpreter, and what the compiler makes of them executed on the CPU.
+
+Each in a process of its own: whether kernels are interpreted is settled when they are defined, and the executor becomes Triton's device.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cram_kernels import _triton
+from cram_kernels.backend import BackendUnavailable, use_backend
+
+HERE = Path(__file__).parent
+OPS = [HERE / f"test_{op}.py" for op in ("topk", "nm", "perturb", "restore", "sgd", "adam", "norm")]
+# Of the op tests, what takes the interpreter two minutes: `make test-triton` runs all of them, half an hour.
+SOME = (
+    "(test_perturb_topk_variants and bits-shapes) or (test_prune_topk and groups and (nan-shapes or ties-shapes or bits-orders)) or "
+    "test_ordinary_weights or (test_a_threshold and fp32) or (test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
+    "(test_perturb_masked and bits-shapes) or (test_restore_combine and bits-shapes) or (test_restore and bits-orders) or "
+    "(test_a_combination_a_tensor and (bits-shapes or denormal-scales)) or (test_bias_correction and 12345) or "
+    "test_the_order_of_additions or (test_grad_norm and bits-shapes)"
+)
+missing = None if importlib.util.find_spec("triton") else "the package triton is not installed: `pip install 'cram_kernels[triton]'`"
+PTXEMU = os.environ.get("CRAM_KERNELS_PTXEMU", "")
+needs_triton = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
+def run(*arguments: object, **environment: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *map(str, arguments)]
+    result = subprocess.run(command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@needs_triton
+def test_interpreted() -> None:
+    """The contract's adversarial cases, to the bit."""
+    which = "triton" if os.environ.get("CRAM_KERNELS_ALL_TRITON_TESTS") == "1" else f"triton and ({SOME})"
+    assert " passed" in run(*OPS, "-k", which, TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_interpreted_as_torch_ops() -> None:
+    """torch.compile, version counters, refusals: through the dispatcher, as every user calls them."""
+    assert " passed" in run(HERE / "triton_ops.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(
+    not (Path(PTXEMU or "/nowhere") / "tritonemu.py").exists() or shutil.which("g++") is None,
+    reason="CRAM_KERNELS_PTXEMU names no folder with an executor of compiled Triton kernels (tritonemu.py), or there is no g++",
+)
+def test_compiled_code_executed() -> None:
+    """What the compiler emits, bfloat16 too, to the bit; with race detection, weak memory and other orders."""
+    assert " passed" in run(HERE / "triton_compiled.py")
+
+
+def test_without_a_gpu_it_explains_itself() -> None:
+    if (reason := _triton.why_missing()) is None:
+        pytest.skip("the Triton backend runs here; a machine without a GPU would run this")
+    with pytest.raises(BackendUnavailable, match=r"backend 'triton' cannot run here: .*(TRITON_INTERPRET=1|pip install)") as error:
+        use_backend("triton")
+    assert reason in str(error.value)

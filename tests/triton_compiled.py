@@ -1,0 +1,106 @@
+"""Run by test_triton.py in a process of its own: the ops compiled for a GPU, their PTX executed on the CPU (CRAM_KERNELS_PTXEMU)."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, os.environ["CRAM_KERNELS_PTXEMU"])
+import pytest
+import test_nm
+import torch
+import tritonemu
+from calls import adam, combine, f32, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
+from cases import Case, Drawn, Spec, mixed
+from compare import check, named_tensors
+
+from cram_kernels import triton as kernels
+
+WAYS = {  # name -> arch and the executor's options
+    "plain": (80, {}),
+    "race and weak memory": (90, {"race": True, "weak": True}),
+    "shuffled": (120, {"order": "shuffle", "preempt": "all", "seed": 1, "threads": 2, "weak": True}),
+}
+
+
+class Compiled:
+    """Used like the backends of conftest.py."""
+
+    name, device = "triton, compiled", "cpu"
+
+    def __init__(self, variants: tuple[str, ...]) -> None:
+        self.variants = variants
+
+    def select(self, variant: str) -> None:
+        arch, options = WAYS[variant]
+        tritonemu.install(cc=arch, **options)
+
+    def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
+        tritonemu.reachable.clear()
+        tritonemu.register(*(t for _, t in named_tensors(arguments) if t.numel()))  # kernels reach them through stored pointers
+        return getattr(kernels, op)(**arguments)
+
+
+SHAPES = Drawn("bits", mixed([Spec((3, 5)), Spec((33, 31), offset=1), Spec((257,)), Spec((0,)), Spec((8, 6, 3, 3), order=(0, 2, 3, 1))]))
+BF16 = Drawn("bits", [spec._replace(dtype=torch.bfloat16) for spec in SHAPES.specs])
+LARGER = Drawn("normal", [Spec((300, 301), torch.bfloat16), Spec((64, 65), torch.float16)])
+TIES = Drawn("two", LARGER.specs)
+LAYERS = Drawn("ties", [spec for spec in test_nm.specs(4) if spec.numel])
+
+
+def topk(case: Drawn, name: str, variant: str = "plain") -> dict[str, Any]:
+    arguments = perturb(case, variant)
+    return arguments | selection(name, arguments["params"])
+
+
+def pruned(case: Drawn) -> dict[str, Any]:
+    weights = case.tensors("params")
+    return {"weights": weights, "masks": poisoned_masks(case), **selection("half", weights)}
+
+
+def layers(case: Drawn) -> dict[str, Any]:
+    return {"prune": [int(len(s.shape) > 1 and s.shape[1] % 4 == 0) for s in case.specs], "n": 2, "m": 4}
+
+
+CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "perturb_masked": lambda: ("perturb_masked_", perturb(SHAPES, "amp") | {"masks": mask_bytes(SHAPES, "masks")}),
+    "perturb_masked bf16": lambda: ("perturb_masked_", perturb(BF16, "masters") | {"masks": mask_bytes(BF16, "masks")}),
+    "restore": lambda: ("restore_", restore(SHAPES, "masters")),
+    "restore_combine": lambda: ("restore_combine_", combine(SHAPES, "partial")),
+    "restore_sgd": lambda: ("restore_sgd_", sgd(SHAPES, "masters")),
+    "restore_sgd bf16": lambda: ("restore_sgd_", sgd(BF16, "amp")),
+    "restore_adam": lambda: ("restore_adam_", adam(SHAPES, "masters") | {"decoupled": True}),
+    "restore_adam bf16": lambda: ("restore_adam_", adam(BF16, "amp")),
+    "grad_norm": lambda: ("grad_norm", {"grads": SHAPES.tensors("grads"), "inv_scale": f32(1 / 3)}),
+    "perturb_nm": lambda: ("perturb_nm_", perturb(LAYERS, "amp") | layers(LAYERS)),
+    "perturb_topk": lambda: ("perturb_topk_", topk(SHAPES, "groups", "masters")),
+    "perturb_topk with a bracket": lambda: ("perturb_topk_", topk(LARGER, "tenth", "amp")),
+    "perturb_topk falls back": lambda: ("perturb_topk_", topk(TIES, "half")),
+    "prune_topk": lambda: ("prune_topk_", pruned(BF16)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled(name: str) -> None:
+    op, arguments = CALLS[name]()
+    check(Compiled(("plain",)), op, arguments)
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize("name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk"])
+def test_in_other_ways(name: str, way: str) -> None:
+    op, arguments = CALLS[name]()
+    check(Compiled((way,)), op, arguments)
+
+
+def test_statistics() -> None:
+    """The bracket holds where it should, and falls back where it must."""
+    for name, fallback in (("perturb_topk with a bracket", 0), ("perturb_topk falls back", 1)):
+        op, arguments = CALLS[name]()
+        _, stats = check(Compiled(("plain",)), op, arguments)
+        assert int(stats[0, 2]) == fallback and (fallback or 0 < int(stats[0, 1]) < 20_000)
+
+
+def test_a_case_of_all_dtypes_is_one_call() -> None:
+    case = Case("normal", "offsets", "mixed")
+    check(Compiled(("plain",)), "perturb_masked_", perturb(case) | {"masks": mask_bytes(case, "masks")})

@@ -1,0 +1,57 @@
+"""Run by test_triton.py with TRITON_INTERPRET=1: the Triton ops as torch sees them."""
+
+from typing import Any
+
+import pytest
+import torch
+from compare import compare_all, contract_part, named_tensors
+from test_schema import OP, SAMPLES, positional
+
+from cram_kernels import _triton, ops, reference
+from cram_kernels.backend import available, use_backend
+
+
+@pytest.fixture(autouse=True)
+def triton_chosen() -> Any:
+    assert available()["triton"] is None
+    with use_backend("triton"):
+        yield
+
+
+@OP
+def test_op(op: str) -> None:
+    """Equal to the reference, under torch.compile without a graph break; what is mutated has its version counter bumped."""
+    torch._dynamo.reset()
+    eager, compiled, expected_arguments = (SAMPLES[op]() for _ in range(3))
+    versions = [t._version for _, t in named_tensors(eager)]
+    expected = getattr(reference, op)(**expected_arguments)
+    for arguments, call in ((eager, getattr(ops, op)), (compiled, torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager"))):
+        actual = call(**arguments)
+        compare_all(op, arguments, expected_arguments)
+        compare_all(op, contract_part(actual), contract_part(expected))
+    schema = getattr(getattr(torch.ops, _triton.NAMESPACE), op).default._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    for (name, t), version in zip(named_tensors(eager), versions, strict=True):
+        if t.numel() > 0 and name.split("[")[0] in written:
+            assert t._version > version, f"{op}: {name}"
+
+
+@OP
+def test_opcheck(op: str) -> None:
+    args, kwargs = positional(op, SAMPLES[op]())
+    overload = getattr(getattr(torch.ops, _triton.NAMESPACE), op).default
+    torch.library.opcheck(overload, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_same_words_for_wrong_input() -> None:
+    arguments = SAMPLES["restore_"]()
+    arguments["saved"] = arguments["saved"][:-1]
+    with pytest.raises(RuntimeError, match=r"restore_: saved must be empty or have one tensor a parameter \(4\), got 3"):
+        ops.restore_(**arguments)
+
+
+def test_a_second_perturbation_is_refused_where_the_flag_can_be_read() -> None:
+    arguments = SAMPLES["perturb_masked_"]()
+    ops.perturb_masked_(**arguments)
+    with pytest.raises(RuntimeError, match="perturb_masked_: perturbed must be 0, got 1"):
+        ops.perturb_masked_(**arguments)
