@@ -3,6 +3,7 @@
 from . import _native, _registration
 from .backend import BackendUnavailable, use_backend
 from .batchnorm import frozen_batchnorm, tune_batchnorm
+from .checkpoint import save
 from .optim import SAM, CrAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
 from .patterns import NM, Pattern, TopK
 from .prune import prune
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "frozen_batchnorm",
     "prune",
+    "save",
     "tune_batchnorm",
     "use_backend",
 ]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..atomic import replacing
 from ..params import DTYPES
 from ..patterns import NM
 from . import bitmask, container, cutlass
-from .atomic import replacing
 from .check import check_weights, dense
 from .files import read_safetensors
 from .onnx_model import write_onnx

@@ -1,0 +1,18 @@
+"""Checkpoints that a kill cannot spoil."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .atomic import replacing
+
+
+def save(obj: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save to a new file beside `path`, which then takes its place in one step.
+
+    Whatever is raised, or kills the process, `path` holds the old checkpoint or the new one. The folder must exist.
+    """
+    with replacing(Path(path)) as partial:
+        torch.save(obj, partial)
