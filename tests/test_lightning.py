@@ -192,6 +192,26 @@ def test_two_calls_in_manual_optimization_are_not_silent(tmp_path):
         trainer_of(tmp_path).fit(Calls(), torch.utils.data.DataLoader(list(batches(1)), batch_size=None))
 
 
+def test_two_calls_on_the_wrapper_with_a_scaler(tmp_path):
+    """perturb(scaler) on what Lightning hands out, which is an object of its own: an overflow of the first pass alone is not lost."""
+
+    class Calls(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            next(self.parameters()).grad[0] = torch.inf
+            optimizer.perturb(self.trainer.scaler)
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    net, plugin = Calls(), fp16(1024.0)
+    fit(net, tmp_path, plugins=[plugin])
+    assert_same_bits(weights(net.net), weights(network()))
+    assert plugin.scaler.get_scale() == 1024.0 / 2**STEPS
+
+
 def test_accumulation_by_lightning_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"accumulate_grad_batches must be 1 .*got 2"):
         fit(TwoPassNet(), tmp_path, accumulate_grad_batches=2)
@@ -203,6 +223,25 @@ def test_only_the_first_pass_is_logged(tmp_path):
     assert net.losses == without.losses
     assert logged[0] == pytest.approx(sum(net.losses[::2]) / STEPS)
     assert logged[1] == pytest.approx(sum(net.losses) / (2 * STEPS))  # without the mixin: of both passes
+
+
+@pytest.mark.parametrize(("options", "calls"), [({}, 2), ({"plugins": "fp16"}, 1)], ids=["fp32", "fp16"])
+def test_how_often_hooks_run(options, calls, tmp_path):
+    counts = {"backward": 0, "step": 0, "batch": 0}
+
+    class Count(pl.Callback):
+        def on_after_backward(self, *_):
+            counts["backward"] += 1
+
+        def on_before_optimizer_step(self, *_):
+            counts["step"] += 1
+
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            counts["batch"] += 1
+            assert outputs["loss"].item() == pytest.approx(module.losses[-1])  # of the last pass
+
+    fit(TwoPassNet(), tmp_path, callbacks=[Count()], **({"plugins": [fp16()]} if options else {}))
+    assert counts == {"backward": 2 * STEPS, "step": calls * STEPS, "batch": STEPS}
 
 
 def test_another_optimizer_takes_one_pass(tmp_path):
