@@ -18,9 +18,14 @@ $(VENV)/.created: $(CONSTRAINTS)
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	touch $@ $(VENV)/.demo
+
+# What the demo needs, without the frameworks and engines of the tests.
+$(VENV)/.demo: $(VENV)/.created $(NATIVE)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo]'
 	touch $@
 
-demo: setup
+demo: $(VENV)/.demo
 	$(BIN)/python examples/mnist.py $(ARGS)
 
 test: setup
@@ -63,4 +68,4 @@ triton-static: setup
 	$(BIN)/python -m benchmarks.triton_static $(ARGS)
 
 clean:
-	rm -rf build cram_kernels/*.so $(VENV)/.installed
+	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo

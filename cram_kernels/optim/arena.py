@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from .. import ops
 from ..batchnorm import frozen_batchnorm
@@ -100,6 +101,7 @@ class Arena:
         self.flags: dict[torch.device, Tensor] = {}  # `perturbed` of the ops: int32 []
         self.begun: list[Slot] | None = None  # what the step perturbs
         self.first = Factor()  # of the first gradients
+        self.scaler: GradScaler | None = None  # theirs; not in the optimizer, whose methods Lightning calls on an object of its own
         self.uphill = False  # whether weights are, or may be, perturbed: set before the op runs, lowered after it is undone
         self.model: nn.Module | None = None  # whose batch norms are frozen meanwhile
         self.frozen: AbstractContextManager[None] | None = None
@@ -168,7 +170,7 @@ class Arena:
         self._back()
         for slot in self.begun or ():
             slot.forget()
-        self.begun, self.first = None, Factor()
+        self.begun, self.first, self.scaler = None, Factor(), None
 
     def _back(self) -> None:
         if self.frozen is not None:

@@ -144,7 +144,6 @@ class CrAM(Wrapper):
     def _link(self) -> None:
         super()._link()
         self._scalars = Scalars()
-        self._scaler: GradScaler | None = None  # of the open step
         self._updating = False
         if self._guard is not None:
             self._guard.remove()
@@ -215,7 +214,7 @@ class CrAM(Wrapper):
             if self.master_weights:
                 masters.prepare(self.base_optimizer, slots)
             factor, norm = self._clipped(slots, factor, self.normalize_grad)
-            self._arena.first, self._scaler = factor, scaler
+            self._arena.first, self._arena.scaler = factor, scaler
             self.last = perturb_(self._arena, selection, groups, self._scalars, factor, norm, level, place, reuse)
             for slot in slots:
                 if groups[slot.group]["plus"]:
@@ -337,7 +336,7 @@ class CrAM(Wrapper):
             active = [s for s in slots if s.grad is not s.nothing or s.first is not s.nothing]
             if not set(active).issuperset(arena.begun or ()):
                 arena.restore()  # all of them, here: those without a gradient take no part in the update
-            factor, _ = self._clipped(second, second_factor(given, arena.first, self._scaler, self))
+            factor, _ = self._clipped(second, second_factor(given, arena.first, arena.scaler, self))
             if self.master_weights:
                 masters.prepare(self.base_optimizer, list(set(active).difference(arena.begun or ())))
             update_(self.base_optimizer, arena, active, self._scalars, factor)

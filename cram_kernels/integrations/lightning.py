@@ -1,0 +1,68 @@
+"""Lightning: a mixin for a LightningModule whose optimizer is CrAM; see docs/frameworks.md."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..optim import CrAM
+
+
+class TwoPassModule:
+    """`class Net(TwoPassModule, LightningModule)`: each step runs `training_step` and backward twice, in every precision.
+
+    With another optimizer than CrAM nothing changes. `second_pass`: whether the weights are perturbed now. What the second pass logs is
+    dropped: it is measured at other weights. Attach the optimizer where there are batch norms, for clean checkpoints at any time, too:
+
+        def configure_optimizers(self):
+            return CrAM(self.parameters(), lr=0.1).attach(self)
+    """
+
+    second_pass = False
+    trainer: Any
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+        """Lightning's hook of automatic optimization.
+
+        Raises:
+            RuntimeError: `accumulate_grad_batches` is not 1: Lightning has dropped the earlier batches, which the second pass needs.
+        """
+        accumulated = self.trainer.accumulate_grad_batches
+        if accumulated != 1 and isinstance(optimizer.optimizer, CrAM):
+            wanted = "be 1 (accumulate in manual optimization, with a closure over all micro-batches)"
+            raise RuntimeError(f"TwoPassModule: accumulate_grad_batches must {wanted}, got {accumulated}")
+        self.two_passes(optimizer, optimizer_closure)
+
+    def two_passes(self, optimizer: Any, closure: Callable[[], Any] | None) -> None:
+        """A step of one of `self.optimizers()`, for manual optimization. The gradients are zeroed here.
+
+        Args:
+            optimizer: as Lightning hands it out, around CrAM.
+            closure: computes the loss and calls `self.manual_backward(loss)`, for one batch or for several; run twice.
+        """
+        cram, scaler = optimizer.optimizer, self.trainer.scaler
+        if not isinstance(cram, CrAM) or closure is None:
+            optimizer.step(closure=closure)
+            return
+
+        def run() -> Any:
+            try:
+                return closure()
+            finally:
+                self.second_pass = True  # from here on, if there is another one
+
+        cram.zero_grad()
+        try:
+            if scaler is not None:  # Lightning runs a closure once then, and calls step() without it
+                run()
+                cram.perturb(scaler)
+            optimizer.step(closure=run)
+        except BaseException:
+            cram.restore()
+            cram.zero_grad()
+            raise
+        finally:
+            self.second_pass = False
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As of Lightning, in the first pass."""
+        if not self.second_pass:
+            super().log(*args, **kwargs)  # type: ignore[misc]
