@@ -1,5 +1,5 @@
 // The checks of the ops on packed 2:4 weights.
-#include "check.h"
+#include "arguments.h"
 
 namespace cram {
 namespace {
@@ -80,5 +80,32 @@ std::vector<GroupItem> Check::groups(const Tensors& weights, int64_t n, int64_t 
   }
   return items;
 }
+
+namespace {
+
+std::vector<PackItem> packed_items(const char* op, const Tensors& weights, const Tensors& packed, const Tensors& metas, bool weights_written) {
+  Check check(op);
+  std::vector<PackItem> items = check.packed(weights, packed, metas, weights_written);
+  check.no_overlap();
+  return items;
+}
+
+}  // namespace
+
+std::vector<PackItem> pack_items(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
+  return packed_items("pack_24_", weights, packed, metas, false);
+}
+
+void check_pack_24_(const Tensors& weights, const Tensors& packed, const Tensors& metas) { pack_items(weights, packed, metas); }
+
+std::vector<PackItem> unpack_items(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
+  return packed_items("unpack_24_", weights, packed, metas, true);
+}
+
+void check_unpack_24_(const Tensors& weights, const Tensors& packed, const Tensors& metas) { unpack_items(weights, packed, metas); }
+
+std::vector<GroupItem> violation_items(const Tensors& weights, int64_t n, int64_t m) { return Check("nm_violations").groups(weights, n, m); }
+
+void check_nm_violations(const Tensors& weights, int64_t n, int64_t m) { violation_items(weights, n, m); }
 
 }  // namespace cram

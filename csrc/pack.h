@@ -24,11 +24,10 @@ struct GroupItem {
   const void* data;
 };
 
-constexpr int64_t size_of(Slot slot) { return slot == Slot::kFloat32 ? 4 : slot == Slot::kFloat16 ? 2 : 1; }
-constexpr int64_t meta_bytes(Slot slot) { return slot == Slot::kInt8 ? 4 : 2; }
-constexpr int64_t meta_cols(Slot slot, int64_t cols) { return cols / (slot == Slot::kInt8 ? 32 : slot == Slot::kFloat16 ? 16 : 8); }
-constexpr int64_t rows_multiple(Slot slot) { return slot == Slot::kInt8 ? 16 : 32; }
-constexpr int64_t cols_multiple(Slot slot) { return slot == Slot::kInt8 ? 64 : slot == Slot::kFloat16 ? 32 : 16; }  // two metadata words a row
+CRAM_INLINE constexpr int64_t size_of(Slot slot) { return slot == Slot::kFloat32 ? 4 : slot == Slot::kFloat16 ? 2 : 1; }
+CRAM_INLINE constexpr int64_t meta_cols(Slot slot, int64_t cols) { return cols / (slot == Slot::kInt8 ? 32 : slot == Slot::kFloat16 ? 16 : 8); }
+CRAM_INLINE constexpr int64_t rows_multiple(Slot slot) { return slot == Slot::kInt8 ? 16 : 32; }
+CRAM_INLINE constexpr int64_t cols_multiple(Slot slot) { return slot == Slot::kInt8 ? 64 : slot == Slot::kFloat16 ? 32 : 16; }  // two metadata words a row
 
 // The 4 bits of a group: where its first and its second number come from, from whether slots 0, 1 and 3 are not zero (1 or 0).
 // The choice for groups with fewer than two numbers is torch's (sparse_semi_structured_from_dense_cutlass).

@@ -77,6 +77,9 @@ STABLE_TORCH_LIBRARY(cram_kernels, m) {
   define(restore_combine_) \
   define(restore_sgd_)    \
   define(restore_adam_)   \
+  define(pack_24_)        \
+  define(unpack_24_)      \
+  define(nm_violations)   \
   define(grad_norm)
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CompositeExplicitAutograd, m) {

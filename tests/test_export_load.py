@@ -10,7 +10,8 @@ from export_models import Transformer, make, pruned
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from cram_kernels.export import export, load, load_sparse, read
+from cram_kernels import NM, prune
+from cram_kernels.export import check_nm, export, load, load_sparse, read
 from cram_kernels.export.consumers import CUSPARSELT, CUTLASS
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install 'cram_kernels[export]'")
@@ -71,7 +72,6 @@ def test_a_file_that_is_not_what_its_manifest_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("consumer, backend", [(CUTLASS, "cutlass"), (CUSPARSELT, "cusparselt")], ids=str)
 def test_why_a_layer_stays_dense(consumer, backend: str) -> None:
     """The choice is made from shapes, dtypes and users alone, so it can be seen on any machine."""
-    from cram_kernels.export import check_nm
 
     def reasons(model: nn.Module) -> dict[str, str | None]:
         return {row.name: load.why_dense(row, backend) for row in check_nm(model).rows}
@@ -80,16 +80,13 @@ def test_why_a_layer_stays_dense(consumer, backend: str) -> None:
     found = reasons(model.half())
     assert found["encoder.layers.0.linear1.weight"] is None and found["encoder.layers.0.self_attn.out_proj.weight"] is None
     assert found["encoder.layers.0.self_attn.in_proj_weight"] == "not the weight of a Linear module"
-    assert (
-        "embedding" in str(found["embedding.weight"])
-        or "violat" in str(found["embedding.weight"])
-        or "groups" in str(found["embedding.weight"])
-    )
+    assert "groups" in str(found["embedding.weight"])  # not pruned
     assert found["head.weight"] == f"shape is not a multiple of {'32 x 64' if backend == 'cutlass' else '16 x 16'}"
     assert found["encoder.layers.0.linear1.bias"] == "fewer than 2 dims"
     assert "float32" in str(reasons(model.float())["encoder.layers.0.linear1.weight"])
-    tied = reasons(pruned(Transformer(tied=True)).half())
-    assert "shared with head.weight" in str(tied["embedding.weight"]) or "groups" in str(tied["embedding.weight"])
+    tied = Transformer(tied=True)
+    prune(tied, NM(2, 4))
+    assert reasons(tied.half())["embedding.weight"] == "shared with head.weight"
     resnet, _, _ = make("resnet")
     assert reasons(resnet.half())["3.conv1.weight"] == "not a matrix: torch has no sparse convolution"
 
@@ -145,11 +142,11 @@ def test_int8_on_a_gpu(backend) -> None:
     w[:, ::4] = 0
     w[:, 1::4] = 0
     x = torch.randint(-3, 4, (128, 64), dtype=torch.int8, device=device)
+    expected = w.cpu().int() @ x.cpu().int()
     product = torch.mm(load.COMPRESS[backend](w), x.t().contiguous().t())
-    assert torch.equal(
-        product.cpu().int(),
-        (w.cpu().int() @ x.cpu().int()).clamp(-128, 127) if product.dtype == torch.int8 else w.cpu().int() @ x.cpu().int(),
-    )
+    if product.dtype == torch.int8:
+        expected.clamp_(-128, 127)
+    assert torch.equal(product.cpu().int(), expected)
 
 
 @GPU
