@@ -26,7 +26,7 @@ ISA_FLAGS = {
     "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     " -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
 }
-GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and PTX of the last
+GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 TORCH_FREE = ("nm", "pack", "perturb", "simd", "topk", "update", *ISA_FLAGS)  # what the harness links
 
@@ -44,10 +44,14 @@ def torch_folder() -> Path | None:
     return None
 
 
-def torch_version(folder: Path) -> str:
+def torch_facts(folder: Path) -> dict[str, str]:
     facts: dict[str, str] = {}
     exec((folder / "version.py").read_text(), facts)
-    return facts["__version__"]
+    return facts
+
+
+def torch_version(folder: Path) -> str:
+    return torch_facts(folder)["__version__"]
 
 
 def compiler() -> str:
@@ -128,10 +132,17 @@ class Ninja:
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
 
 
-def archs() -> str:
-    """nvcc's options for machine code of every arch, and PTX of the newest for those to come."""
-    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in GPU_ARCHS]
-    return " ".join([*codes, f"-gencode arch=compute_{GPU_ARCHS[-1]},code=compute_{GPU_ARCHS[-1]}"])
+def gpu_archs(torch: Path) -> list[str]:
+    """$CRAM_KERNELS_GPU_ARCHS ("80 90"), or else all; the first alone where this torch has no CUDA: it shows that the kernels compile."""
+    if chosen := os.environ.get("CRAM_KERNELS_GPU_ARCHS"):
+        return chosen.split()
+    return list(GPU_ARCHS if torch_facts(torch).get("cuda") else GPU_ARCHS[:1])
+
+
+def machine_code(archs: list[str]) -> str:
+    """nvcc's options for machine code of these archs, and PTX of the last for those to come."""
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return " ".join([*codes, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
 def cuda_sources() -> list[Path]:
@@ -170,8 +181,9 @@ def build(package: Path, sanitize: str = "") -> None:
     """
     import pybind11
 
-    ninja = Ninja(compiler(), sanitize, archs())
     torch = require_torch()
+    archs = gpu_archs(torch)
+    ninja = Ninja(compiler(), sanitize, machine_code(archs))
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         raise BuildError("cram_kernels needs Python's headers: install them (Debian and Ubuntu: `apt install python3-dev`)")
     package.mkdir(parents=True, exist_ok=True)
@@ -179,7 +191,7 @@ def build(package: Path, sanitize: str = "") -> None:
     facts = {
         "CRAM_COMPILER": version,
         "CRAM_TORCH_VERSION": torch_version(torch),
-        "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in GPU_ARCHS) if cuda_sources() else "",
+        "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in archs) if cuda_sources() else "",
     }
     defines = " ".join(option(f"-D{name}=", f'"{value}"') for name, value in facts.items())
     stable_abi = stable_abi_flags(torch)

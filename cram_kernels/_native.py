@@ -46,7 +46,7 @@ def _load_cuda() -> str | None:
         return "this torch is built without CUDA"
     library = _FOLDER / "libcram_kernels_cuda.so"
     if not library.exists():
-        return "the CUDA library was not built: nvcc was not found when the package was installed, or this version has no CUDA kernels"
+        return "the CUDA library was not built: nvcc was not found when the package was installed"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:

@@ -52,7 +52,7 @@ def test_fallback_in_all_ways(executed_in_all_ways) -> None:
         assert stats[0, 2] == 1, f"no fallback, statistics {stats.tolist()}"
 
 
-@pytest.mark.parametrize("case", LARGE + HOSTILE, ids=str)
+@pytest.mark.parametrize("case", LARGE[1::2] + HOSTILE, ids=str)
 def test_large(executed, case: Case) -> None:
     check(executed, "perturb_topk_", arguments_of(case, "tenth", "masters" if case.dtype != "fp32" else "amp"))
 

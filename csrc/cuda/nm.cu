@@ -137,7 +137,7 @@ __device__ __forceinline__ void nm_panel(const PerturbEntry& entry, uint32_t num
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) nm_panel_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const Pattern pattern) {
+__global__ void __launch_bounds__(kThreads, 4) nm_panel_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const Pattern pattern) {
   __shared__ int32_t keys[kChunk];
   bool nonfinite = false;
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {

@@ -100,7 +100,7 @@ __device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t
 }
 
 template <bool kWrite>
-__global__ void __launch_bounds__(kThreads) stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
+__global__ void __launch_bounds__(kThreads, 3) stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Shared shared;
   if (kWrite && blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
   bool nonfinite = false;
