@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint test-asan test-ubsan test-tsan clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan cuda-static clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +48,11 @@ test-ubsan: setup
 test-tsan: setup
 	$(BIN)/python native_build.py --harness build/tsan thread
 	build/tsan/harness
+
+# What nvcc makes of the kernels, for every arch; no GPU needed. The machine code is read with cuobjdump: the toolkit's, or the one in triton's wheel.
+cuda-static: setup
+	command -v cuobjdump || $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) triton
+	$(BIN)/python -m benchmarks.cuda_static $(ARGS)
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed

@@ -1,0 +1,168 @@
+"""Reads cubins: resources and memory instructions of every kernel, from the compiler's report and the machine code.
+
+A folder holds pairs NAME.cubin, NAME.json. The JSON, the sidecar, says what machine code does not:
+
+    {"origin": "cuda", "arch": "80", "source": "update.cu", "kernels": {SYMBOL: {"threads": 256, "spill_bytes": 0, "dynamic_shared": 0}}}
+
+Every key of a kernel is optional: without `threads` there is no occupancy, without `spill_bytes` local loads and stores count as spills.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .gpus import SHARED_RESERVED
+
+FUNCTION = re.compile(r"^\s*Function :?\s*(?P<symbol>[^\s:]+)")
+RESOURCES = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_]*)(?P<modifiers>[.\w]*)")
+KIND = {"LD": "load", "LDG": "load", "LDGSTS": "load", "ST": "store", "STG": "store", "LDL": "spill_load", "STL": "spill_store"}
+KIND |= dict.fromkeys(("ATOM", "ATOMG", "RED", "REDG"), "global_atomic")
+
+
+class ToolMissing(Exception):
+    """What is not installed, and what brings it."""
+
+
+@dataclass
+class Kernel:
+    """One kernel in one cubin."""
+
+    symbol: str
+    name: str  # demangled, without namespaces and arguments
+    origin: str
+    source: str
+    arch: str
+    registers: int
+    stack: int  # bytes a thread
+    shared: int  # bytes a block, static and dynamic
+    threads: int | None  # a block; None: the sidecar does not say
+    spill_bytes: int  # by the compiler; where it does not say, the number of local loads and stores
+    instructions: Counter[str] = field(default_factory=Counter)  # "load.16": bytes a thread; "global_atomic"
+
+    def vectors(self, kind: str) -> int:
+        """Loads or stores of 16 bytes and more."""
+        return sum(count for key, count in self.instructions.items() if key in (f"{kind}.16", f"{kind}.32"))
+
+    def narrow(self, kind: str) -> int:
+        return sum(count for key, count in self.instructions.items() if key.startswith(f"{kind}.")) - self.vectors(kind)
+
+
+def tool(name: str) -> str:
+    """cuobjdump from PATH, else from the triton wheel, which ships it.
+
+    Raises:
+        ToolMissing: neither is there.
+    """
+    if found := shutil.which(name):
+        return found
+    if (spec := find_spec("triton")) is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        if path.exists():
+            return str(path)
+    raise ToolMissing(f"{name} is neither on PATH (CUDA toolkit) nor in an installed triton: `pip install triton` brings it")
+
+
+def dump(cubin: Path, option: str) -> list[str]:
+    # nvdisasm, which cuobjdump starts, lies beside it
+    objdump = tool("cuobjdump")
+    path = os.pathsep.join([str(Path(objdump).parent), os.environ.get("PATH", "")])
+    command = [objdump, option, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout.splitlines()
+
+
+def functions(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """(symbol, line) for every line below a `Function` line."""
+    symbol = ""
+    for line in lines:
+        if found := FUNCTION.match(line):
+            symbol = found["symbol"]
+        elif symbol:
+            yield symbol, line
+
+
+def instructions(lines: list[str]) -> dict[str, Counter[str]]:
+    """Symbol -> how many memory instructions of each kind and width its machine code has."""
+    counts: dict[str, Counter[str]] = {}
+    for symbol, line in functions(lines):
+        own = counts.setdefault(symbol, Counter())
+        if (found := INSTRUCTION.match(line)) is None or (kind := KIND.get(found["name"])) is None:
+            continue
+        own[kind if kind == "global_atomic" else f"{kind}.{width(found['modifiers'])}"] += 1
+    return counts
+
+
+def width(modifiers: str) -> int:
+    """Bytes a thread: LDG.E.128.CONSTANT, LDG.E.EF.128 and LDG.E.ENL2.256 name their bits, LDG.E.U8 its type, LDG.E none: 4."""
+    for part in modifiers.split("."):
+        if part in ("256", "128", "64"):
+            return int(part) // 8
+        if part in ("U8", "S8"):
+            return 1
+        if part in ("U16", "S16"):
+            return 2
+    return 4
+
+
+def demangled(symbols: list[str]) -> list[str]:
+    """Names without namespaces and arguments; the symbols themselves where c++filt is missing."""
+    if shutil.which("c++filt") is None:
+        return symbols
+    full = subprocess.run(["c++filt", *symbols], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [short(name) for name in full]
+
+
+def short(name: str) -> str:
+    """void cram::(anonymous namespace)::update_kernel<cram::Sgd>(cram::Table) -> update_kernel<Sgd>"""
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name)
+    return re.sub(r"^void ", "", re.sub(r"\(.*", "", name))
+
+
+def read(folder: Path) -> list[Kernel]:
+    """All kernels of all cubins in the folder.
+
+    Raises:
+        ToolMissing: no cuobjdump.
+        FileNotFoundError: a cubin without its sidecar.
+    """
+    return [kernel for cubin in sorted(folder.glob("*.cubin")) for kernel in read_cubin(cubin)]
+
+
+def read_cubin(cubin: Path) -> list[Kernel]:
+    sidecar = json.loads(cubin.with_suffix(".json").read_text())
+    counts = instructions(dump(cubin, "-sass"))
+    resources = {s: found for s, line in functions(dump(cubin, "-res-usage")) if (found := RESOURCES.search(line))}
+    symbols = sorted(resources)
+    pairs = zip(symbols, demangled(symbols), strict=True)
+    return [kernel(symbol, name, sidecar, resources[symbol], counts.get(symbol, Counter())) for symbol, name in pairs]
+
+
+def own_shared(reported: int, arch: str) -> int:
+    """Bytes a block asks for: from sm_90 on the report of a kernel that uses shared memory includes the system's share."""
+    return reported - SHARED_RESERVED if int(arch) >= 90 and reported > 0 else reported
+
+
+def kernel(symbol: str, name: str, sidecar: dict[str, Any], resources: re.Match[str], counts: Counter[str]) -> Kernel:
+    facts = sidecar["kernels"].get(symbol, {})
+    local = sum(count for key, count in counts.items() if key.startswith("spill_"))
+    return Kernel(
+        symbol,
+        name,
+        sidecar["origin"],
+        sidecar["source"],
+        sidecar["arch"],
+        int(resources["registers"]),
+        int(resources["stack"]),
+        own_shared(int(resources["shared"]), sidecar["arch"]) + facts.get("dynamic_shared", 0),
+        facts.get("threads"),
+        facts.get("spill_bytes", local),
+        counts,
+    )

@@ -1,0 +1,43 @@
+"""What an arch offers a kernel (CUDA C++ Programming Guide, Compute Capabilities), and what a card's memory is sold as (data sheets)."""
+
+from dataclasses import dataclass
+
+REGISTERS = 65536  # of an SM, every arch here
+REGISTER_UNIT = 256  # a warp's registers are given out in units
+QUARTERS = 4  # of an SM, each with its own registers; a block's warps are dealt to them in turn
+SHARED_RESERVED = 1024  # bytes that the system takes of every block
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of one SM."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes
+
+
+ARCHS = {
+    "80": Arch(64, 32, 164 * 1024),
+    "86": Arch(48, 16, 100 * 1024),
+    "89": Arch(48, 24, 100 * 1024),
+    "90": Arch(64, 32, 228 * 1024),
+    "100": Arch(64, 32, 228 * 1024),
+    "120": Arch(48, 24, 100 * 1024),
+}
+CARDS = {  # GB/s as published
+    "A100 80GB SXM": 2039,
+    "H100 SXM": 3350,
+    "RTX 3090": 936,
+    "RTX 4090": 1008,
+}
+
+
+def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
+    """Resident warps over the most that an SM holds, for a grid that is large enough."""
+    limits = ARCHS[arch]
+    warps = -(-threads // 32)
+    a_warp = max(1, -(-32 * registers // REGISTER_UNIT)) * REGISTER_UNIT
+    by_registers = QUARTERS * (REGISTERS // QUARTERS // a_warp) // (-(-warps // QUARTERS) * QUARTERS)
+    by_shared = limits.shared // (shared + SHARED_RESERVED)
+    return min(limits.blocks, limits.warps // warps, by_registers, by_shared) * warps / limits.warps

@@ -1,0 +1,65 @@
+"""Judges kernels and prints them: one table of what was compiled, one of what it should cost."""
+
+from typing import Any
+
+from .cubin import Kernel
+from .gpus import ARCHS, CARDS, occupancy
+from .traffic import Op
+
+RESNET50 = 25_557_032  # weights
+GOAL = 0.85  # of the bandwidth of a copy
+Row = dict[str, Any]
+
+
+def kernel_rows(kernels: list[Kernel]) -> list[Row]:
+    """One row a kernel and arch, the archs of a kernel together."""
+    order = list(ARCHS)
+    return [kernel_row(k) for k in sorted(kernels, key=lambda k: (k.origin, k.source, k.name, order.index(k.arch)))]
+
+
+def kernel_row(k: Kernel) -> Row:
+    row: Row = {"name": k.name, "origin": k.origin, "source": k.source, "arch": f"sm_{k.arch}", "registers": k.registers}
+    row |= {"spill bytes": k.spill_bytes, "stack": k.stack, "shared": k.shared, "threads": k.threads}
+    row["occupancy"] = None if k.threads is None else f"{occupancy(k.arch, k.threads, k.registers, k.shared):.0%}"
+    for kind in ("load", "store"):
+        row[f"{kind}s 16 B"], row[f"{kind}s narrow"] = k.vectors(kind), k.narrow(kind)
+    return row | {"atomics": k.instructions["global_atomic"]}
+
+
+def streams(op: Op, kernels: list[Kernel]) -> list[Kernel]:
+    """The kernels that see every weight of the op, on every arch."""
+    return [k for k in kernels if k.origin == op.origin and k.name.split("<")[0] in op.kernels]
+
+
+def faults(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
+    """What must not be: spilled registers, vector accesses lost, an op whose kernels are not there."""
+    found = [f"{k.name} on sm_{k.arch} spills {k.spill_bytes} bytes" for k in kernels if k.spill_bytes]
+    origins = {k.origin for k in kernels}
+    for op in (op for op in ops if op.origin in origins):
+        own = streams(op, kernels)
+        if missing := set(op.kernels) - {k.name.split("<")[0] for k in own}:
+            found.append(f"{op.name}: no kernel named {', '.join(sorted(missing))} was compiled")
+        for k in own:
+            for kind, wanted in (("load", len(op.loads)), ("store", len(op.stores))):
+                if k.vectors(kind) < wanted:
+                    found.append(
+                        f"{k.name} on sm_{k.arch}: {op.name} wants {wanted} {kind}s of 16 bytes, the machine code has {k.vectors(kind)}"
+                    )
+    return found
+
+
+def op_rows(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[Row]:
+    """One row an op that was compiled: bytes a weight, launches, and the time that the bytes alone would take; no GPU measured it."""
+    return [op_row(op) for op in ops if streams(op, kernels)]
+
+
+def op_row(op: Op) -> Row:
+    row: Row = {"name": op.name, "origin": op.origin, "bytes a weight": op.bytes, "launches": op.launches, "formula": op.formula}
+    for card, gigabytes in CARDS.items():
+        row[f"predicted us, {card}"] = round(predicted_us(op, RESNET50, gigabytes), 1)
+    return row
+
+
+def predicted_us(op: Op, weights: int, gigabytes: float) -> float:
+    """Bytes over GOAL of the published bandwidth: a prediction, launches and caches left out."""
+    return op.bytes * weights / (GOAL * gigabytes * 1e9) * 1e6

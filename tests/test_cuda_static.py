@@ -1,0 +1,143 @@
+"""`make cuda-static` reads what compilers made, and fails on what must not be."""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.cuda_static import __main__ as command  # noqa: E402
+from benchmarks.cuda_static import compile as compiling  # noqa: E402
+from benchmarks.cuda_static import cubin, gpus, report  # noqa: E402
+from benchmarks.cuda_static.traffic import OPS, Op  # noqa: E402
+
+SOURCE = ROOT / "tests" / "native" / "static.cu"
+COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1)
+
+
+def why_not() -> str | None:
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH; a machine with the CUDA toolkit runs this, no GPU needed"
+    try:
+        cubin.tool("cuobjdump")
+    except cubin.ToolMissing as missing:
+        return str(missing)
+    return None
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cubin.Kernel]:
+    """Of static.cu, for the oldest and the newest arch: "copy16 80" -> kernel."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cubins")
+    compiling.compile_all([SOURCE], ["80", "120"], folder, jobs=2)
+    return {f"{k.name} {k.arch}": k for k in cubin.read(folder)}
+
+
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_kernels_are_read(kernels: dict[str, cubin.Kernel], arch: str) -> None:
+    assert len(kernels) == 6
+    wide, narrow, spilling = (kernels[f"{name} {arch}"] for name in ("copy16", "copy4", "spills"))
+    assert wide.vectors("load") >= 1 and wide.vectors("store") >= 1 and wide.narrow("load") == wide.narrow("store") == 0
+    assert narrow.vectors("load") == narrow.vectors("store") == 0 and narrow.narrow("load") == narrow.narrow("store") == 1
+    assert (wide.threads, narrow.threads, spilling.threads) == (256, 128, 1024)
+    assert wide.spill_bytes == narrow.spill_bytes == wide.shared == 0 and narrow.shared == 512
+    assert spilling.spill_bytes > 0 and spilling.registers <= 64
+    assert report.kernel_row(wide)["occupancy"] == "100%"
+
+
+def test_faults(kernels: dict[str, cubin.Kernel]) -> None:
+    good = [kernels["copy16 80"], kernels["copy16 120"]]
+    assert report.faults(good, (COPY,)) == []
+    assert report.faults([*good, kernels["copy4 80"]], (COPY,)) == []  # wants no vectors: no op streams through it
+    assert report.faults([kernels["spills 80"]], ()) == [f"spills on sm_80 spills {kernels['spills 80'].spill_bytes} bytes"]
+    lost = report.faults([kernels["copy4 80"]], (replace(COPY, kernels=("copy4",)),))
+    assert lost == [f"copy4 on sm_80: copy wants 1 {kind}s of 16 bytes, the machine code has 0" for kind in ("load", "store")]
+    assert report.faults([kernels["copy4 80"]], (COPY,)) == ["copy: no kernel named copy16 was compiled"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    assert command.main(["--archs", "90", "--sources", str(SOURCE), "--out", str(tmp_path)]) == command.FAULT
+    printed = capsys.readouterr().out
+    assert "FAULT: spills on sm_90 spills" in printed and "PREDICTION, not a measurement" in printed
+    record = json.loads((tmp_path / "cuda_static.json").read_text())
+    assert {row["name"] for row in record["kernels"]} == {"copy16", "copy4", "spills"} and record["faults"]
+
+    # the same cubins as somebody else's, whose sidecar says nothing of a kernel
+    others = tmp_path / "others"
+    shutil.copytree(tmp_path / "cubins", others)
+    (sidecar,) = others.glob("*.json")
+    sidecar.write_text(json.dumps({"origin": "triton", "arch": "90", "source": "static", "kernels": {}}))
+    from_code = {k.name: k for k in cubin.read(others)}
+    assert from_code["spills"].spill_bytes > 0 == from_code["copy16"].spill_bytes and from_code["copy16"].threads is None
+
+
+def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(cubin.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cubin, "find_spec", lambda name: None)
+    assert command.main(["--sources", str(SOURCE), "--out", str(tmp_path)]) == command.CANNOT_RUN
+    assert "nvcc is not on PATH" in capsys.readouterr().out
+    with pytest.raises(cubin.ToolMissing, match="cuobjdump is neither on PATH"):
+        cubin.tool("cuobjdump")
+
+
+@pytest.mark.parametrize(
+    "line, kind",
+    [
+        ("        /*0070*/              @!P0 LDG.E.128.CONSTANT R4, [R2] ;  /* 0x00 */", "load.16"),
+        ("        /*0070*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;", "load.16"),
+        ("        /*0070*/                   LDG.E.ENL2.256 R4, R8, desc[UR4][R2.64] ;", "load.32"),
+        ("        /*0070*/                   LDG.E.U8 R4, [R2] ;", "load.1"),
+        ("        /*0070*/              @UP0 STG.E.U16 [R2], R4 ;", "store.2"),
+        ("        /*0070*/                   STG.E [R2.64], R4 ;", "store.4"),
+        ("        /*0070*/                   STL.64 [R1], R4 ;", "spill_store.8"),
+        ("        /*0070*/                   REDG.E.ADD.STRONG.GPU [R2], R4 ;", "global_atomic"),
+        ("        /*0070*/                   LDGSTS.E.BYPASS.128 [R2], [R4] ;", "load.16"),
+    ],
+)
+def test_instructions(line: str, kind: str) -> None:
+    assert cubin.instructions(
+        ["\t\tFunction : f", line, "        /*0080*/   LDS.128 R4, [R2] ;", "        /*0090*/  LDC R1, c[0x0] ;"]
+    ) == {"f": Counter({kind: 1})}
+
+
+@pytest.mark.parametrize(
+    "arch, threads, registers, shared, expected",
+    [
+        ("80", 256, 32, 0, 1.0),
+        ("80", 256, 40, 0, 0.75),  # 6 blocks of 8 warps
+        ("80", 1024, 64, 0, 0.5),
+        ("90", 256, 32, 48 * 1024, 0.5),  # 4 blocks by shared memory
+        ("86", 256, 32, 0, 1.0),
+        ("89", 32, 16, 0, 0.5),  # 24 blocks
+        ("120", 512, 255, 0, 0.0),  # does not fit
+    ],
+)
+def test_occupancy(arch: str, threads: int, registers: int, shared: int, expected: float) -> None:
+    assert gpus.occupancy(arch, threads, registers, shared) == expected
+
+
+def test_names() -> None:
+    assert cubin.short("void cram::(anonymous namespace)::update_kernel<cram::Sgd>(cram::Table)") == "update_kernel<Sgd>"
+    assert cubin.short("plain") == "plain"
+
+
+def test_traffic_is_that_of_ops() -> None:
+    from cram_kernels import ops
+
+    for op in OPS:
+        assert hasattr(ops, op.name) and op.kernels and op.bytes > 0, op
+
+
+def test_prediction() -> None:
+    assert COPY.bytes == 8 and COPY.formula == "from in + to out"
+    assert report.predicted_us(COPY, 10**9, 1000) == pytest.approx(8000 / 0.85)
