@@ -1,4 +1,4 @@
-"""The command line: `python -m cram_kernels info`."""
+"""The command line: `python -m cram_kernels info`, `python -m cram_kernels verify-gpu`."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import _native, backend
+from .verify import command as verify
 from .version import __version__
 
 
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
-    parser.parse_args(argv)
+    verify.add_options(commands.add_parser("verify-gpu", help="everything that only a real GPU can show, in one report"))
+    options = parser.parse_args(argv)
+    if options.command == "verify-gpu":
+        return verify.main(options)
     print(info())
     return 0
 

@@ -1,0 +1,95 @@
+"""Sections and the report of them, as Markdown and JSON."""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..version import __version__
+
+Row = dict[str, Any]
+PASSED, FAILED, NOT_RUN, ABSENT, DRY = "passed", "FAILED", "NOT RUN", "absent", "dry run: the code ran, on the CPU"
+
+
+@dataclass
+class Section:
+    """One thing that was verified. `absent`: there is nothing to verify here; `not_run`: there is, and it was not."""
+
+    name: str
+    status: str = PASSED
+    why: str = ""
+    rows: list[Row] = field(default_factory=list)
+
+    def compare(self, what: str, wrong: int) -> None:
+        """A comparison with the reference in which `wrong` elements differ."""
+        self.rows.append({"what": what, "elements that differ": wrong})
+        if wrong:
+            self.status = FAILED
+
+    def require(self, holds: bool, why: str) -> None:
+        if not holds:
+            self.status, self.why = FAILED, why
+
+    def absent(self, why: str) -> "Section":
+        self.status, self.why = ABSENT, why
+        return self
+
+    def not_run(self, why: str) -> "Section":
+        self.status, self.why = NOT_RUN, why
+        return self
+
+
+@dataclass
+class Report:
+    """All sections, and what they ran on."""
+
+    dry_run: bool
+    facts: list[Row]  # a machine each
+    sections: list[Section] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        if self.dry_run:
+            return "DRY RUN: no GPU was used, nothing below was measured or verified on one"
+        wrong = [s.name for s in self.sections if s.status in (FAILED, NOT_RUN)]
+        return f"NOT VERIFIED: {', '.join(wrong)}" if wrong else "VERIFIED"
+
+    def ok(self) -> bool:
+        return not any(s.status == FAILED or (s.status == NOT_RUN and not self.dry_run) for s in self.sections)
+
+    def markdown(self) -> str:
+        facts = {"cram_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        lines = [f"# cram_kernels on a GPU: {self.verdict}", ""]
+        lines += [", ".join(f"{name} {value}" for name, value in row.items()) for row in [facts, *self.facts]]
+        lines += ["", *table([{"section": s.name, "": s.status, "why": s.why} for s in self.sections])]
+        for section in self.sections:
+            if section.rows:
+                lines += ["", f"## {section.name}", "", *table(section.rows)]
+        return "\n".join([*lines, ""])
+
+    def write(self, folder: Path) -> list[Path]:
+        """Both files; their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / ("dry_run" if self.dry_run else "verify_gpu")
+        record = {
+            "verdict": self.verdict,
+            "dry_run": self.dry_run,
+            "cram_kernels": __version__,
+            "torch": torch.__version__,
+            "machines": self.facts,
+            "sections": [vars(section) for section in self.sections],
+        }
+        paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
+        paths[0].write_text(self.markdown())
+        paths[1].write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return paths
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Lines of a Markdown table."""
+    columns = list({column: None for row in rows for column in row})
+    lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
