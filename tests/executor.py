@@ -58,7 +58,7 @@ class Memory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for _, t in named_tensors(out):
             if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty) and t.numel() > 0:
-                t.view(torch.uint8).fill_(SENTINEL)
+                t.view(-1).view(torch.uint8).fill_(SENTINEL)
                 self.executor.know(t)
                 self.tensors.append(t)
         return out

@@ -139,5 +139,5 @@ def machines(dry_run: bool) -> list[Machine]:
         return [Dry(0), Dry(1)]
     if not torch.cuda.is_available():
         return []
-    gpus = [Gpu(index) for index in range(torch.cuda.device_count())]
-    return sorted(gpus, key=lambda gpu: (gpu.properties.major, gpu.properties.minor))
+    gpus = (Gpu(index) for index in range(torch.cuda.device_count()))
+    return [*sorted(gpus, key=lambda gpu: (gpu.properties.major, gpu.properties.minor))]

@@ -5,7 +5,9 @@
 #include <functional>
 #include <vector>
 
+#include "../adam.h"
 #include "../item.h"
+#include "../sgd.h"
 
 struct CUstream_st;
 
@@ -44,6 +46,30 @@ void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall&
 void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, const Allocate& allocate, Stream stream);
 
 void perturb_masked(const std::vector<Item>& items, const Perturbation& p, Stream stream);
+
+// What the updates share; everything on the device.
+struct Update {
+  const float* inv_scale = nullptr;        // optional
+  const float* first_inv_scale = nullptr;  // optional
+  const float* found_inf = nullptr;        // optional
+  int32_t* perturbed = nullptr;            // the flag
+};
+
+struct LearningRate {
+  const float* values = nullptr;  // one, or one a tensor
+  bool per_tensor = false;
+};
+
+void restore(const std::vector<Item>& items, int32_t* perturbed, Stream stream);
+void restore_combine(const std::vector<Item>& items, const Update& update, Stream stream);
+// options, hyper: one an item; what depends on lr and step is computed on the device.
+void restore_sgd(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<SgdOptions>& options, Stream stream);
+void restore_adam(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<AdamOptions>& options,
+                  const std::vector<AdamHyper>& hyper, Stream stream);
+
+// sums: room for norm_sums(items) numbers.
+int64_t norm_sums(const std::vector<Item>& items);
+void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* sums, float* result, Stream stream);
 
 }  // namespace cuda
 }  // namespace cram

@@ -106,6 +106,50 @@ TopkResult perturb_topk_cuda(CRAM_PERTURB_LISTS, const Integers& sets, const Ten
   return topk(perturb_topk_items(arguments, sets, k), perturbation(arguments), k, cuda::TopkMode::kPerturb);
 }
 
+// ---- Updates and the norm ----
+
+cuda::Update update_of(const UpdateArguments& a) {
+  return {float_or_null(a.inv_scale), float_or_null(a.first_inv_scale), float_or_null(a.found_inf), static_cast<int32_t*>(a.perturbed.data_ptr())};
+}
+
+cuda::LearningRate learning_rate(const Tensor& lr) { return {static_cast<const float*>(lr.data_ptr()), lr.numel() != 1}; }
+
+void restore_cuda(const Tensors& params, const Tensors& saved, const Tensor& perturbed, const Tensors& masters) {
+  const std::vector<Item> items = restore_items(params, saved, perturbed, masters);
+  const Device device(perturbed);
+  cuda::restore(items, static_cast<int32_t*>(perturbed.data_ptr()), device.stream());
+}
+
+void restore_combine_cuda(CRAM_UPDATE_LISTS, CRAM_UPDATE_OPTIONS) {
+  const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
+  const std::vector<Item> items = restore_combine_items(arguments);
+  const Device device(perturbed);
+  cuda::restore_combine(items, update_of(arguments), device.stream());
+}
+
+void restore_sgd_cuda(CRAM_SGD_ARGUMENTS) {
+  const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
+  const Sgd sgd = sgd_of(arguments, momentum_buffers, fresh, lr, momentum, dampening, weight_decay, nesterov, maximize);
+  const Device device(perturbed);
+  cuda::restore_sgd(sgd.items, update_of(arguments), learning_rate(lr), sgd.options, device.stream());
+}
+
+void restore_adam_cuda(CRAM_ADAM_ARGUMENTS) {
+  const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
+  const Adam adam = adam_of(arguments, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize);
+  const Device device(perturbed);
+  cuda::restore_adam(adam.items, update_of(arguments), learning_rate(lr), adam.options, adam.hyper, device.stream());
+}
+
+Tensor grad_norm_cuda(const Tensors& grads, const MaybeTensor& inv_scale) {
+  const std::vector<Item> items = norm_items(grads, inv_scale);
+  const Device device(grads[0]);
+  Tensor sums = torch::stable::new_empty(grads[0], {cuda::norm_sums(items)}, torch::headeronly::ScalarType::Double);
+  Tensor result = torch::stable::new_empty(grads[0], {}, torch::headeronly::ScalarType::Float);
+  cuda::grad_norm(items, float_or_null(inv_scale), static_cast<double*>(sums.data_ptr()), static_cast<float*>(result.data_ptr()), device.stream());
+  return result;
+}
+
 }  // namespace
 }  // namespace cram
 
@@ -116,4 +160,9 @@ STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
   m.impl("prune_nm_", TORCH_BOX(&cram::prune_nm_cuda));
   m.impl("perturb_nm_", TORCH_BOX(&cram::perturb_nm_cuda));
   m.impl("perturb_masked_", TORCH_BOX(&cram::perturb_masked_cuda));
+  m.impl("restore_", TORCH_BOX(&cram::restore_cuda));
+  m.impl("restore_combine_", TORCH_BOX(&cram::restore_combine_cuda));
+  m.impl("restore_sgd_", TORCH_BOX(&cram::restore_sgd_cuda));
+  m.impl("restore_adam_", TORCH_BOX(&cram::restore_adam_cuda));
+  m.impl("grad_norm", TORCH_BOX(&cram::grad_norm_cuda));
 }

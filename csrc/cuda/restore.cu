@@ -1,0 +1,53 @@
+// Bring the weights back; with gradients also form that of the update: one pass.
+#include "update.cuh"
+
+namespace cram {
+namespace cuda {
+namespace {
+
+struct NoSetting {
+  bool operator==(const NoSetting&) const { return true; }
+};
+
+template <class T>
+__device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, uint32_t number, const Scales& scales) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const T* const param = entry.param.as<T>();
+  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
+    const Gradient<T, kLanes> gradient(entry, span);
+    Pack<T, kLanes> out;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) out.set(i, gradient.at(i, scales));
+    out.store(entry.grad.as<T>(), span);
+  });
+}
+
+template <bool kCombine>
+__global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<NoSetting> call) {
+  const bool perturbed = is_raised(call.update.perturbed), skipped = !kCombine || is_skipped(call.update);
+  const Scales scales = scales_of(call.update);
+  for_own_chunks(table, [&](const UpdateEntry& entry, int, uint32_t number) {
+    with_types(entry, [&](auto t, auto s) {
+      if (perturbed) restore_chunk<decltype(t), decltype(s)>(entry, number);
+      if (!skipped && entry.grad.value() != 0) combine_chunk<decltype(t)>(entry, number, scales);
+    });
+  });
+  if (is_last_block(call.update.perturbed) && call.last && threadIdx.x == 0) *call.update.perturbed = 0;
+}
+
+}  // namespace
+
+void restore(const std::vector<Item>& items, int32_t* perturbed, Stream stream) {
+  Update update;
+  update.perturbed = perturbed;
+  const std::vector<NoSetting> settings(items.size());
+  launch_all("restore_", restore_kernel<false>, update_launches(items, update, {}, settings), stream);
+}
+
+void restore_combine(const std::vector<Item>& items, const Update& update, Stream stream) {
+  const std::vector<NoSetting> settings(items.size());
+  launch_all("restore_combine_", restore_kernel<true>, update_launches(items, update, {}, settings), stream);
+}
+
+}  // namespace cuda
+}  // namespace cram

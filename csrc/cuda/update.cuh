@@ -1,0 +1,214 @@
+// What all updating kernels share: the flag, the gradient, bringing weights back, and the pass over the chunks (docs/contract.md: Restore, Gradient).
+#pragma once
+
+#include "../restore.h"
+#include "launch.h"
+#include "update.h"
+#include "vector.cuh"
+
+namespace cram {
+namespace cuda {
+
+// ---- The flag ----
+// While a launch runs, the flag in memory holds in its lower half what it held before, in its upper half how many blocks are through: the last one knows
+// that it is the last, and lowers the flag, without another launch and without memory of its own.
+
+constexpr int kMaxBlocks = 0xffff;
+
+__device__ __forceinline__ bool is_raised(const int32_t* flag) { return (*static_cast<const volatile int32_t*>(flag) & 0xffff) != 0; }
+
+// For all threads of a block that is through: true in the last block of the launch, with the flag as it was before.
+__device__ __forceinline__ bool is_last_block(int32_t* flag) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t before = atomicAdd(reinterpret_cast<unsigned*>(flag), 0x10000u);
+    last = before >> 16 == gridDim.x - 1;
+    if (last) atomicExch(flag, static_cast<int32_t>(before & 0xffffu));
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// ---- One tensor ----
+
+// Calls f(T{}, S{}) with the number types of the parameter, and of its weights and state.
+template <class Function>
+__device__ __forceinline__ void with_types(const UpdateEntry& entry, Function f) {
+  switch (static_cast<DType>(entry.dtype)) {
+    case DType::kBFloat16:
+      return entry.has_master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+    case DType::kFloat16:
+      return entry.has_master ? f(Float16{}, float{}) : f(Float16{}, Float16{});
+    default:
+      return f(float{}, float{});
+  }
+}
+
+__device__ __forceinline__ Scales scales_of(const Update& update) {
+  Scales scales;
+  scales.has_grad = update.inv_scale != nullptr;
+  scales.has_first_grad = update.first_inv_scale != nullptr;
+  if (scales.has_grad) scales.grad = *update.inv_scale;
+  if (scales.has_first_grad) scales.first_grad = *update.first_inv_scale;
+  return scales;
+}
+
+// The numbers of a span as they lie in memory: half the registers of floats where they have 16 bits.
+template <class T, int kLanes>
+struct Pack {
+  static constexpr int kPart = Vector<T>::kLanes;
+  Vector<T> parts[kLanes / kPart];
+
+  __device__ __forceinline__ float operator[](int i) const { return widen(parts[i / kPart].get(i % kPart)); }
+  __device__ __forceinline__ void set(int i, float x) { parts[i / kPart].set(i % kPart, narrowed(rounded(x, T{}), T{})); }
+  __device__ __forceinline__ void load(const T* p, const Span<kLanes>& span) {
+#pragma unroll
+    for (int part = 0; part < kLanes / kPart; ++part) parts[part] = cuda::load(p, part_of<kPart>(span, part));
+  }
+  __device__ __forceinline__ void store(T* p, const Span<kLanes>& span) const {
+#pragma unroll
+    for (int part = 0; part < kLanes / kPart; ++part) cuda::store(p, parts[part], part_of<kPart>(span, part));
+  }
+};
+
+// g1 + (M ? g2 : +0) of a tensor that has a gradient.
+template <class T, int kLanes>
+struct Gradient {
+  Pack<T, kLanes> first, second;
+  uint32_t kept = 0;
+  bool has_first, has_second;
+
+  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span<kLanes>& span)
+      : has_first(entry.first_grad.value() != 0), has_second(entry.grad.value() != 0) {
+    if (has_first) first.load(entry.first_grad.as<T>(), span);
+    if (!has_second) return;
+    second.load(entry.grad.as<T>(), span);
+    kept = entry.mask.value() != 0 ? load_mask(entry.mask.as<uint8_t>(), span) : ~0u;
+  }
+  __device__ __forceinline__ float at(int i, const Scales& scales) const {
+    const float g2 = (kept >> i & 1) != 0 ? unscaled(second[i], scales.grad, scales.has_grad) : 0.0f;
+    if (!has_first) return g2;
+    const float g1 = unscaled(first[i], scales.first_grad, scales.has_first_grad);
+    return has_second ? add(g1, g2) : g1;
+  }
+};
+
+// The parameter from its master weight, rounded, or from its saved copy, bit for bit.
+template <class T, class S>
+__device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, uint32_t number) {
+  if (entry.origin.value() == 0) return;
+  constexpr int kLanes = Vector<T>::kLanes;
+  T* const param = entry.param.as<T>();
+  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
+    Pack<S, kLanes> w;
+    w.load(entry.origin.as<S>(), span);
+    if constexpr (sizeof(T) == sizeof(S)) {
+      w.store(param, span);
+    } else {
+      Pack<T, kLanes> out;
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) out.set(i, w[i]);
+      out.store(param, span);
+    }
+  });
+}
+
+// One step of an optimizer for a chunk; the loads of a vector come before its stores.
+template <class T, class S, class Step>
+__device__ __forceinline__ void update_chunk(const UpdateEntry& entry, uint32_t number, bool perturbed, const Scales& scales, const Step& step) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  T* const param = entry.param.as<T>();
+  const bool from_origin = entry.has_master || (perturbed && entry.origin.value() != 0);
+  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
+    Pack<S, kLanes> w, state[Step::kStates];
+    w.load(from_origin ? entry.origin.as<S>() : entry.param.as<S>(), span);
+#pragma unroll
+    for (int s = 0; s < Step::kStates; ++s) {
+      state[s] = {};
+      if (step.loads(s)) state[s].load(entry.state[s].as<S>(), span);
+    }
+    const Gradient<T, kLanes> gradient(entry, span);
+    Pack<T, kLanes> out;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      float weight = w[i], x[Step::kStates];
+#pragma unroll
+      for (int s = 0; s < Step::kStates; ++s) x[s] = state[s][i];
+      step(weight, x, gradient.at(i, scales));
+#pragma unroll
+      for (int s = 0; s < Step::kStates; ++s) state[s].set(i, x[s]);
+      w.set(i, weight);
+      out.set(i, weight);
+    }
+#pragma unroll
+    for (int s = 0; s < Step::kStates; ++s)
+      if (step.stores(s)) state[s].store(entry.state[s].as<S>(), span);
+    if (entry.has_master) w.store(entry.origin.as<S>(), span);
+    out.store(param, span);
+  });
+}
+
+// ---- One launch ----
+
+__device__ __forceinline__ bool is_skipped(const Update& update) { return update.found_inf != nullptr && *update.found_inf != 0; }
+
+// Calls f(entry, number of the chunk) for the chunks of this block: neighbours, so that few of them begin a new tensor.
+template <class Function>
+__device__ __forceinline__ void for_own_chunks(const UpdateTable& table, Function f) {
+  const uint64_t tasks = table.count > 0 ? tasks_in(table) : 0;
+  const uint32_t begin = static_cast<uint32_t>(blockIdx.x * tasks / gridDim.x), end = static_cast<uint32_t>((blockIdx.x + 1) * tasks / gridDim.x);
+  for (uint32_t task = begin; task < end; ++task) {
+    const Task found = find(table, task);
+    f(table.entries[found.entry], found.entry, found.number);
+  }
+}
+
+// Restores every tensor; those that have a gradient take a step of the optimizer, unless found_inf is set. Step: kStates; kBlocks, of an SM at
+// least; Setting; made from an entry, the
+// call and its setting; loads(s), stores(s): whether state s is; operator()(w, states, g): the step of one weight; done(entry): once all blocks are through.
+template <class Step>
+__global__ void __launch_bounds__(kThreads, Step::kBlocks) update_kernel(const __grid_constant__ UpdateTable table,
+                                                          const __grid_constant__ UpdateCall<typename Step::Setting> call) {
+  __shared__ Step step;
+  const bool perturbed = is_raised(call.update.perturbed), skipped = is_skipped(call.update);
+  const Scales scales = scales_of(call.update);
+  int prepared = -1;
+  for_own_chunks(table, [&](const UpdateEntry& entry, int place, uint32_t number) {
+    if (skipped || !entry.has_gradient()) {
+      if (perturbed) with_types(entry, [&](auto t, auto s) { restore_chunk<decltype(t), decltype(s)>(entry, number); });
+      return;
+    }
+    if (place != prepared) {
+      __syncthreads();
+      if (threadIdx.x == 0) step = Step(entry, call);
+      __syncthreads();
+      prepared = place;
+    }
+    const Step own = step;
+    with_types(entry, [&](auto t, auto s) { update_chunk<decltype(t), decltype(s)>(entry, number, perturbed, scales, own); });
+  });
+  if (!is_last_block(call.update.perturbed)) return;
+  if (!skipped) {
+    for (int i = threadIdx.x; i < table.count; i += kThreads)
+      if (table.entries[i].has_gradient()) Step::done(table.entries[i]);
+  }
+  if (call.last && threadIdx.x == 0) *call.update.perturbed = 0;
+}
+
+__device__ __forceinline__ float learning_rate(const UpdateEntry& entry, const LearningRate& lr) {
+  return lr.values[lr.per_tensor ? entry.index[0] | static_cast<uint32_t>(entry.index[1]) << 16 : 0];
+}
+
+template <class Setting>
+void launch_all(const char* name, void (*kernel)(UpdateTable, UpdateCall<Setting>), const std::vector<UpdateLaunch<Setting>>& launches, Stream stream) {
+  for (const auto& one : launches) {
+    const int64_t chunks = one.table.count > 0 ? one.table.ends[one.table.count - 1] : 1;
+    launch(name, kernel, std::min<int64_t>(chunks, kMaxBlocks), stream, one.table, one.call);
+  }
+}
+
+}  // namespace cuda
+}  // namespace cram
