@@ -66,7 +66,8 @@ __device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLane
   static_assert(kLanes == Vector<T>::kLanes, "");
   p += span.first;
   if (span.whole() && aligned(p)) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+    // as a plain assignment the compiler may take it apart and share its pieces with the other branch
+    __stwb(reinterpret_cast<uint4*>(p), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
   } else {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i)
