@@ -28,7 +28,7 @@ def kernel_row(k: Kernel) -> Row:
 
 def streams(op: Op, kernels: list[Kernel]) -> list[Kernel]:
     """The kernels that see every weight of the op, on every arch."""
-    return [k for k in kernels if k.origin == op.origin and k.name.split("<")[0] in op.kernels]
+    return [k for k in kernels if k.origin == op.origin and op.streams_through(k.name)]
 
 
 def faults(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
@@ -37,7 +37,7 @@ def faults(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
     origins = {k.origin for k in kernels}
     for op in (op for op in ops if op.origin in origins):
         own = streams(op, kernels)
-        if missing := set(op.kernels) - {k.name.split("<")[0] for k in own}:
+        if missing := set(op.kernels) - {form for k in own for form in (k.name, k.name.split("<")[0])}:
             found.append(f"{op.name}: no kernel named {', '.join(sorted(missing))} was compiled")
         for k in own:
             for kind, wanted in (("load", len(op.loads)), ("store", len(op.stores))):

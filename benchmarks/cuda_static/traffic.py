@@ -11,7 +11,7 @@ MASK = 1 / 8  # bytes: one bit
 
 @dataclass(frozen=True)
 class Op:
-    """An op's floor. `kernels`: the names, without template arguments, of the kernels that see every weight."""
+    """An op's floor. `kernels`: those that see every weight, by name; one without template arguments stands for all that have some."""
 
     name: str
     origin: str  # "cuda", "triton"
@@ -20,6 +20,10 @@ class Op:
     stores: tuple[str, ...]  # streams written
     masks: int  # mask bits read or written
     launches: int  # for up to 450 tensors
+
+    def streams_through(self, kernel: str) -> bool:
+        """Whether the kernel of this name is one of those."""
+        return kernel in self.kernels or kernel.split("<")[0] in self.kernels
 
     @property
     def bytes(self) -> float:
@@ -31,4 +35,12 @@ class Op:
         return " + ".join([*(f"{s} in" for s in self.loads), *(f"{s} out" for s in self.stores), *(["mask"] * self.masks)])
 
 
-OPS: tuple[Op, ...] = ()
+GRADIENTS = ("saved", "grad", "first grad")
+OPS = (
+    Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1),
+    Op("restore_", "cuda", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
+    Op("restore_combine_", "cuda", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
+    Op("restore_sgd_", "cuda", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1),
+    Op("restore_adam_", "cuda", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1),
+    Op("grad_norm", "cuda", ("norm_kernel",), ("grad",), (), 0, 2),
+)

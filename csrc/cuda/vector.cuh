@@ -66,8 +66,10 @@ __device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLane
   static_assert(kLanes == Vector<T>::kLanes, "");
   p += span.first;
   if (span.whole() && aligned(p)) {
-    // as a plain assignment the compiler may take it apart and share its pieces with the other branch
-    __stwb(reinterpret_cast<uint4*>(p), make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]));
+    // a plain assignment is taken apart by nvcc 13 for sm_80 to sm_90, to share its pieces with the other branch
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
+                 "r"(x.words[3])
+                 : "memory");
   } else {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i)
