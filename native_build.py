@@ -212,7 +212,8 @@ def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str) -> str
     """Kernels and launchers, their registration, and the checks that every backend shares."""
     glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp"]
     objects = [ninja.compile(source) for source in cuda_sources()] + [ninja.compile(source, stable_abi) for source in glue]
-    return ninja.link(folder / "libcram_kernels_cuda.so", objects, libtorch, rule="link_cuda")
+    # A torch without CUDA has nothing in libtorch.so, which the linker would leave out; in one with CUDA it brings libtorch_cuda.so.
+    return ninja.link(folder / "libcram_kernels_cuda.so", objects, f"-Xlinker --no-as-needed {libtorch}", rule="link_cuda")
 
 
 def build_executed(folder: Path) -> None:

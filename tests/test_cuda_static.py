@@ -18,7 +18,7 @@ from benchmarks.cuda_static import cubin, gpus, report  # noqa: E402
 from benchmarks.cuda_static.traffic import OPS, Op  # noqa: E402
 
 SOURCE = ROOT / "tests" / "native" / "static.cu"
-COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1)
+COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1, accesses=1)
 
 
 def why_not() -> str | None:

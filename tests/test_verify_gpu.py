@@ -62,6 +62,7 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_section_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "bits", lambda machine: 1 / 0)
     monkeypatch.setattr(programs, "sanitizers", lambda out, dry_run: [])
+    monkeypatch.setattr(command, "bandwidth", lambda machine: Section("bandwidth"))
     assert cli.main(["verify-gpu", "--dry-run", "--skip-tests", "--out", str(tmp_path)]) == command.NOT_VERIFIED
     first, *others = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
     assert first["status"] == FAILED and "ZeroDivisionError" in first["why"] and FAILED not in [s["status"] for s in others]

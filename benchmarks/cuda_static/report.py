@@ -40,7 +40,7 @@ def faults(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
         if missing := set(op.kernels) - {form for k in own for form in (k.name, k.name.split("<")[0])}:
             found.append(f"{op.name}: no kernel named {', '.join(sorted(missing))} was compiled")
         for k in own:
-            for kind, wanted in (("load", len(op.loads)), ("store", len(op.stores))):
+            for kind, wanted in (("load", op.accesses * len(op.loads)), ("store", op.accesses * len(op.stores))):
                 if k.vectors(kind) < wanted:
                     found.append(
                         f"{k.name} on sm_{k.arch}: {op.name} wants {wanted} {kind}s of 16 bytes, the machine code has {k.vectors(kind)}"

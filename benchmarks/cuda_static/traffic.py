@@ -1,12 +1,13 @@
 """What each op must move per weight, and which kernels stream it: what the machine code is held against.
 
-The bytes are those of float32 without master weights, counted from what the streaming kernel loads and stores once a weight. A 16-byte
-access holds 4 weights, so that each stream is at least one such load or store in the machine code of every kernel that runs the op.
+The bytes are those of float32 without master weights: each stream once a weight. A thread has 8 weights at a time, so that a stream is
+two accesses of 16 bytes in float32, and one in bfloat16 and float16 each, with and without master weights: ACCESSES, if none was lost.
 """
 
 from dataclasses import dataclass
 
 MASK = 1 / 8  # bytes: one bit
+ACCESSES = 6
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Op:
     stores: tuple[str, ...]  # streams written
     masks: int  # mask bits read or written
     launches: int  # for up to 450 tensors
+    accesses: int = ACCESSES  # of 16 bytes that the machine code must have for each stream
 
     def streams_through(self, kernel: str) -> bool:
         """Whether the kernel of this name is one of those."""
@@ -37,6 +39,9 @@ class Op:
 
 GRADIENTS = ("saved", "grad", "first grad")
 OPS = (
+    Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 8),
+    Op("prune_topk_", "cuda", ("stream_kernel<true>",), ("weight",), ("weight",), 1, 8),
+    Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 8),
     Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1),
     Op("restore_", "cuda", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
     Op("restore_combine_", "cuda", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
