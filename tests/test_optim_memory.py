@@ -1,6 +1,8 @@
 """Where the numbers lie: dtypes, memory formats, views, storage that changes between steps. The values never depend on it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -181,3 +183,23 @@ def test_bits_do_not_depend_on_the_threads(set_threads):
         run(CrAM(params, compression=[TopK(0.9), NM(2, 4)], normalize_grad=True, **SGD), params, range(3), shapes)
         results.append(clones(params))
     assert_same_bits(*results)
+
+
+def test_an_optimizer_that_is_dropped_is_gone_at_once():
+    """Without waiting for the garbage collector: its memory is two copies of the weights. The base instance may live on, and works."""
+    p = nn.Parameter(torch.ones(4, 4))
+    base = torch.optim.SGD([p], lr=0.5)
+    optimizer = CrAM(base)
+    p.grad = torch.ones(4, 4)
+    optimizer.perturb()
+    optimizer.restore()
+    gone = weakref.ref(optimizer._arena)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    p.grad = torch.ones(4, 4)
+    base.step()
+    assert torch.equal(p.detach(), torch.full((4, 4), 0.5))

@@ -7,6 +7,7 @@ from numbers import Real
 from types import NoneType
 from typing import Any, NamedTuple
 from warnings import warn
+from weakref import WeakMethod
 
 import torch
 from torch import Size, Tensor, nn
@@ -32,6 +33,10 @@ from .wrapper import Wrapper, base_of
 
 MASKS = "cram_masks"  # their key in a state_dict, beside torch's "state" and "param_groups"
 COMPRESSION = (TopK(0.5), TopK(0.7), TopK(0.9))
+
+
+def _nothing(*_: Any) -> None:
+    """What the guard of an optimizer that is gone does."""
 
 
 class Coverage(NamedTuple):
@@ -147,7 +152,8 @@ class CrAM(Wrapper):
         self._updating = False
         if self._guard is not None:
             self._guard.remove()
-        self._guard = self.base_optimizer.register_step_pre_hook(self._refuse_step_of_base)
+        refuse = WeakMethod(self._refuse_step_of_base)  # a base that is kept keeps no optimizer, and none of its memory, alive
+        self._guard = self.base_optimizer.register_step_pre_hook(lambda *call: (refuse() or _nothing)(*call))
         self._read_names()
         self.last: Perturbation | None = None  # what the last perturb() did
         self._arena.drop_masks()
