@@ -28,6 +28,8 @@ std::vector<Item> histogram_items(CRAM_HISTOGRAM_ARGUMENTS) {
   check.sets(items, sets, prefix, "prefix");
   check.require(bits >= 1 && bits <= 16 && shift >= 0 && shift + bits <= 31, "shift, bits", "satisfy 1 <= bits <= 16, 0 <= shift <= 31 - bits",
                 "shift=" + std::to_string(shift) + ", bits=" + std::to_string(bits));
+  for (Item& item : items)
+    if (item.grad == nullptr) item.master = nullptr;  // the parameter itself counts
   return items;
 }
 

@@ -57,8 +57,10 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for _, t in named_tensors(out):
-            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty) and t.numel() > 0:
-                t.view(-1).view(torch.uint8).fill_(SENTINEL)
+            made = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.new_zeros)
+            if made and t.numel() > 0:
+                if func.overloadpacket is not torch.ops.aten.new_zeros:
+                    t.view(-1).view(torch.uint8).fill_(SENTINEL)
                 self.executor.know(t)
                 self.tensors.append(t)
         return out

@@ -36,10 +36,7 @@ Tensor topk_threshold_cpu(const Tensors& weights, const Integers& sets, const Te
 
 Tensor topk_histogram_cpu(CRAM_HISTOGRAM_ARGUMENTS) {
   std::vector<Item> items = histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters);
-  for (size_t i = 0; i < items.size(); ++i) {
-    items[i].rho = at(rho, i);
-    if (items[i].grad == nullptr) items[i].master = nullptr;  // the parameter itself counts
-  }
+  for (size_t i = 0; i < items.size(); ++i) items[i].rho = at(rho, i);
   Perturbation p;
   p.inv_scale = float_or_null(inv_scale);
   Tensor bins = torch::stable::new_zeros(prefix, {prefix.numel(), int64_t{1} << bits}, ScalarType::Long);

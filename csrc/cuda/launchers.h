@@ -42,6 +42,9 @@ struct TopkCall {
 // perturb_topk_, prune_topk_ and topk_threshold; the perturbation is that of perturb_topk_.
 void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream);
 
+// bins: [num_sets, 2^bits], zeros
+void topk_histogram(const std::vector<Item>& items, const Perturbation& p, const int64_t* prefix, int shift, int bits, int64_t* bins, Stream stream);
+
 // perturb_nm_; without a flag in the perturbation prune_nm_. Memory: a byte a weight for the masks of tensors whose axis 1 lies far apart in memory.
 void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, const Allocate& allocate, Stream stream);
 

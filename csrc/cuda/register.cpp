@@ -96,6 +96,19 @@ Tensor topk_threshold_cuda(const Tensors& weights, const Integers& sets, const T
   return std::get<0>(topk(topk_items(check, weights, {}, sets, k, false), {}, k, cuda::TopkMode::kThreshold));
 }
 
+Tensor topk_histogram_cuda(CRAM_HISTOGRAM_ARGUMENTS) {
+  const std::vector<Item> items = histogram_items(params, grads, rho, sets, prefix, shift, bits, inv_scale, masters);
+  const Device device(prefix);
+  cuda::Perturbation p;
+  p.rho = static_cast<const float*>(rho.data_ptr());
+  p.rho_per_tensor = rho.numel() != 1;
+  p.inv_scale = float_or_null(inv_scale);
+  Tensor bins = torch::stable::new_zeros(prefix, {prefix.numel(), int64_t{1} << bits}, ScalarType::Long);
+  cuda::topk_histogram(items, p, prefix.const_data_ptr<int64_t>(), static_cast<int>(shift), static_cast<int>(bits), bins.mutable_data_ptr<int64_t>(),
+                       device.stream());
+  return bins;
+}
+
 TopkResult prune_topk_cuda(const Tensors& weights, const Tensors& masks, const Integers& sets, const Tensor& k) {
   Check check("prune_topk_");
   return topk(topk_items(check, weights, masks, sets, k, true), {}, k, cuda::TopkMode::kPrune);
@@ -155,6 +168,7 @@ Tensor grad_norm_cuda(const Tensors& grads, const MaybeTensor& inv_scale) {
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
   m.impl("topk_threshold", TORCH_BOX(&cram::topk_threshold_cuda));
+  m.impl("topk_histogram", TORCH_BOX(&cram::topk_histogram_cuda));
   m.impl("prune_topk_", TORCH_BOX(&cram::prune_topk_cuda));
   m.impl("perturb_topk_", TORCH_BOX(&cram::perturb_topk_cuda));
   m.impl("prune_nm_", TORCH_BOX(&cram::prune_nm_cuda));
