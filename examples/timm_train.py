@@ -63,7 +63,7 @@ def train_one_epoch(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a timm model on MNIST-5k with CrAM, prune it and its average in one shot.")
-    parser.add_argument("--model", default="test_efficientnet")
+    parser.add_argument("--model", default="test_resnet", help="(default: test_resnet)")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast; float16 with timm's NativeScaler")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default: 1)")
