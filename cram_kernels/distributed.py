@@ -88,9 +88,12 @@ def why_not_nm(param: Any, m: int) -> str | None:
     """None where each rank holds whole groups of m along axis 1."""
     if not is_spread(param):
         return None
+    piece = param.shape[1] if len(param.shape) > 1 else 0
     for dim, placement in enumerate(param.placements):
-        if placement.is_shard(1) and -(-param.shape[1] // param.device_mesh.size(dim)) % m != 0:
-            return f"axis 1 is sharded in pieces that {m} does not divide"
+        if placement.is_shard(1):
+            piece = -(-piece // param.device_mesh.size(dim))
+            if piece % m != 0:
+                return f"axis 1 is sharded in pieces that {m} does not divide"
     return None
 
 

@@ -113,6 +113,10 @@ def check_nm_needs_whole_groups_on_a_rank(mesh: DeviceMesh, folder: Path) -> Non
     why = [c.why_dense for c in CrAM(placed, lr=0.1).coverage(NM(2, 4))]
     pieces = -(-12 // mesh.size())
     assert why == [None, None if pieces % 4 == 0 else "axis 1 is sharded in pieces that 4 does not divide"], why
+    if mesh.size() == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        twice = nn.Parameter(distribute_tensor(torch.randn(4, 8), grid, [Shard(1), Shard(1)]))
+        assert CrAM([twice], lr=0.1).coverage(NM(2, 4))[0].why_dense == "axis 1 is sharded in pieces that 4 does not divide"
 
 
 def check_norms_are_those_of_the_whole_gradient(mesh: DeviceMesh, folder: Path) -> None:
@@ -144,6 +148,107 @@ def check_an_overflow_on_one_rank_skips_on_all(mesh: DeviceMesh, folder: Path) -
         scaler.update()
         assert_same_bits(whole(params), before, f"overflow in pass {bad}")
         assert scaler.get_scale() == 512.0
+
+
+def check_a_second_overflow_is_seen_by_all_whatever_comes_first(mesh: DeviceMesh, folder: Path) -> None:
+    """The first parameter is replicated, the overflow in a shard of the second."""
+    if mesh.size() == 1:
+        return
+
+    def placed(tensors: list[Tensor]) -> list[Tensor]:
+        return spread(tensors, mesh, lambda i: [Shard(0)] if i else [Replicate()])
+
+    params = [nn.Parameter(t) for t in placed(random_tensors(SHAPES, 0))]
+    optimizer = CrAM(params, compression=[TopK(0.5)], **SGD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    before = [t.clone() for t in whole(params)]
+    set_gradients(params, placed([1024.0 * g for g in grads(1)]))
+    optimizer.perturb(scaler)
+    second = [1024.0 * g for g in grads(2)]
+    second[4][15, 23] = float("inf")
+    set_gradients(params, placed(second))
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same_bits(whole(params), before)
+    assert scaler.get_scale() == 512.0
+
+
+def check_masters_of_shards_follow_what_is_loaded(mesh: DeviceMesh, folder: Path) -> None:
+    """A write through the DTensor, and a shard that Module.to() has replaced, are seen."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)).to(torch.bfloat16)
+    fully_shard(model, mesh=mesh)
+    optimizer = CrAM(model.parameters(), compression=[TopK(0.5)], master_weights=True, **SGD).attach(model)
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+
+    def train() -> None:
+        model(x).square().sum().backward()
+        optimizer.perturb()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    train()
+    wanted = {name: torch.full_like(t, 0.25) for name, t in model.state_dict().items()}
+    model.load_state_dict(wanted)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train()
+    assert all(bool((t == 0.25).all()) for t in whole(list(model.parameters())))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.1
+    train()
+    for p in model.parameters():
+        assert_same_bits([optimizer.state[p]["master"].to_local().to(torch.bfloat16)], [p.to_local().detach()])
+
+
+def check_training_goes_on_after_a_conversion(mesh: DeviceMesh, folder: Path) -> None:
+    model = sharded_network(mesh)
+    optimizer = CrAM(model.parameters(), compression=[TopK(0.5)], **SGD).attach(model)
+    batch = next(batches(1))
+    for conversion in (lambda: None, lambda: model.half().float()):
+        conversion()
+        before = [t.clone() for t in whole(list(model.parameters()))]
+        backward(model, batch)
+        optimizer.perturb()
+        backward(model, batch)
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(before, whole(list(model.parameters())), strict=True))
+
+
+def check_a_failed_second_pass_leaves_no_old_copy(mesh: DeviceMesh, folder: Path) -> None:
+    """The root of an FSDP model keeps a whole copy of its weights between passes."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(8, 8), mesh=mesh)
+    optimizer = CrAM(model.parameters(), compression=[TopK(0.9)], rho=1.0, **SGD).attach(model)
+    x = torch.ones(2, 8)
+    losses = []
+    for fails in (True, False):
+        loss = model(x).square().sum()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.perturb()
+        loss = model(x).square().sum()
+        assert loss.item() != losses[-1]
+        if fails:
+            optimizer.restore()
+            optimizer.zero_grad()
+    assert losses[0] == losses[1]
+
+
+def check_distributed_state_between_the_halves(mesh: DeviceMesh, folder: Path) -> None:
+    """It takes a dry step to make the state of an optimizer that has none: the open step is not that step."""
+    model, twin = sharded_network(mesh), sharded_network(mesh)
+    options = {"compression": [TopK(0.5)], "lr": 0.1}
+    optimizers = [CrAM(m.parameters(), **options).attach(m) for m in (model, twin)]
+    batch = next(batches(1))
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        backward(m, batch)
+        optimizer.perturb()
+        if m is model:
+            get_state_dict(m, optimizer)
+            assert optimizer.param_groups[0]["cram_step"] == 0 and optimizer.param_groups[0]["lr"] == 0.1
+        backward(m, batch)
+        optimizer.step()
+    assert_same_bits(whole(list(model.parameters())), whole(list(twin.parameters())))
 
 
 def check_a_step_sends_little(mesh: DeviceMesh, folder: Path) -> None:
@@ -264,6 +369,14 @@ def check_gradients_that_ranks_have_not_shared_are_refused(mesh: DeviceMesh, fol
         backward(model, batch)
     with pytest.raises(RuntimeError, match=r"got those of a pass under no_sync\(\)"):
         optimizer.perturb()
+    two = nn.ModuleList([model, DistributedDataParallel(nn.Linear(4, 4))])
+    both = CrAM(two.parameters(), compression=[TopK(0.5)], **SGD).attach(two)
+    with two[0].no_sync():
+        backward(two[0], batch)
+    two[1](torch.ones(1, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"got those of a pass under no_sync\(\)"):
+        both.perturb()
+    both.detach()
     backward(model, batch)  # accumulated, and shared by the last pass
     optimizer.perturb()
     with model.no_sync():

@@ -129,6 +129,43 @@ def test_an_overflow_that_no_second_gradient_shows():
     assert scaler.get_scale() == 2.0**9
 
 
+def test_masks_of_an_overflow_are_not_kept():
+    """The scaler's first overflows would else prune everything for mask_period steps."""
+    params = fresh()
+    optimizer, scaler = optimizer_of(params, "sgd", compression=[TopK(0.5)], mask_period=4), scaler_of()
+    scaled_step(optimizer, scaler, params, [torch.full_like(p, float("nan")) for p in params], grads(1))
+    for seed in range(3):
+        set_gradients(params, grads(seed, scaler.get_scale()))
+        optimizer.perturb(scaler)
+        pruned = torch.cat([p.detach().flatten() for p in params if p.dim() > 1])
+        assert 0.4 < (pruned == 0).float().mean() < 0.6
+        set_gradients(params, grads(seed + 50, scaler.get_scale()))
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def test_a_step_that_raises_within_the_scaler_leaves_nothing_behind():
+    params = fresh()
+    optimizer, scaler = optimizer_of(params, "sgd", compression=[]), scaler_of()
+    set_gradients(params, grads(1, 2.0**10))
+    held = params[0].grad
+    optimizer.perturb(scaler)
+    held.mul_(2)
+    set_gradients(params, grads(2, 2.0**10))
+    with pytest.raises(RuntimeError, match="must be left alone"):
+        scaler.step(optimizer)
+    assert not {"grad_scale", "found_inf"} & set(optimizer.__dict__)
+
+
+def test_unscale_before_any_gradient_is_refused_too():
+    params = fresh()
+    optimizer, scaler = optimizer_of(params, "sgd"), scaler_of()
+    scaler.unscale_(optimizer)
+    set_gradients(params, grads(1, 2.0**10))
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) must not be called before perturb\(scaler\)"):
+        optimizer.perturb(scaler)
+
+
 def test_unscale_in_the_second_pass_is_fine_and_in_the_first_is_refused():
     ours, theirs = fresh(), fresh()
     optimizer, judge, scaler = optimizer_of(ours, "sgd"), optimizer_of(theirs, "sgd"), scaler_of()
@@ -361,6 +398,15 @@ def test_a_parameter_that_somebody_else_writes_is_taken_over():
     optimizer.step()
     masters[0][2, 3] = 5.0
     assert_same_bits(masters_of(optimizer, params), masters)
+
+
+def test_masters_after_a_reload_are_those_of_the_state():
+    params = half()
+    optimizer = optimizer_of(params, "sgd", master_weights=True)
+    half_step(optimizer, params, 1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    half_step(optimizer, params, 2)
+    assert_same_bits([m.to(p.dtype) for m, p in zip(masters_of(optimizer, params), params, strict=True)], params)
 
 
 def test_an_overflow_leaves_the_masters_alone():

@@ -5,12 +5,14 @@ overflow of the first pass reaches the scaler, which looks at the gradients of t
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .. import ops
-from ..distributed import Spread, spread_of
+from ..distributed import Spread, spread_of, whole_mesh
 from .arena import Slot
 from .factor import Factor, on
 
@@ -28,7 +30,7 @@ def first_factor(scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
         raise TypeError(f"CrAM: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
         return Factor()
-    if len(_record(scaler, optimizer)["found_inf_per_device"]) > 0:
+    if _record(scaler, optimizer)["stage"] is OptState.UNSCALED:
         raise RuntimeError("CrAM: scaler.unscale_() must not be called before perturb(scaler), which unscales by itself, got it called")
     if scaler._scale is None:
         raise RuntimeError("CrAM: scaler must have scaled a loss before perturb(scaler), got one that has not")
@@ -36,7 +38,7 @@ def first_factor(scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
 
 
 def second_factor(given: dict[str, Any], first: Factor, scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
-    """Of the second pass, with the overflow of both; the scaler hears of the first one's.
+    """Of the second pass, with the overflow of both on any rank that shares the parameters; the scaler hears of it, if it is known.
 
     Args:
         given: what a GradScaler has set: `grad_scale` (None: the gradients are unscaled), `found_inf`. Empty: no scaler.
@@ -44,13 +46,13 @@ def second_factor(given: dict[str, Any], first: Factor, scaler: GradScaler | Non
     """
     if not given:
         return Factor()
-    scale, found_inf = given["grad_scale"], given["found_inf"]
-    if scaler is not None and first.found_inf is not None:
-        found_inf = first.found_inf + found_inf
-        seen = _record(scaler, optimizer)["found_inf_per_device"]
-        device = first.found_inf.device
-        seen[device] = first.found_inf + seen.get(device, 0)  # update() lowers the scale by this
-    return Factor(None if scale is None else _inverse(scale), torch.as_tensor(found_inf))
+    scale, found_inf = given["grad_scale"], torch.as_tensor(given["found_inf"], dtype=torch.float32)
+    found_inf = found_inf.clone() if first.found_inf is None else first.found_inf + found_inf.to(first.found_inf.device)
+    for mesh in whole_mesh([p for group in optimizer.param_groups for p in group["params"]]):
+        mesh.reduce_(found_inf, dist.ReduceOp.MAX)  # torch looks at how the first gradient of all is placed, and reduces for that one
+    if scaler is not None:
+        _record(scaler, optimizer)["found_inf_per_device"][found_inf.device] = found_inf  # update() lowers the scale by this
+    return Factor(None if scale is None else _inverse(scale), found_inf)
 
 
 def clipped(factor: Factor, norm: Tensor, max_norm: float) -> tuple[Factor, Tensor]:

@@ -30,7 +30,7 @@ class Slot:
         self.group = self.position = 0  # where it is in param_groups
         self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
         self.master = self.nothing  # float32, of which the parameter is the rounded copy
-        self.version = -1  # of the parameter when it was last written here
+        self.version = (-1, -1)  # of the parameter when it was last written here
         self.borrowed: Tensor | None = None  # memory for first gradients that are not ours to keep
         self.bits: dict[int | None, Tensor] = {}  # uint8 [ceil(numel / 8)] a pattern whose masks are kept; None: of this step
         self.finished: set[int] = set()  # patterns whose mask is there
@@ -41,8 +41,13 @@ class Slot:
         """Drop what belongs to one step."""
         self.origin = self.nothing  # where a restore finds the weights
         self.first = self.nothing  # the first gradient
-        self.first_version = 0
+        self.first_owner: Tensor | None = None  # whose shard it is
+        self.first_version = (0, 0)
         self.mask = self.nothing  # what masks the second gradient
+
+    def versions(self) -> tuple[int, int]:
+        """A write to a DTensor counts there, one to the shard here."""
+        return self.param._version, self.local._version
 
     def state_dtype(self) -> torch.dtype:
         """Of the base optimizer's state."""
@@ -80,13 +85,17 @@ class Slot:
             if self.borrowed is None:
                 self.borrowed = torch.empty_like(self.local)
             self.first = self.borrowed.copy_(self.grad)
+            self.first_owner = None
         else:
-            self.first = self.grad
-        self.first_version = self.first._version
+            self.first, self.first_owner = self.grad, self.param.grad
+        self.first_version = self.first_versions()
+
+    def first_versions(self) -> tuple[int, int]:
+        return self.first._version, 0 if self.first_owner is None else self.first_owner._version
 
     def check_first(self) -> None:
         """Raise RuntimeError where somebody has written to the first gradient, which perturb() took away."""
-        if self.first is not self.nothing and self.first._version != self.first_version:
+        if self.first is not self.nothing and self.first_versions() != self.first_version:
             where = f"parameter {self.position} of group {self.group}"
             raise RuntimeError(
                 f"CrAM: the first gradient of {where} must be left alone after perturb(), got it overwritten: copy it before"
@@ -102,6 +111,7 @@ class Arena:
         self.begun: list[Slot] | None = None  # what the step perturbs
         self.first = Factor()  # of the first gradients
         self.scaler: GradScaler | None = None  # theirs; not in the optimizer, whose methods Lightning calls on an object of its own
+        self.renewed: list[tuple[Slot, int]] = []  # masks that this step has computed, to be kept
         self.uphill = False  # whether weights are, or may be, perturbed: set before the op runs, lowered after it is undone
         self.model: nn.Module | None = None  # whose batch norms are frozen meanwhile
         self.frozen: AbstractContextManager[None] | None = None
@@ -121,6 +131,7 @@ class Arena:
                 slot = self.slots.get(id(param))
                 if slot is None or (self.begun is None and slot.layout != layout_of(param)):
                     slot = self.slots[id(param)] = Slot(param)
+                slot.local = local_of(param)  # Module.to() puts another shard under a DTensor
                 slot.group, slot.position = i, j
                 slots.append(slot)
         return slots
@@ -148,6 +159,8 @@ class Arena:
     def restore(self) -> None:
         """Bring the weights back, to the bit; the step stays open. Idempotent: the op knows by its flag whether it has something to do."""
         if self.uphill:
+            for slot in self.begun or ():
+                slot.local = local_of(slot.param)
             for device, slots in by_device(self.begun or ()):
                 flag = self.flag(device)
                 if device.type == "cpu" and int(flag) == 0:
@@ -158,19 +171,26 @@ class Arena:
                         local_of(slot.param).copy_(slot.master if slot.origin is slot.nothing else slot.origin)
                 ops.restore_([s.local for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
                 self.note_versions(same)
+            self.reshard()
             self._back()
 
     def note_versions(self, slots: Iterable[Slot]) -> None:
         """What the parameters hold now is ours."""
         for slot in slots:
-            slot.version = slot.local._version
+            slot.version = slot.versions()
 
     def end(self) -> None:
         """The weights are back; the step is over, or given up."""
         self._back()
         for slot in self.begun or ():
             slot.forget()
-        self.begun, self.first, self.scaler = None, Factor(), None
+        self.begun, self.first, self.scaler, self.renewed = None, Factor(), None, []
+
+    def reshard(self) -> None:
+        """The root of an FSDP model keeps a whole copy of its weights after a forward pass: an old one after a change of the shards."""
+        for module in self.model.modules() if self.model is not None else ():
+            if hasattr(module, "reshard") and hasattr(module, "unshard"):
+                module.reshard()  # type: ignore[operator]
 
     def _back(self) -> None:
         if self.frozen is not None:

@@ -18,7 +18,7 @@ class Attachment:
     def __init__(self, model: nn.Module, arena: Arena) -> None:
         self.arena = arena
         self.handles = [module.register_state_dict_post_hook(self) for module in model.modules()]
-        self.unsynced = False  # whether DDP has left the gradients of the last backward pass to each rank
+        self.unsynced: dict[nn.Module, bool] = {}  # DDP -> whether it has left the gradients of its last pass to each rank
         self.handles += [module.register_forward_hook(self.after_forward) for module in model.modules() if isinstance(module, DDP)]
         self.handles += [module.register_load_state_dict_pre_hook(self.before_load) for module in model.modules()]
 
@@ -29,7 +29,9 @@ class Attachment:
 
     def after_forward(self, module: DDP, *_: Any) -> None:
         if torch.is_grad_enabled():
-            self.unsynced = not module.require_backward_grad_sync  # the pass after this one goes by it, whatever no_sync() does until then
+            self.unsynced[
+                module
+            ] = not module.require_backward_grad_sync  # the pass after this one goes by it, whatever no_sync() does until then
 
     def before_load(self, *args: Any) -> None:
         """What is loaded within a step must not be overwritten by the weights that were saved before: they come back first."""

@@ -28,7 +28,7 @@ from .levels import COUNTERS, count, draw, first_counters, uses
 from .perturb import perturb_
 from .scalars import Scalars
 from .selection import Selection
-from .update import FUSED, update_
+from .update import FUSED, skipped, update_
 from .wrapper import Wrapper, base_of
 
 MASKS = "cram_masks"  # their key in a state_dict, beside torch's "state" and "param_groups"
@@ -46,6 +46,12 @@ class Coverage(NamedTuple):
     shape: Size
     numel: int
     why_dense: str | None
+
+
+def _is_a_dry_step(groups: list[dict[str, Any]], slots: list[Slot]) -> bool:
+    """torch.distributed.checkpoint takes a step with a rate of 0 and gradients of 0 to make an optimizer's state. Between the halves of a
+    step there is nothing to be made, and the step stays open."""
+    return bool(slots) and all(float(group["lr"]) == 0 for group in groups) and not any(bool(s.grad.any()) for s in slots)
 
 
 class CrAM(Wrapper):
@@ -201,7 +207,7 @@ class CrAM(Wrapper):
         factor, groups, patterns = first_factor(scaler, self), self.param_groups, self.compression
         check_options(groups)
         level = draw(groups, len(patterns)) if patterns else None
-        if self._attachment is not None and self._attachment.unsynced:
+        if self._attachment is not None and any(self._attachment.unsynced.values()):
             if any(group["plus"] or (group["sparse_grad"] and patterns) for group in groups):
                 wanted = "be the same on all ranks (or plus=False, sparse_grad=False)"
                 raise RuntimeError(f"CrAM: the first gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
@@ -226,6 +232,9 @@ class CrAM(Wrapper):
                 if groups[slot.group]["plus"]:
                     slot.keep_gradient()
             release_gradients(slots)
+            self._arena.reshard()
+            if self._attachment is not None:
+                self._attachment.unsynced.clear()
         except BaseException:
             self.restore()
             raise
@@ -269,7 +278,12 @@ class CrAM(Wrapper):
         """
         given = self._of_scaler(closure)
         if closure is None:
-            self._update(given)
+            try:
+                self._update(given)
+            except BaseException:
+                for key in given:  # which the scaler would have taken away afterwards
+                    self.__dict__.pop(key, None)
+                raise
             return None
         self.restore()
         with self._released_on_error():
@@ -335,6 +349,9 @@ class CrAM(Wrapper):
             check_options(self.param_groups)
             slots = arena.of(self.param_groups)
             second = [s for s in slots if s.has_gradient()]
+            if arena.begun is not None and _is_a_dry_step(self.param_groups, second):
+                release_gradients(slots)
+                return
             if arena.begun and not second:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?", stacklevel=1)
             for slot in arena.begun or ():
@@ -347,6 +364,9 @@ class CrAM(Wrapper):
                 masters.prepare(self.base_optimizer, list(set(active).difference(arena.begun or ())))
             update_(self.base_optimizer, arena, active, self._scalars, factor)
             arena.note_versions(active)
+            if arena.renewed and skipped(factor):  # a host synchronisation, where masks are kept under a GradScaler
+                for slot, place in arena.renewed:
+                    slot.finished.discard(place)  # of gradients that overflowed
         except BaseException:
             self.restore()
             raise

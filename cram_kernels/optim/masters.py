@@ -1,7 +1,7 @@
 """Float32 master weights of 16-bit parameters: `state[p]["master"]`, beside momentum and the like, which are float32 too.
 
 Whoever writes to a parameter (a loaded checkpoint, DDP's broadcast, a re-initialization) need not know of them: elements that are no longer
-the rounded master are taken over.
+the rounded master are taken over. Torch's version counters say that somebody wrote; a write through `.data` does not count there.
 """
 
 from typing import Any
@@ -27,10 +27,11 @@ def prepare(base: Optimizer, slots: list[Slot]) -> None:
         if master is None or master.dtype != torch.float32 or master.stride() != param.stride():
             master = torch.empty_like(param, dtype=torch.float32).copy_(param if master is None else master)
             state[KEY] = whole_of(slot.param, master)
-        elif slot.version == param._version:
+            master = local_of(state[KEY])
+        elif slot.master is master and slot.version == slot.versions():
             continue
         torch.where(param == master.to(param.dtype), master, param, out=master)
-        slot.master, slot.version = master, param._version
+        slot.master, slot.version = master, slot.versions()
 
 
 def reload(state: dict[Tensor, dict[str, Any]], groups: list[dict[str, Any]], loaded: dict[str, Any]) -> None:

@@ -57,6 +57,8 @@ def perturb_(
     for slot in masked:
         if place is not None:
             slot.finished.add(place)
+            if not reuse:
+                arena.renewed.append((slot, place))
         if not groups[slot.group]["sparse_grad"]:
             slot.mask = slot.nothing
     numels = tuple(size for side in selection.sides for size in side.numels)
