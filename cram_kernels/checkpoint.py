@@ -12,7 +12,8 @@ from .atomic import replacing
 def save(obj: Any, path: str | os.PathLike[str]) -> None:
     """torch.save to a new file beside `path`, which then takes its place in one step.
 
-    Whatever is raised, or kills the process, `path` holds the old checkpoint or the new one. The folder must exist.
+    Whatever is raised, or kills the process, `path` (or what a link there points to) holds the old checkpoint or the new one. The folder
+    must exist. A process that is killed meanwhile leaves an unfinished `.NAME.*.partial` there.
     """
-    with replacing(Path(path)) as partial:
+    with replacing(Path(os.path.realpath(path))) as partial:
         torch.save(obj, partial)

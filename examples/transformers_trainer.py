@@ -77,6 +77,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder,
+                use_cpu=not torch.cuda.is_available(),  # else bf16 is refused there
                 max_steps=10 if given.quick else given.steps,
                 per_device_train_batch_size=32,
                 gradient_accumulation_steps=given.accumulate,

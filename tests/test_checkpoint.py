@@ -61,3 +61,9 @@ def test_an_exception_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         save({"step": 2, "cannot be pickled": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "latest.pt").symlink_to(tmp_path / "run.pt")
+    save({"step": 1}, tmp_path / "latest.pt")
+    assert (tmp_path / "latest.pt").is_symlink() and torch.load(tmp_path / "run.pt", weights_only=True) == {"step": 1}

@@ -39,7 +39,7 @@ WITH_TIMM = pytest.mark.skipif(why_no_timm() is not None, reason=str(why_no_timm
     ("example", "options", "shown"),
     [
         ("lightning_mnist.py", [], ["SGD ", "CrAM+ "]),
-        ("transformers_trainer.py", ["--accumulate", "2"], ["AdamW ", "CrAM+ "]),
+        ("transformers_trainer.py", ["--accumulate", "2", "--bf16"], ["AdamW ", "CrAM+ "]),
         pytest.param("timm_train.py", ["--accumulate", "2", "--amp", "float16"], ["model ", "average "], marks=WITH_TIMM),
     ],
 )
