@@ -51,7 +51,10 @@ class Coverage(NamedTuple):
 def _is_a_dry_step(groups: list[dict[str, Any]], slots: list[Slot]) -> bool:
     """torch.distributed.checkpoint takes a step with a rate of 0 and gradients of 0 to make an optimizer's state. Between the halves of a
     step there is nothing to be made, and the step stays open."""
-    return bool(slots) and all(float(group["lr"]) == 0 for group in groups) and not any(bool(s.grad.any()) for s in slots)
+    rates = [group["lr"] for group in groups]
+    if not slots or any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return False  # reading a rate on a GPU would wait for it in every step
+    return all(float(rate) == 0 for rate in rates) and not any(bool(s.grad.any()) for s in slots)
 
 
 class CrAM(Wrapper):
