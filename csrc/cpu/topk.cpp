@@ -13,15 +13,17 @@
 namespace cram {
 namespace {
 
-constexpr int64_t kDirect = 2048;    // sets up to this size: every weight is a candidate
-constexpr int64_t kSample = 32768;   // elements, at most
-constexpr double kDeviations = 4;    // half width of the bracket; the guess fails about once in 16,000 steps
-constexpr int64_t kSampleTask = 4096;
+constexpr int64_t kDirect = 2048;      // sets up to this size: every weight is a candidate
+constexpr int64_t kRun = 4;            // neighbours that are sampled together: they share their cache misses
+constexpr double kDeviations = 4;      // half width of the bracket; the guess fails about once in 16,000 steps
+constexpr int64_t kSampleTask = 1024;  // runs
+constexpr int64_t kLargeSample = 8192;  // runs: worth all threads
 
 struct Set {
   std::vector<int32_t> items;
   int64_t numel = 0;
   int64_t k = 0;
+  int32_t step = 1 << 16;  // of its keys: those of 16-bit types have zeros at their end
   Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
   bool settled = false;  // the threshold is known without looking at a weight
   bool fallback = false;
@@ -34,10 +36,17 @@ struct Set {
   int64_t expected_candidates() const {
     if (numel <= kDirect) return numel;
     const double share = static_cast<double>(k) / static_cast<double>(numel);
-    return static_cast<int64_t>(2.2 * kDeviations * std::sqrt(share * (1 - share) / static_cast<double>(sample())) * static_cast<double>(numel));
+    return static_cast<int64_t>(2.2 * kDeviations * std::sqrt(share * (1 - share) / static_cast<double>(kRun * runs())) * static_cast<double>(numel));
   }
 
-  int64_t sample() const { return std::clamp(numel / 8, kDirect / 2, kSample); }
+  // Of the sample; a power of two, so that strata are cut by a shift. A run costs two cache misses, and the fewer there are, the more
+  // candidates: 1 / sqrt(runs) of the weights. Their sum is least at a multiple of numel^(2/3).
+  int64_t runs() const {
+    const double best = std::min(0.19 * std::pow(static_cast<double>(numel), 2.0 / 3), static_cast<double>(numel / (16 * kRun)));
+    int64_t size = kDirect / 64;
+    while (1.5 * static_cast<double>(size) < best) size *= 2;
+    return size;
+  }
 
   int64_t most_candidates() const { return std::max(2 * kDirect, numel / 16); }
 };
@@ -52,8 +61,10 @@ Sets make_sets(const std::vector<Item>& items, const int64_t* k, int64_t num_set
   }
   for (size_t i = 0; i < items.size(); ++i) {
     if (items[i].set < 0) continue;
-    sets[items[i].set]->items.push_back(static_cast<int32_t>(i));
-    sets[items[i].set]->numel += items[i].numel;
+    Set& set = *sets[items[i].set];
+    set.items.push_back(static_cast<int32_t>(i));
+    set.numel += items[i].numel;
+    set.step = std::min(set.step, items[i].dtype == DType::kFloat32 ? 1 : items[i].dtype == DType::kFloat16 ? 1 << 13 : 1 << 16);
   }
   for (auto& set : sets) {
     set->settled = set->k < 1 || set->k > set->numel;
@@ -100,89 +111,164 @@ uint64_t scramble(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-// Keys of sample elements [begin, end) of `total`: one at a hashed place of each of `total` equal strata of the set. Each place is a cache
+// Keys of runs [begin, end) of `runs`, kRun each: one run at a hashed place of each of `runs` equal strata of the set. Each place is a cache
 // miss, so that a batch of them is on its way before the first is read.
-void sample_keys(const std::vector<Item>& items, const Set& set, const Perturbation& p, int64_t total, int64_t begin, int64_t end, int32_t* keys) {
-  constexpr int kBatch = 32;
+void sample_keys(const std::vector<Item>& items, const Set& set, const Perturbation& p, int64_t runs, int64_t begin, int64_t end, int32_t* keys) {
+  constexpr int kPlaces = 32;
+  const int shift = __builtin_ctzll(runs);  // runs * numel is below 2^63 for lists of 2^48 weights
   size_t at = 0;
   int64_t first = 0;  // of item `at`, among the set's weights
   while (begin < end) {
-    std::pair<size_t, int64_t> places[kBatch];  // item, element
-    const int batch = static_cast<int>(std::min<int64_t>(kBatch, end - begin));
+    std::pair<int32_t, int64_t> places[kPlaces];  // item, element
+    const int batch = static_cast<int>(std::min<int64_t>(kPlaces, end - begin));
     for (int b = 0; b < batch; ++b) {
       const int64_t j = begin + b;
-      const int64_t low = static_cast<int64_t>(static_cast<__int128>(j) * set.numel / total);
-      const int64_t high = static_cast<int64_t>(static_cast<__int128>(j + 1) * set.numel / total);
-      const int64_t place = low + static_cast<int64_t>(scramble(j) % (high - low));
+      const int64_t low = (j * set.numel) >> shift, width = ((j + 1) * set.numel >> shift) - low;
+      const int64_t place = low + static_cast<int64_t>(((scramble(j) >> 32) * width) >> 32);
       while (place >= first + items[set.items[at]].numel) first += items[set.items[at++]].numel;
       const Item& item = items[set.items[at]];
-      places[b] = {static_cast<size_t>(set.items[at]), place - first};
-      const Source source = source_of(item, p, false);
-      __builtin_prefetch(static_cast<const char*>(source.weights) + (place - first) * (source.master ? 4 : size_of(item.dtype)));
-      if (source.grad != nullptr) __builtin_prefetch(static_cast<const char*>(source.grad) + (place - first) * size_of(item.dtype));
+      const int64_t i = (place - first) / kRun * kRun;  // in one cache line
+      places[b] = {set.items[at], i};
+      if (item.master != nullptr)
+        __builtin_prefetch(item.master + i);
+      else
+        __builtin_prefetch(static_cast<const char*>(item.param) + i * size_of(item.dtype));
+      if (item.grad != nullptr) __builtin_prefetch(static_cast<const char*>(item.grad) + i * size_of(item.dtype));
     }
     for (int b = 0; b < batch; ++b) {
       const Item& item = items[places[b].first];
-      keys[begin + b] = key_at(source_of(item, p, false), item.dtype, places[b].second);
+      const Source source = source_of(item, p, false);
+      for (int64_t i = 0; i < kRun; ++i)
+        keys[(begin + b) * kRun + i] = key_at(source, item.dtype, std::min(places[b].second + i, item.numel - 1));
     }
     begin += batch;
   }
 }
 
-// The keys between which the k-th largest lies, but for bad luck.
-Bracket bracket_of(int32_t* keys, int64_t size, const Set& set) {
-  const double share = static_cast<double>(set.k) / static_cast<double>(set.numel);
-  const double rank = share * static_cast<double>(size);
-  const double width = kDeviations * std::sqrt(rank * (1 - share)) + 1;
-  const int64_t upper = static_cast<int64_t>(std::floor(rank - width)) - 1;  // from the largest, 0-based
-  const int64_t lower = static_cast<int64_t>(std::ceil(rank + width));
-  const int64_t middle = std::clamp<int64_t>(std::llround(rank) - 1, 0, size - 1);
+struct Span {
+  const int32_t* bits;
+  int64_t count;
+};
+
+int32_t key_of(int32_t bits) { return bits & 0x7fffffff; }
+
+struct Selected {
+  int32_t key;
+  int64_t larger;  // of all keys
+};
+
+// The keys of 1-based `ranks` from the largest, of keys in (low, high]: by a histogram, then exactly in the bins that matter. `step`: all keys are multiples of it.
+std::vector<Selected> select(const Pool& pool, const std::vector<Span>& spans, int32_t low, int32_t high, const std::vector<int64_t>& ranks, int32_t step) {
+  constexpr int kBins = 2048;
+  int shift = 0;
+  while (((static_cast<int64_t>(high) - low) >> shift) >= kBins) ++shift;
+  const auto bin_of = [&](int32_t bits) { return (key_of(bits) - low - 1) >> shift; };
+
+  std::vector<std::vector<int64_t>> bins(pool.threads, std::vector<int64_t>(kBins, 0));
+  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
+    int64_t* own = bins[worker].data();
+    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits) ++own[bin_of(*bits)];
+  });
+  for (size_t worker = 1; worker < bins.size(); ++worker)
+    for (int bin = 0; bin < kBins; ++bin) bins[0][bin] += bins[worker][bin];
+
+  std::vector<Selected> selected;
+  std::vector<int> chosen;  // bin of each rank
+  std::vector<char> wanted(kBins, 0);
+  for (int64_t rank : ranks) {
+    int64_t larger = 0;
+    int bin = kBins - 1;
+    while (larger + bins[0][bin] < rank) larger += bins[0][bin--];
+    chosen.push_back(bin);
+    wanted[bin] = 1;
+    const int64_t from = static_cast<int64_t>(low) + 1 + (static_cast<int64_t>(bin) << shift);
+    selected.push_back({static_cast<int32_t>((from + step - 1) / step * step), larger});
+  }
+  if ((1 << shift) <= step) return selected;  // a bin has room for one key
+
+  std::vector<std::vector<int32_t>> found(pool.threads);
+  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
+    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits)
+      if (wanted[bin_of(*bits)]) found[worker].push_back(key_of(*bits));
+  });
+  std::vector<int32_t> keys;
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    keys.clear();
+    for (const auto& own : found)
+      for (int32_t key : own)
+        if (bin_of(key) == chosen[i]) keys.push_back(key);
+    const auto place = keys.begin() + (ranks[i] - selected[i].larger - 1);
+    std::nth_element(keys.begin(), place, keys.end(), std::greater<>());
+    selected[i].key = *place;
+    selected[i].larger += std::count_if(keys.begin(), place, [&](int32_t other) { return other > *place; });
+  }
+  return selected;
+}
+
+// The keys between which the k-th largest lies, but for bad luck. keys: [runs, kRun]
+Bracket bracket_of(const Pool& pool, const int32_t* keys, int64_t runs, const Set& set) {
+  const int64_t size = runs * kRun;
+  std::vector<Span> spans;
+  for (int64_t begin = 0; begin < size; begin += kSampleTask * kRun) spans.push_back({keys + begin, std::min(kSampleTask * kRun, size - begin)});
+  const double share = static_cast<double>(set.k) / static_cast<double>(set.numel), rank = share * static_cast<double>(size);
+  const int64_t middle = std::clamp<int64_t>(std::llround(rank), 1, size);
+  const int32_t cut = select(pool, spans, kKeepAll, kNanKey, {middle}, 1)[0].key;
+
+  // Neighbours resemble each other, in rows of an embedding much: the width comes from the variance between runs.
+  int64_t squares = 0, total = 0;
+  for (const int32_t *run = keys, *end = keys + size; run < end; run += kRun) {
+    int64_t larger = 0;
+    for (int i = 0; i < kRun; ++i) larger += run[i] >= cut;
+    total += larger;
+    squares += larger * larger;
+  }
+  const double mean = static_cast<double>(total) / static_cast<double>(runs);
+  const double independent = rank * (1 - share), between = static_cast<double>(squares) - static_cast<double>(total) * mean;
+  const double width = kDeviations * std::sqrt(std::max(independent, between)) + 1;
+  const int64_t upper = static_cast<int64_t>(std::floor(rank - width)), lower = static_cast<int64_t>(std::ceil(rank + width)) + 1;
+
   Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
-  int32_t *from = keys, *to = keys + size;
-  if (upper >= 0) {
-    std::nth_element(from, keys + upper, to, std::greater<>());
-    bracket.high = keys[upper];
-    from = keys + upper + 1;
-  }
-  if (lower < size) {
-    std::nth_element(from, keys + lower, to, std::greater<>());
-    bracket.low = keys[lower] - 1;
-    to = keys + lower;
-  }
-  if (keys + middle >= from && keys + middle < to) std::nth_element(from, keys + middle, to, std::greater<>());
-  bracket.cut = std::clamp(keys[middle], bracket.low, bracket.high);  // the best guess: few weights will have to be set right
+  std::vector<int64_t> ranks;
+  if (upper >= 1) ranks.push_back(upper);
+  if (lower <= size) ranks.push_back(lower);
+  const std::vector<Selected> ends = select(pool, spans, kKeepAll, kNanKey, ranks, 1);
+  if (upper >= 1) bracket.high = ends.front().key;
+  if (lower <= size) bracket.low = ends.back().key - 1;
+  bracket.cut = std::clamp(cut, bracket.low, bracket.high);  // the best guess: few weights will have to be set right
   // A bracket of one key (heavy ties): if the guess holds, that key is the threshold, and no list is needed.
   bracket.append = bracket.high - bracket.low > 1;
   if (!bracket.append) bracket.cut = bracket.high;
   return bracket;
 }
 
-struct SampleTask {
-  int64_t set, total, begin, end;
-  int64_t place;  // of the set's first key among all keys
-};
+const Pool kAlone{1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }};
 
 void guess(const Context& c, const std::vector<Item>& items, const Perturbation& p, Sets& sets) {
-  std::vector<SampleTask> tasks, brackets;
+  struct Task {
+    Set* set;
+    int64_t begin, end;  // of the runs; begin is 0 for the first task of a set
+    int64_t place;       // of the set's first key among all keys
+  };
+  std::vector<Task> tasks;
   int64_t size = 0;
-  for (size_t s = 0; s < sets.size(); ++s) {
-    const Set& set = *sets[s];
-    if (set.settled || set.numel <= kDirect) continue;
-    const int64_t total = set.sample();
-    brackets.push_back({static_cast<int64_t>(s), total, 0, total, size});
-    for (int64_t begin = 0; begin < total; begin += kSampleTask)
-      tasks.push_back({static_cast<int64_t>(s), total, begin, std::min(begin + kSampleTask, total), size});
-    size += total;
+  for (auto& set : sets) {
+    if (set->settled || set->numel <= kDirect) continue;
+    for (int64_t begin = 0; begin < set->runs(); begin += kSampleTask) tasks.push_back({set.get(), begin, std::min(begin + kSampleTask, set->runs()), size});
+    size += set->runs() * kRun;
   }
   if (tasks.empty()) return;
-  std::vector<int32_t> keys(size);
+  const std::unique_ptr<int32_t[]> keys(new int32_t[size]);
   for_tasks(c.pool, tasks.size(), [&](int, int64_t i) {
-    const SampleTask& t = tasks[i];
-    sample_keys(items, *sets[t.set], p, t.total, t.begin, t.end, keys.data() + t.place);
+    const Task& t = tasks[i];
+    sample_keys(items, *t.set, p, t.set->runs(), t.begin, t.end, keys.get() + t.place);
   });
-  for_tasks(c.pool, brackets.size(), [&](int, int64_t i) {
-    const SampleTask& t = brackets[i];
-    sets[t.set]->bracket = bracket_of(keys.data() + t.place, t.total, *sets[t.set]);
+  const auto bracket = [&](const Pool& pool, const Task& t) { t.set->bracket = bracket_of(pool, keys.get() + t.place, t.set->runs(), *t.set); };
+  // Large sets one after the other, each in parallel; small ones side by side.
+  const auto large = [](const Task& t) { return t.set->runs() >= kLargeSample; };
+  for (const Task& t : tasks)
+    if (t.begin == 0 && large(t)) bracket(c.pool, t);
+  for_tasks(c.pool, tasks.size(), [&](int, int64_t i) {
+    if (tasks[i].begin == 0 && !large(tasks[i])) bracket(kAlone, tasks[i]);
   });
 }
 
@@ -278,51 +364,6 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
 
 // ---- 3. Finish ----
 
-struct Span {
-  const int32_t* bits;
-  int64_t count;
-};
-
-int32_t key_of(int32_t bits) { return bits & 0x7fffffff; }
-
-struct Selected {
-  int32_t key;
-  int64_t larger;  // candidates with a larger key
-};
-
-// The rank-th largest (1-based) key of candidates, all in (low, high]: by a histogram, then exactly in one of its bins.
-Selected select(const Pool& pool, const std::vector<Span>& spans, const Bracket& bracket, int64_t rank) {
-  constexpr int kBins = 2048;
-  int shift = 0;
-  while (((static_cast<int64_t>(bracket.high) - bracket.low) >> shift) >= kBins) ++shift;
-  const auto bin_of = [&](int32_t bits) { return (key_of(bits) - bracket.low - 1) >> shift; };
-
-  std::vector<std::vector<int64_t>> bins(pool.threads, std::vector<int64_t>(kBins, 0));
-  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
-    int64_t* own = bins[worker].data();
-    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits) ++own[bin_of(*bits)];
-  });
-  int64_t larger = 0, in_bin = 0;
-  int bin = kBins;
-  while (larger + in_bin < rank) {
-    larger += in_bin;
-    in_bin = 0;
-    --bin;
-    for (const auto& own : bins) in_bin += own[bin];
-  }
-
-  std::vector<std::vector<int32_t>> found(pool.threads);
-  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
-    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits)
-      if (bin_of(*bits) == bin) found[worker].push_back(key_of(*bits));
-  });
-  std::vector<int32_t>& keys = found[0];
-  for (size_t worker = 1; worker < found.size(); ++worker) keys.insert(keys.end(), found[worker].begin(), found[worker].end());
-  std::nth_element(keys.begin(), keys.begin() + (rank - larger - 1), keys.end(), std::greater<>());
-  const int32_t key = keys[rank - larger - 1];
-  return {key, larger + std::count_if(keys.begin(), keys.end(), [&](int32_t other) { return other > key; })};
-}
-
 // The threshold of a set from its candidates, or the fallback mark.
 void settle(const Pool& pool, Set& set, const std::vector<Span>& spans) {
   int64_t larger = set.above;
@@ -330,7 +371,8 @@ void settle(const Pool& pool, Set& set, const std::vector<Span>& spans) {
     const int64_t rank = set.k - set.above;
     set.fallback = rank < 1 || rank > set.candidates || (set.bracket.append && set.overflow);
     if (set.fallback) return;
-    const Selected selected = set.bracket.append ? select(pool, spans, set.bracket, rank) : Selected{set.bracket.high, 0};
+    const Selected selected =
+        set.bracket.append ? select(pool, spans, set.bracket.low, set.bracket.high, {rank}, set.step)[0] : Selected{set.bracket.high, 0};
     set.threshold = selected.key;
     larger += selected.larger;
   }
@@ -345,9 +387,8 @@ void finish(const Context& c, const std::vector<Item>& items, Sets& sets, const 
     for (const auto& record : found.records()) spans[items[pass.ranges[record.range].item].set].push_back({found.bits(record), record.count});
   for (size_t s = 0; s < sets.size(); ++s)
     if (sets[s]->candidates > kLarge) settle(c.pool, *sets[s], spans[s]);
-  const Pool alone{1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }};
   for_tasks(c.pool, sets.size(), [&](int, int64_t s) {
-    if (sets[s]->candidates <= kLarge) settle(alone, *sets[s], spans[s]);
+    if (sets[s]->candidates <= kLarge) settle(kAlone, *sets[s], spans[s]);
   });
 }
 
@@ -361,6 +402,7 @@ void put(const Item& item, int64_t i, T value, bool keep) {
 
 // Sets right what the guess `cut` got wrong: the candidates between it and the threshold.
 void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, const Pass& pass) {
+  constexpr int64_t kBatch = 256;
   std::vector<std::pair<const CandidateList*, const CandidateList::Record*>> records;
   for (const CandidateList& found : pass.found)
     for (const auto& record : found.records()) records.push_back({&found, &record});
@@ -373,15 +415,28 @@ void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, 
     const int32_t *bits = found->bits(*record), low = std::min(set.bracket.cut, set.threshold), high = std::max(set.bracket.cut, set.threshold);
     const uint16_t* offsets = found->offsets(*record);
     const bool keep = set.threshold < set.bracket.cut;
-    for (int64_t j = 0; j < record->count; ++j) {
-      const int32_t key = key_of(bits[j]);
-      if (key <= low || key > high || key == kNanKey) continue;
-      const float u = from_bits(keep ? static_cast<uint32_t>(bits[j]) : 0u);
-      const int64_t i = r.begin + offsets[j];
-      if (item.dtype == DType::kFloat32)
-        put(item, i, u, keep);
-      else
-        put(item, i, item.dtype == DType::kFloat16 ? half_bits(u) : static_cast<uint16_t>(to_bits(u) >> 16), keep);
+    const int64_t size = size_of(item.dtype);
+    for (int64_t first = 0; first < record->count; first += kBatch) {  // each of them is a cache miss: a batch is on its way before the first is written
+      int32_t wrong[kBatch];
+      int count = 0;
+      for (int64_t j = first; j < std::min(first + kBatch, record->count); ++j) {
+        const int32_t key = key_of(bits[j]);
+        wrong[count] = static_cast<int32_t>(j);
+        count += (key > low) & (key <= high) & (key != kNanKey);
+      }
+      for (int w = 0; w < count; ++w) {
+        const int64_t i = r.begin + offsets[wrong[w]];
+        __builtin_prefetch(static_cast<char*>(item.param) + i * size, 1);
+        if (item.mask != nullptr) __builtin_prefetch(item.mask + i / 8, 1);
+      }
+      for (int w = 0; w < count; ++w) {
+        const float u = from_bits(keep ? static_cast<uint32_t>(bits[wrong[w]]) : 0u);
+        const int64_t i = r.begin + offsets[wrong[w]];
+        if (item.dtype == DType::kFloat32)
+          put(item, i, u, keep);
+        else
+          put(item, i, item.dtype == DType::kFloat16 ? half_bits(u) : static_cast<uint16_t>(to_bits(u) >> 16), keep);
+      }
     }
   });
 }

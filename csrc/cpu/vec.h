@@ -101,6 +101,11 @@ CRAM_INLINE F larger(F a, F b) {
   return a;
 }
 
+CRAM_INLINE I larger(I a, I b) {
+  CRAM_PARTS a.v[part] = a.v[part] > b.v[part] ? a.v[part] : b.v[part];
+  return a;
+}
+
 CRAM_INLINE I magnitude_key(F u) { return both(as_int(canonical(u)), I(0x7fffffff)); }
 
 CRAM_INLINE F load(const float* p) {
@@ -143,15 +148,6 @@ CRAM_INLINE F widen_half(const uint16_t* p) {
 }
 CRAM_INLINE void store_half(uint16_t* p, F a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)a.v[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-// The lanes of a in `bits`, packed to the front; 16 values are written. Compressing in a register and storing the whole of it beats a
-// compressing store, which some CPUs microcode.
-CRAM_INLINE void compress(int32_t* p, I a, Bits bits) {
-  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)a.v[0]));
-}
-CRAM_INLINE void compress16(uint16_t* p, I a, Bits bits) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)a.v[0])));
 }
 
 // Flags: a byte a lane, of which the top bit counts; for bits whose places are not whole bytes.
@@ -251,16 +247,6 @@ CRAM_INLINE void store_half(uint16_t* p, F a) {
 
 #endif
 
-#if !defined(__AVX512F__)
-CRAM_INLINE int32_t lane_of(I a, int lane) { return a.v[lane / kWidth][lane % kWidth]; }
-CRAM_INLINE void compress(int32_t* p, I a, Bits bits) {
-  for (; bits; bits &= bits - 1) *p++ = lane_of(a, __builtin_ctz(bits));
-}
-CRAM_INLINE void compress16(uint16_t* p, I a, Bits bits) {
-  for (; bits; bits &= bits - 1) *p++ = (uint16_t)lane_of(a, __builtin_ctz(bits));
-}
-#endif
-
 CRAM_INLINE F load(const Float16* p) { return widen_half(&p->bits); }
 CRAM_INLINE F load(const BFloat16* p) {
   I wide = load16(&p->bits);
@@ -296,20 +282,20 @@ CRAM_INLINE void keep_raw(float* p, Bits bits) { store(p, keep(load(p), bits)); 
 CRAM_INLINE void keep_raw(BFloat16* p, Bits bits) { store16(&p->bits, keep(load16(&p->bits), bits)); }
 CRAM_INLINE void keep_raw(Float16* p, Bits bits) { store16(&p->bits, keep(load16(&p->bits), bits)); }
 
-// A whole block of raw bits to an address that is written once and not read soon.
-template <class T>
-CRAM_INLINE void stream(T* to, const T* from) {
+// `bytes` of them, 32 or 64, to an address that is written once and not read soon.
+template <int bytes>
+CRAM_INLINE void stream(void* to, const void* from) {
 #if defined(__AVX512F__)
-  if (sizeof(T) == 4 && reinterpret_cast<uintptr_t>(to) % 64 == 0) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+  if (bytes == 64 && reinterpret_cast<uintptr_t>(to) % 64 == 0) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
 #endif
 #if defined(__AVX2__)
   if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
-    for (int byte = 0; byte < kBlock * (int)sizeof(T); byte += 32)
+    for (int byte = 0; byte < bytes; byte += 32)
       _mm256_stream_si256((__m256i*)((char*)to + byte), _mm256_loadu_si256((const __m256i*)((const char*)from + byte)));
     return;
   }
 #endif
-  memcpy(to, from, kBlock * sizeof(T));
+  memcpy(to, from, bytes);
 }
 
 }  // namespace CRAM_ISA

@@ -1,0 +1,105 @@
+// Restore and update. Included by kernels_impl.h.
+#pragma once
+
+#include "../restore.h"
+#include "blocks.h"
+
+namespace cram {
+namespace CRAM_ISA {
+
+static void round_master(const float* master, DType dtype, int64_t begin, int64_t end, void* out) {
+  with_type(dtype, [&](auto t) CRAM_MELT {
+    using T = decltype(t);
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT { store(static_cast<T*>(out) + i, rounded(load(master + i, lanes), t), lanes); });
+  });
+}
+
+// The gradient of the update for the block at i.
+template <class T, class Lanes>
+CRAM_INLINE F update_gradient(const Item& item, const Scales& scales, int64_t i, Lanes lanes) {
+  const T *second = static_cast<const T*>(item.grad), *first = static_cast<const T*>(item.first_grad);
+  F g2(0.0f), g1(0.0f);
+  if (second != nullptr) {
+    g2 = unscaled(load(second + i, lanes), scales.grad, scales.has_grad);
+    if (item.mask != nullptr) g2 = keep(g2, load_bits(item.mask, i, lanes));
+    if (first == nullptr) return g2;
+  }
+  g1 = unscaled(load(first + i, lanes), scales.first_grad, scales.has_first_grad);
+  return second == nullptr ? g1 : add(g1, g2);
+}
+
+static void combine(const Item& item, int64_t begin, int64_t end, const Scales& scales) {
+  with_type(item.dtype, [&](auto t) CRAM_MELT {
+    using T = decltype(t);
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+      store(static_cast<T*>(item.grad) + i, rounded(update_gradient<T>(item, scales, i, lanes), t), lanes);
+    });
+  });
+}
+
+// f(T{}, S{}): the types of the parameter and of its state and weights.
+template <class Function>
+CRAM_INLINE void with_types(const Item& item, Function f) {
+  with_type(item.dtype, [&](auto t) CRAM_MELT {
+    if (item.master != nullptr)
+      f(t, float{});
+    else
+      f(t, t);
+  });
+}
+
+template <class T, class Lanes>
+CRAM_INLINE void store_weight(const Item& item, int64_t i, F w, Lanes lanes) {
+  if (item.master != nullptr) {
+    w = canonical(w);
+    store(item.master + i, w, lanes);
+  }
+  store(static_cast<T*>(item.param) + i, rounded(w, T{}), lanes);
+}
+
+template <class S, class Lanes>
+CRAM_INLINE F load_state(void* state, int64_t i, Lanes lanes) {
+  return state == nullptr ? F(0.0f) : load(static_cast<const S*>(state) + i, lanes);
+}
+
+template <class S, class Lanes>
+CRAM_INLINE void store_state(void* state, int64_t i, F x, Lanes lanes) {
+  if (state != nullptr) store(static_cast<S*>(state) + i, rounded(x, S{}), lanes);
+}
+
+static void sgd(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const SgdOptions& options) {
+  void* buffer = options.momentum != 0 ? item.state[0] : nullptr;
+  with_types(item, [&](auto t, auto s) CRAM_MELT {
+    using T = decltype(t);
+    using S = decltype(s);
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+      F w = load(static_cast<const S*>(weights) + i, lanes);
+      F b = load_state<S>(options.fresh ? nullptr : buffer, i, lanes);
+      sgd_step(w, b, update_gradient<T>(item, scales, i, lanes), options);
+      store_state<S>(buffer, i, b, lanes);
+      store_weight<T>(item, i, w, lanes);
+    });
+  });
+}
+
+static void adam(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options, bool decays) {
+  void* maximum = options.amsgrad ? item.state[2] : nullptr;
+  with_types(item, [&](auto t, auto s) CRAM_MELT {
+    using T = decltype(t);
+    using S = decltype(s);
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+      F w = load(static_cast<const S*>(weights) + i, lanes);
+      F m = load_state<S>(item.state[0], i, lanes);
+      F v = load_state<S>(item.state[1], i, lanes);
+      F x = load_state<S>(maximum, i, lanes);
+      adam_step(w, m, v, x, update_gradient<T>(item, scales, i, lanes), decays, options);
+      store_state<S>(item.state[0], i, m, lanes);
+      store_state<S>(item.state[1], i, v, lanes);
+      store_state<S>(maximum, i, x, lanes);
+      store_weight<T>(item, i, w, lanes);
+    });
+  });
+}
+
+}  // namespace CRAM_ISA
+}  // namespace cram
