@@ -2,6 +2,8 @@
 // The fast road of the streaming passes, for batches without a NaN; blocks of 16 floats (kernels_impl.h) take the others and the tails.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "vec_half.h"
 
@@ -13,15 +15,17 @@ constexpr int kBatch = 64;
 template <class T>
 struct Batch {
   using Vec = H;
+  using Number = int16_t;
   static constexpr int kLanes = kHalves, kVecs = kBatch / kLanes;
-  static constexpr int16_t kMagnitude = 0x7fff;
+  static constexpr Number kMagnitude = 0x7fff;
   Vec v[kVecs];
 };
 template <>
 struct Batch<float> {
   using Vec = I;
+  using Number = int32_t;
   static constexpr int kLanes = kBlock, kVecs = kBatch / kLanes;
-  static constexpr int32_t kMagnitude = 0x7fffffff;
+  static constexpr Number kMagnitude = 0x7fffffff;
   Vec v[kVecs];
 };
 
@@ -115,16 +119,13 @@ class Uphill {
   I top_grad_{0};
 };
 
-// Past the cache, where the address allows it: what is written is not read soon, and its old lines are not worth reading.
+// Writes u under `kept`; the parameter is saved first.
 template <class T>
-CRAM_INLINE void stream_batch(T* to, const T* from) {
-  for (int i = 0; i < kBatch; i += 64 / static_cast<int>(sizeof(T))) stream<64>(to + i, from + i);
-}
-
-// Writes u under `kept`; the parameter is saved first. The order is that of memory traffic.
-template <class T>
-CRAM_INLINE void write(T* out, T* saved, const Batch<T>& u, uint64_t kept) {
-  if (saved != nullptr) stream_batch(saved, out);
+CRAM_INLINE void write(const Source& source, T* out, T* saved, const Batch<T>& u, uint64_t kept) {
+  if (saved != nullptr && source.past_cache)
+    for (int i = 0; i < kBatch; i += 64 / static_cast<int>(sizeof(T))) stream<64>(saved + i, out + i);
+  else if (saved != nullptr)
+    memcpy(saved, out, kBatch * sizeof(T));
   CRAM_VECS {
     const auto own = keep(u.v[vec], static_cast<Bits>(kept >> (Batch<T>::kLanes * vec)) & static_cast<Bits>((uint64_t(1) << Batch<T>::kLanes) - 1));
     memcpy(out + Batch<T>::kLanes * vec, &own, sizeof own);

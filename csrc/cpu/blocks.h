@@ -70,13 +70,41 @@ CRAM_INLINE void keep_raw(T* p, Bits bits, int lanes) {
   memcpy(p, copy, sizeof(T) * lanes);
 }
 
-// Raw bits, past the cache where the destination allows it: what is saved is not read again soon, and its old lines are not worth reading.
+// As above, rounded to T.
 template <class T>
-CRAM_INLINE void copy(T* to, const T* from, Whole) {
-  stream<kBlock * static_cast<int>(sizeof(T))>(to, from);
+CRAM_INLINE void store_rounded(T* p, F a, Whole) {
+  store_rounded(p, a);
 }
 template <class T>
-CRAM_INLINE void copy(T* to, const T* from, int lanes) {
+CRAM_INLINE void store_rounded(T* p, F a, int lanes) {
+  T copy[kBlock];
+  store_rounded(copy, a);
+  memcpy(p, copy, sizeof(T) * lanes);
+}
+
+// And past the cache, where the address allows it; a tail is not worth it.
+template <class T>
+CRAM_INLINE void stream_rounded(T* p, F a, Whole) {
+  alignas(64) T block[kBlock];
+  store_rounded(block, a);
+  stream<kBlock * static_cast<int>(sizeof(T))>(p, block);
+}
+template <class T>
+CRAM_INLINE void stream_rounded(T* p, F a, int lanes) {
+  store_rounded(p, a, lanes);
+}
+
+// Raw bits. Past the cache, where the address allows it, old lines of the destination are not read first.
+template <class T>
+CRAM_INLINE void copy(T* to, const T* from, bool past_cache, Whole) {
+  constexpr int bytes = kBlock * static_cast<int>(sizeof(T));
+  if (past_cache)
+    stream<bytes>(to, from);
+  else
+    memcpy(to, from, bytes);
+}
+template <class T>
+CRAM_INLINE void copy(T* to, const T* from, bool, int lanes) {
   memcpy(to, from, sizeof(T) * lanes);
 }
 
@@ -135,7 +163,7 @@ CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_
 template <class T, class Lanes>
 CRAM_INLINE void write(const Source& source, int64_t i, Lanes lanes, F u, Bits bits, void* out, void* saved) {
   T* p = static_cast<T*>(out) + i;
-  if (saved != nullptr) copy(static_cast<T*>(saved) + i, p, lanes);
+  if (saved != nullptr) copy(static_cast<T*>(saved) + i, p, source.past_cache, lanes);
   if (source.grad != nullptr)
     store(p, keep(u, bits), lanes);
   else

@@ -16,7 +16,11 @@ struct Perturbation {
   const float* inv_scale = nullptr;  // optional
   float* found_inf = nullptr;        // optional
   int32_t* perturbed = nullptr;      // the flag
+  bool past_cache = false;           // the list is larger than the caches
 };
+
+// Whether tensors of this size have left the caches before they are read again.
+bool past_cache(const std::vector<Item>&);
 
 struct TopkStats {
   int64_t kept, candidates, fallback;

@@ -17,7 +17,8 @@ struct Source {
   const void* grad;  // T, optional
   float rho;
   float inv_scale;
-  bool scaled;  // multiply by inv_scale
+  bool scaled;      // multiply by inv_scale
+  bool past_cache;  // what is saved will have left the caches before it is read
 };
 
 // The part of a selection set that is still open: keys in (low, high] are candidates; the k-th largest is among them, if the guess holds.
@@ -64,9 +65,9 @@ struct Kernels {
 
   void (*round_master)(const float* master, DType, int64_t begin, int64_t end, void* out);
   void (*combine)(const Item&, int64_t begin, int64_t end, const Scales&);
-  // weights: where the unperturbed weights are (saved, master, or the parameter itself).
-  void (*sgd)(const Item&, const void* weights, int64_t begin, int64_t end, const Scales&, const SgdOptions&);
-  void (*adam)(const Item&, const void* weights, int64_t begin, int64_t end, const Scales&, const AdamOptions&, bool decays);
+  // weights: where the unperturbed weights are (saved, master, or the parameter itself). past_cache: write the parameter past the caches.
+  void (*sgd)(const Item&, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales&, const SgdOptions&);
+  void (*adam)(const Item&, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales&, const AdamOptions&, bool decays);
 
   // 2:4 on a block of rows_multiple rows. places: one byte a group.
   void (*pack_24)(const PackItem&, int64_t begin, uint8_t* places);
@@ -79,7 +80,8 @@ struct Kernels {
 };
 
 constexpr int64_t kNormChunk = 1024;
-constexpr int64_t nm_scratch(int64_t range) { return (range + 64) * 9; }  // bytes: key and u 4 each, keep 1
+constexpr int64_t kNmPadding = 256;  // numbers: two rows of lanes, and a tile of 8 rows of 16
+constexpr int64_t nm_scratch(int64_t range) { return (range + kNmPadding) * 5; }  // bytes: u 4, a flag 1
 
 const Kernels& kernels_portable();
 #if defined(__x86_64__)

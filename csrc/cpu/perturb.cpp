@@ -2,9 +2,16 @@
 
 namespace cram {
 
+bool past_cache(const std::vector<Item>& items) {
+  constexpr int64_t kCaches = 4 << 20;  // bytes: the second level of a few cores; beside the parameters there are gradients and activations
+  int64_t bytes = 0;
+  for (const Item& item : items) bytes += item.numel * size_of(item.dtype);
+  return bytes > kCaches;
+}
+
 Source source_of(const Item& item, const Perturbation& p, bool from_saved) {
   const void* weights = item.master != nullptr ? item.master : from_saved ? item.saved : item.param;
-  return {weights, item.master != nullptr, item.grad, item.rho, p.inv_scale != nullptr ? *p.inv_scale : 1, p.inv_scale != nullptr};
+  return {weights, item.master != nullptr, item.grad, item.rho, p.inv_scale != nullptr ? *p.inv_scale : 1, p.inv_scale != nullptr, p.past_cache};
 }
 
 void perturb_masked(const Context& c, const std::vector<Item>& items, const Perturbation& p) {

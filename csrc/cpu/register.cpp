@@ -21,6 +21,7 @@ Perturbation perturbation(const PerturbArguments& a, std::vector<Item>& items, c
   p.inv_scale = float_or_null(a.inv_scale);
   p.found_inf = const_cast<float*>(float_or_null(a.found_inf));
   p.perturbed = static_cast<int32_t*>(a.perturbed.data_ptr());
+  p.past_cache = past_cache(items);
   for (size_t i = 0; i < items.size(); ++i) items[i].rho = at(a.rho, i);
   Check(op).require(*p.perturbed == 0, "perturbed", "be 0", std::to_string(*p.perturbed) + ": the weights are perturbed already; restore_ them first");
   return p;

@@ -74,7 +74,7 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
     }
     if (out != nullptr) {
       const uint64_t kept = greater_bits<T>(keys, batch_cut);
-      write(static_cast<T*>(out) + i, saved == nullptr ? nullptr : static_cast<T*>(saved) + i, u, kept);
+      write(source, static_cast<T*>(out) + i, saved == nullptr ? nullptr : static_cast<T*>(saved) + i, u, kept);
       if (mask != nullptr) store_bits64(mask, i, kept);
     }
   }

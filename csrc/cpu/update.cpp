@@ -52,8 +52,9 @@ void restore_combine(const Context& c, const std::vector<Item>& items, const Upd
 }
 
 void restore_sgd(const Context& c, const std::vector<Item>& items, const Update& update, const std::vector<SgdOptions>& options) {
+  const bool streamed = past_cache(items);
   restore_and(c, items, update, [&](int32_t i, const Range& r, const void* weights) {
-    c.kernels.sgd(items[i], weights, r.begin, r.end, update.scales, options[i]);
+    c.kernels.sgd(items[i], weights, streamed, r.begin, r.end, update.scales, options[i]);
   });
 }
 
@@ -67,8 +68,9 @@ void restore_adam(const Context& c, const std::vector<Item>& items, const Update
       set_step(options[i], hyper[i].beta1, hyper[i].beta2, hyper[i].lr, hyper[i].weight_decay, static_cast<int64_t>(*items[i].step));
     }
   }
+  const bool streamed = past_cache(items);
   restore_and(c, items, update, [&](int32_t i, const Range& r, const void* weights) {
-    c.kernels.adam(items[i], weights, r.begin, r.end, update.scales, options[i], hyper[i].weight_decay != 0);
+    c.kernels.adam(items[i], weights, streamed, r.begin, r.end, update.scales, options[i], hyper[i].weight_decay != 0);
   });
 }
 

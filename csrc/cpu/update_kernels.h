@@ -10,7 +10,7 @@ namespace CRAM_ISA {
 static void round_master(const float* master, DType dtype, int64_t begin, int64_t end, void* out) {
   with_type(dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
-    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT { store(static_cast<T*>(out) + i, rounded(load(master + i, lanes), t), lanes); });
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT { store_rounded(static_cast<T*>(out) + i, load(master + i, lanes), lanes); });
   });
 }
 
@@ -32,7 +32,7 @@ static void combine(const Item& item, int64_t begin, int64_t end, const Scales& 
   with_type(item.dtype, [&](auto t) CRAM_MELT {
     using T = decltype(t);
     for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
-      store(static_cast<T*>(item.grad) + i, rounded(update_gradient<T>(item, scales, i, lanes), t), lanes);
+      store_rounded(static_cast<T*>(item.grad) + i, update_gradient<T>(item, scales, i, lanes), lanes);
     });
   });
 }
@@ -48,13 +48,18 @@ CRAM_INLINE void with_types(const Item& item, Function f) {
   });
 }
 
+// The parameter's old value is not needed: where the list is larger than the caches, its lines are not read first.
 template <class T, class Lanes>
-CRAM_INLINE void store_weight(const Item& item, int64_t i, F w, Lanes lanes) {
+CRAM_INLINE void store_weight(const Item& item, bool past_cache, int64_t i, F w, Lanes lanes) {
   if (item.master != nullptr) {
     w = canonical(w);
     store(item.master + i, w, lanes);
   }
-  store(static_cast<T*>(item.param) + i, rounded(w, T{}), lanes);
+  T* to = static_cast<T*>(item.param) + i;
+  if (past_cache)
+    stream_rounded(to, w, lanes);
+  else
+    store_rounded(to, w, lanes);
 }
 
 template <class S, class Lanes>
@@ -64,10 +69,10 @@ CRAM_INLINE F load_state(void* state, int64_t i, Lanes lanes) {
 
 template <class S, class Lanes>
 CRAM_INLINE void store_state(void* state, int64_t i, F x, Lanes lanes) {
-  if (state != nullptr) store(static_cast<S*>(state) + i, rounded(x, S{}), lanes);
+  if (state != nullptr) store_rounded(static_cast<S*>(state) + i, x, lanes);
 }
 
-static void sgd(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const SgdOptions& options) {
+static void sgd(const Item& item, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales& scales, const SgdOptions& options) {
   void* buffer = options.momentum != 0 ? item.state[0] : nullptr;
   with_types(item, [&](auto t, auto s) CRAM_MELT {
     using T = decltype(t);
@@ -77,12 +82,12 @@ static void sgd(const Item& item, const void* weights, int64_t begin, int64_t en
       F b = load_state<S>(options.fresh ? nullptr : buffer, i, lanes);
       sgd_step(w, b, update_gradient<T>(item, scales, i, lanes), options);
       store_state<S>(buffer, i, b, lanes);
-      store_weight<T>(item, i, w, lanes);
+      store_weight<T>(item, past_cache, i, w, lanes);
     });
   });
 }
 
-static void adam(const Item& item, const void* weights, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options, bool decays) {
+static void adam(const Item& item, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options, bool decays) {
   void* maximum = options.amsgrad ? item.state[2] : nullptr;
   with_types(item, [&](auto t, auto s) CRAM_MELT {
     using T = decltype(t);
@@ -96,7 +101,7 @@ static void adam(const Item& item, const void* weights, int64_t begin, int64_t e
       store_state<S>(item.state[0], i, m, lanes);
       store_state<S>(item.state[1], i, v, lanes);
       store_state<S>(maximum, i, x, lanes);
-      store_weight<T>(item, i, w, lanes);
+      store_weight<T>(item, past_cache, i, w, lanes);
     });
   });
 }

@@ -24,6 +24,7 @@ constexpr int kParts = kBlock / kWidth;
 
 typedef float FloatVec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Bits;  // one bit a lane, 16 lanes
 
 // Lambdas that are the body of a loop must melt into it: called once a block, they would cost more than their work.
@@ -258,8 +259,21 @@ CRAM_INLINE F load(const BFloat16* p) {
 CRAM_INLINE void store(Float16* p, F a) { store_half(&p->bits, a); }
 CRAM_INLINE void store(BFloat16* p, F a) {
   I high = as_int(a);
-  CRAM_PARTS high.v[part] = (high.v[part] >> 16) & 0xffff;
+  CRAM_PARTS high.v[part] = (IntVec)((UnsignedVec)high.v[part] >> 16);
   store16(&p->bits, high);
+}
+
+// Stores a rounded to T, to nearest even; NaN becomes canonical.
+CRAM_INLINE void store_rounded(float* p, F a) { store(p, canonical(a)); }
+CRAM_INLINE void store_rounded(Float16* p, F a) { store_half(&p->bits, canonical(a)); }
+CRAM_INLINE void store_rounded(BFloat16* p, F a) {
+  I bits = as_int(a);
+  const FloatVec nan = (FloatVec)(IntVec{} + kNanKey);
+  CRAM_PARTS {
+    bits.v[part] = bits.v[part] + 0x7fff + ((bits.v[part] >> 16) & 1);
+    a.v[part] = a.v[part] == a.v[part] ? (FloatVec)bits.v[part] : nan;
+  }
+  store(p, a);
 }
 
 // a rounded to the type of the second argument, to nearest even, still as floats; NaN becomes canonical.

@@ -37,6 +37,15 @@ CRAM_INLINE void store_halves(T* p, H a) {
   memcpy(p, &a, sizeof a);
 }
 
+// 16 numbers at `first` and 16 at `second`.
+template <class T>
+CRAM_INLINE H load_halves(const T* first, const T* second) {
+  T both[kHalves];
+  memcpy(both, first, sizeof both / 2);
+  memcpy(both + kHalves / 2, second, sizeof both / 2);
+  return load_halves(both);
+}
+
 // The lanes of floats lo, hi as bits of the type of the last argument, to nearest even. No NaN among them.
 CRAM_INLINE I nearest_bfloat16(F a) {  // in the upper halves
   I bits = as_int(a);
@@ -79,11 +88,24 @@ CRAM_INLINE I add_if_less(I sum, I a, I b) {
   return sum.v[0] = (IntVec)_mm512_mask_sub_epi32((__m512i)sum.v[0], mask, (__m512i)sum.v[0], _mm512_set1_epi32(-1)), sum;
 }
 
+// Where a < b: up + 1 and down - 1.
+CRAM_INLINE void swap_if_less(H& up, H& down, H a, H b) {
+  const __mmask32 mask = _mm512_cmplt_epi16_mask((__m512i)a.v[0], (__m512i)b.v[0]);
+  const __m512i minus_one = _mm512_set1_epi16(-1);
+  up.v[0] = (HalfVec)_mm512_mask_sub_epi16((__m512i)up.v[0], mask, (__m512i)up.v[0], minus_one);
+  down.v[0] = (HalfVec)_mm512_mask_add_epi16((__m512i)down.v[0], mask, (__m512i)down.v[0], minus_one);
+}
+CRAM_INLINE void swap_if_less(I& up, I& down, I a, I b) {
+  const __mmask16 mask = _mm512_cmplt_epi32_mask((__m512i)a.v[0], (__m512i)b.v[0]);
+  const __m512i minus_one = _mm512_set1_epi32(-1);
+  up.v[0] = (IntVec)_mm512_mask_sub_epi32((__m512i)up.v[0], mask, (__m512i)up.v[0], minus_one);
+  down.v[0] = (IntVec)_mm512_mask_add_epi32((__m512i)down.v[0], mask, (__m512i)down.v[0], minus_one);
+}
+
 // Lane i of the result is lane index[i], which lies in the same run of 8 lanes.
 CRAM_INLINE I permute(I a, I index) { return a.v[0] = (IntVec)_mm512_permutexvar_epi32((__m512i)index.v[0], (__m512i)a.v[0]), a; }
 CRAM_INLINE H permute(H a, H index) { return a.v[0] = (HalfVec)_mm512_permutexvar_epi16((__m512i)index.v[0], (__m512i)a.v[0]), a; }
 
-CRAM_INLINE void store_flags32(uint8_t* p, Bits bits) { _mm256_storeu_si256((__m256i*)p, _mm256_movm_epi8((__mmask32)bits)); }
 CRAM_INLINE uint64_t load_flags64(const uint8_t* p) {
   const __mmask64 mask = _mm512_movepi8_mask(_mm512_loadu_si512(p));
   uint64_t bits;
@@ -130,7 +152,6 @@ CRAM_INLINE H permute(H a, H index) {
   CRAM_PARTS a.v[part] = (HalfVec)_mm256_shuffle_epi8((__m256i)a.v[part], (__m256i)((index.v[part] & 7) * 0x0202 + 0x0100));
   return a;
 }
-CRAM_INLINE void store_flags32(uint8_t* p, Bits bits) { store_flags(p, bits & 0xffff), store_flags(p + kBlock, bits >> 16); }
 CRAM_INLINE uint64_t load_flags64(const uint8_t* p) {
   const auto half = [](const uint8_t* q) { return (uint64_t)(uint32_t)_mm256_movemask_epi8(_mm256_loadu_si256((const __m256i*)q)); };
   return half(p) | half(p + 32) << 32;
@@ -175,7 +196,6 @@ CRAM_INLINE H permute(H a, H index) {
   for (int lane = 0; lane < kHalves; ++lane) to[lane] = from[at[lane]];
   return load_halves(to);
 }
-CRAM_INLINE void store_flags32(uint8_t* p, Bits bits) { store_flags(p, bits & 0xffff), store_flags(p + kBlock, bits >> 16); }
 CRAM_INLINE uint64_t load_flags64(const uint8_t* p) {
   uint64_t bits = 0;
   for (int block = 0; block < 4; ++block) bits |= (uint64_t)load_flags(p + kBlock * block) << (kBlock * block);
@@ -190,6 +210,18 @@ CRAM_INLINE H add_if_less(H sum, H a, H b) {
   return sum;
 }
 CRAM_INLINE I add_if_less(I sum, I a, I b) { return sub(sum, less(a, b)); }
+CRAM_INLINE void swap_if_less(H& up, H& down, H a, H b) {
+  CRAM_PARTS {
+    const HalfVec minus_one = (HalfVec)(a.v[part] < b.v[part]);
+    up.v[part] -= minus_one;
+    down.v[part] += minus_one;
+  }
+}
+CRAM_INLINE void swap_if_less(I& up, I& down, I a, I b) {
+  const I minus_one = less(a, b);
+  up = sub(up, minus_one);
+  down = add(down, minus_one);
+}
 #endif
 
 }  // namespace CRAM_ISA
