@@ -9,10 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to; at the end of the block it takes the place of `path` in one step.
+    """A new file beside `path` to write to; at the end of the block it takes the place of `path` in one step. Links are followed.
 
     Whatever is raised, or kills the process, leaves the old file, or none; a killed process also leaves the unfinished `.NAME.*.partial`.
+
+    Raises:
+        ValueError: `path` is a folder or a device.
     """
+    path = target(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)
@@ -20,14 +24,29 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "r+b") as file:
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # mkstemp's are private
+        partial.chmod(_mode(path))  # mkstemp's are private
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def target(path: Path) -> Path:
+    """The file that writing to `path` makes or replaces: links are followed."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path must be a file, or not there yet, got {str(path)!r}, which is a {'folder' if path.is_dir() else 'device'}")
+    return path
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the old file, or else those of any new one."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _flush(folder: Path) -> None:

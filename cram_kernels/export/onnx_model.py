@@ -11,7 +11,9 @@ from .check import check_weights
 from .container import KEY, manifest
 from .onnx_weights import onnx_package, onnx_weights
 from .report import NMReport
+from .weights import Weight, weights_of
 
+LIMIT = 2**31 - 2**24  # bytes of weights: protobuf writes no message of 2 GiB, and the graph needs a few
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # largest difference, as a share of the largest output
 
 
@@ -20,12 +22,19 @@ def write_onnx(model: nn.Module, path: Path, report: NMReport, example_inputs: t
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: a weight is not n:m along its input channels in the file, or the outputs differ.
+        ValueError: the model is too large; a weight is not n:m along its input channels in the file, or the outputs differ.
     """
     onnx = onnx_package()
     runtime = _runtime()
+    weights = weights_of(model)
+    if (size := sum(weight.tensor.nbytes for weight in weights)) > LIMIT:
+        raise ValueError(
+            f"export: model must have at most {LIMIT:,} bytes of weights for one ONNX file, got {size:,}: "
+            "export with torch.onnx.export(model, inputs, path, external_data=True), and check that file"
+        )
     program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, **options)
     assert program is not None  # it is one where no file is named
+    _names_of_the_model(program.model.graph, weights)
     program.model.metadata_props[KEY] = json.dumps(manifest("onnx", report, {}))
     onnx.save(program.model_proto, str(path))
     _same_pattern(path, report)
@@ -41,15 +50,35 @@ def _runtime() -> Any:
     return onnxruntime
 
 
+def _names_of_the_model(graph: Any, weights: list[Weight]) -> None:
+    """The exporter stores some matrices transposed, as val_7: they get their names back."""
+    ours = {_content(w.tensor.t()): w.name for w in weights if w.tensor.dim() == 2}
+    for name in [name for name in graph.initializers if name.startswith("val_")]:
+        value = graph.initializers[name]
+        if len(value.shape) == 2 and value.const_value is not None:
+            own = ours.get((tuple(value.shape), value.const_value.tobytes()))
+            if own is not None and own not in graph.initializers:
+                value.name = own
+
+
+def _content(t: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def _same_pattern(path: Path, report: NMReport) -> None:
-    """What is n:m in the model is n:m along the axis that engines read in the file."""
-    rows = {row.name: row for row in check_weights(onnx_weights(path), report.pattern).rows}
-    for row in report.holding:
-        found = rows.get(row.name)  # none where the exporter folded or renamed it
-        if found is not None and not found.holds and found.kind != "embedding":
-            raise ValueError(
-                f"export: tensor {row.name!r} must be {report.pattern} along its input channels in the ONNX file, got another axis"
-            )
+    """What is n:m in the model is n:m along the axis that engines read in the file, and no other matrix violates it."""
+    rows = check_weights(onnx_weights(path), report.pattern).rows
+    holding = {row.name for row in report.holding}
+    others = [row for row in report.rows if not row.holds]
+    names, sizes = {row.name for row in others}, {(row.numel, row.zeros) for row in others}  # the exporter renames some
+    for row in rows:
+        known = row.name in names or (row.name not in holding and (row.numel, row.zeros) in sizes)
+        if not row.violates or row.kind == "embedding" or known:
+            continue
+        raise ValueError(
+            f"export: tensor {row.name!r} must be {report.pattern} along its input channels in the ONNX file, got violations in "
+            f"{row.describe()}"
+        )
 
 
 def _same_outputs(runtime: Any, path: Path, model: nn.Module, example_inputs: tuple[Any, ...]) -> None:

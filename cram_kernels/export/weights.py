@@ -6,8 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 
-Kind = Literal["linear", "conv", "conv transpose", "embedding", "matrix", "other"]  # "matrix": 2 dims, user unknown
+from ..distributed import is_spread
+
+# "matrix": 2 dims, user unknown; "transposed linear": the weight is [inputs, outputs]; "other": no product's
+Kind = Literal["linear", "transposed linear", "conv", "conv transpose", "embedding", "matrix", "other"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -32,10 +36,11 @@ class Weight:
 
 
 def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
-    """Every tensor of a model or a state dict.
+    """Every tensor of a model or a state dict. A semi-structured one is unpacked.
 
     Raises:
         TypeError: neither, or a value of the state dict is no tensor.
+        ValueError: a tensor is the shard of one rank.
     """
     if isinstance(source, nn.Module):
         return _of_tensors(source.state_dict(), {name: use for name, use in _uses(source)})
@@ -49,16 +54,27 @@ def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | No
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"state dict: entry {name!r} must be a tensor, got {type(t).__name__}")
-        same = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.layout == torch.strided and t.numel() > 0 else name
-        names.setdefault(same, []).append(name)
+        if is_spread(t):
+            raise ValueError(f"state dict: entry {name!r} must be whole, got a shard (DTensor): gather the model first")
+        names.setdefault(_identity(name, t), []).append(name)
     found = []
     for own in names.values():
         t = tensors[own[0]].detach()
+        t = t.to_dense() if isinstance(t, SparseSemiStructuredTensor) else t
         # a linear layer tied to an embedding is both: as an embedding it must stay what it is
         kinds = [uses.get(name, (guess(t), None)) for name in own]
         kind, groups = next((use for use in kinds if use[0] == "embedding"), kinds[0])
         found.append(Weight(own[0], t, kind, groups=groups, aliases=tuple(own[1:])))
     return found
+
+
+def _identity(name: str, t: Tensor) -> object:
+    """The same for tied names."""
+    if isinstance(t, SparseSemiStructuredTensor):
+        return id(t)
+    if t.layout != torch.strided or t.is_meta or t.numel() == 0:
+        return name
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
 def guess(t: Tensor) -> Kind:
@@ -77,3 +93,5 @@ def _uses(model: nn.Module) -> Iterator[tuple[str, tuple[Kind, int | None]]]:
             yield f"{prefix}weight", ("conv transpose", module.groups)
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             yield f"{prefix}weight", ("embedding", None)
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', of GPT-2
+            yield f"{prefix}weight", ("transposed linear", None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..atomic import replacing
+from ..atomic import replacing, target
 from ..params import DTYPES
 from ..patterns import NM
 from . import bitmask, container, cutlass
@@ -45,7 +45,7 @@ def export(
 
     Args:
         model: a module, or a state dict (not for "onnx"). It is not changed.
-        path: of the file; a process that is killed leaves the old one, or none.
+        path: of the file, NAME.safetensors, or NAME.onnx; a link is followed. A process that is killed leaves the old file, or none.
         format: "safetensors": dense with zeros; every reader reads it. "bitmask": smaller, for `read`. "cutlass-sm80": matrices packed for
             SM 8.x. "onnx": the model with dense weights, run through ONNX Runtime and compared.
         pattern: what every tensor that is not excluded must hold, as far as its shape allows: see `check_nm`.
@@ -65,7 +65,10 @@ def export(
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if not path.parent.is_dir():
+    suffix = ".onnx" if format == "onnx" else ".safetensors"
+    if path.suffix != suffix:
+        raise ValueError(f"export: path must end in {suffix} for format {format!r}, got {str(path)!r}")
+    if not target(path).parent.is_dir():
         raise ValueError(f"export: path must be in a folder that is there, got {str(path)!r}")
     if format == "onnx":
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
@@ -91,6 +94,9 @@ def export(
 
 def _on_cpu(weight: Weight) -> Weight:
     """A contiguous copy on the CPU: the files are row-major, and tensors that share memory are each stored."""
+    if weight.tensor.layout != torch.strided or weight.tensor.is_meta:
+        found = "a meta tensor" if weight.tensor.is_meta else f"layout {weight.tensor.layout}"
+        raise ValueError(f"export: tensor {weight.name!r} must be dense and have data, got {found}")
     return Weight(weight.name, weight.tensor.cpu().contiguous().clone(), weight.kind, weight.axis, weight.groups, weight.aliases)
 
 
