@@ -138,7 +138,7 @@ def test_bitmask_is_smaller_and_its_bits_are_numpys_and_compressed_tensors(tmp_p
 
 
 def test_bits_are_those_of_compressed_tensors() -> None:
-    reason = "compressed-tensors is not installed: pip install compressed-tensors (it brings transformers)"
+    reason = "compressed-tensors is not installed: pip install 'cram_kernels[test]'"
     helpers = pytest.importorskip("compressed_tensors.utils.helpers", reason=reason)
     kept = torch.rand(48, 64) < 0.5
     assert torch.equal(helpers.pack_bitmasks(kept).flatten(), pack_bits(kept.flatten()))
