@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(op: str, path: Path) -> Iterator[Path]:
     """A new file beside `path` to write to; at the end of the block it takes the place of `path` in one step. Links are followed.
 
     Whatever is raised, or kills the process, leaves the old file, or none; a killed process also leaves the unfinished `.NAME.*.partial`.
 
     Raises:
-        ValueError: `path` is a folder or a device.
+        ValueError: `path` is a folder or a device; op names who asks.
     """
-    path = target(path)
+    path = target(op, path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)
@@ -32,11 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def target(path: Path) -> Path:
+def target(op: str, path: Path) -> Path:
     """The file that writing to `path` makes or replaces: links are followed."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        raise ValueError(f"path must be a file, or not there yet, got {str(path)!r}, which is a {'folder' if path.is_dir() else 'device'}")
+        kind = "folder" if path.is_dir() else "device"
+        raise ValueError(f"{op}: path must be a file, or not there yet, got {str(path)!r}, which is a {kind}")
     return path
 
 

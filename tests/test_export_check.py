@@ -138,6 +138,22 @@ def test_grouped_convolutions_are_no_stems() -> None:
     assert row.why_dense == "2 input channels are not a multiple of 4 (8 groups)"
 
 
+def test_parameters_of_unknown_use_are_not_called_convolutions() -> None:
+    """A vision transformer's class token, position embedding, and an LSTM."""
+    model = nn.Module()
+    model.token, model.position = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.zeros(1, 8, 16))
+    model.lstm = nn.LSTM(8, 4)
+    rows = {row.name: row for row in check_nm(model).rows}
+    assert rows["token"].why_dense == "1 input channels are not a multiple of 4"
+    assert rows["position"].kind == "parameter" and rows["position"].verdicts["TensorRT"].runs == "no"
+    assert (
+        rows["lstm.weight_ih_l0"].kind == "recurrent" and rows["lstm.weight_ih_l0"].verdicts["cuSPARSELt"].why == "recurrent, not a Linear"
+    )
+    state = {row.name: row.kind for row in check_nm(model.state_dict()).rows}
+    assert (state["token"], state["position"], state["lstm.weight_ih_l0"]) == ("parameter", "parameter", "matrix")
+    assert check_nm({"w": torch.ones(8, 1, 3, 3)}).rows[0].why_dense == "depthwise: one input channel a group"
+
+
 def test_weights_of_gpt2_lie_the_other_way_round() -> None:
     """transformers' Conv1D is [inputs, outputs]: 2:4 along axis 1 is of no use to an engine, and not called 2:4."""
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D

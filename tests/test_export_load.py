@@ -240,6 +240,21 @@ def test_int8_on_a_gpu(backend) -> None:
 
 
 @GPU
+def test_float8_on_a_gpu() -> None:
+    """Where torch has it: compressed as others, multiplied by torch._scaled_mm."""
+    device = torch.device("cuda")
+    if (why := load._why_missing("cusparselt", device)) is not None or torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip(why or "float8 needs compute capability 8.9 or later")
+    w = torch.randn(256, 128, device=device)
+    w.view(256, -1, 4)[..., 2:] = 0
+    w, x = w.to(torch.float8_e4m3fn), torch.randn(64, 128, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+    sparse = load.COMPRESS["cusparselt"](w)
+    products = [torch._scaled_mm(a, x.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16) for a in (sparse, w)]
+    torch.testing.assert_close(*products, rtol=2e-2, atol=2e-2)
+
+
+@GPU
 def test_saved_and_loaded_with_weights_only_on_a_gpu(tmp_path: Path) -> None:
     loaded = gpu_model(torch.float16).cuda()
     load_sparse(loaded, file(gpu_model(torch.float16), tmp_path, "safetensors", ()))

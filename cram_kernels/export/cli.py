@@ -73,17 +73,16 @@ def run_check(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     common: dict[str, Any] = {"pattern": options.pattern, "exclude": options.exclude}
     try:
-        weights = read(options.file)
+        source: Any = read(options.file)
+        source = _model(options.model, source) if options.format == "onnx" else source
         before = options.file.stat().st_size  # now: it may be the one that is replaced
-        if not options.prune and (violating := check_weights(weights_of(weights), **common).violating):
+        if not options.prune and (violating := check_weights(weights_of(source), **common).violating):
             print(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}", file=sys.stderr)
             return VIOLATED
         common |= {"format": options.format, "prune": options.prune}
         if options.format == "onnx":
-            model = _model(options.model, weights)
-            report = export(model, options.out, example_inputs=tuple(_input(text, model) for text in options.input), **common)
-        else:
-            report = export(weights, options.out, **common)
+            common["example_inputs"] = tuple(_input(text, source) for text in options.input)
+        report = export(source, options.out, **common)
     except Exception as error:
         return _cannot("export", error)
     print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
@@ -107,7 +106,9 @@ def _model(factory: str | None, weights: dict[str, Any]) -> nn.Module:
 def _input(text: str, model: nn.Module) -> torch.Tensor:
     """1,3,224,224: normal numbers in the dtype of the model; 1,128:int64: zeros and ones."""
     shape, _, name = text.partition(":")
-    dtype = getattr(torch, name) if name else next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = getattr(torch, name, None) if name else next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"export: --input must be a shape, and after a colon a dtype of torch, got {text!r}")
     sizes = [int(size) for size in shape.split(",")]
     return torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.randint(2, sizes).to(dtype)
 

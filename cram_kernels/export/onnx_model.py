@@ -1,5 +1,6 @@
 """The format "onnx": the model with dense initialisers, zeros included, run through ONNX Runtime and compared with torch."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,17 @@ def _runtime() -> Any:
 
 def _names_of_the_model(graph: Any, weights: list[Weight]) -> None:
     """The exporter stores some matrices transposed, as val_7: they get their names back."""
-    ours = {_content(w.tensor.t()): w.name for w in weights if w.tensor.dim() == 2}
+    ours = {_content(w.tensor.t().contiguous().view(torch.uint8).numpy().tobytes()): w for w in weights if w.tensor.dim() == 2}
     for name in [name for name in graph.initializers if name.startswith("val_")]:
         value = graph.initializers[name]
         if len(value.shape) == 2 and value.const_value is not None:
-            own = ours.get((tuple(value.shape), value.const_value.tobytes()))
-            if own is not None and own not in graph.initializers:
-                value.name = own
+            own = ours.get(_content(value.const_value.tobytes()))
+            if own is not None and tuple(value.shape) == own.tensor.t().shape and own.name not in graph.initializers:
+                value.name = own.name
 
 
-def _content(t: Tensor) -> tuple[tuple[int, ...], bytes]:
-    return tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()
+def _content(data: bytes) -> bytes:
+    return hashlib.blake2b(data).digest()
 
 
 def _same_pattern(path: Path, report: NMReport) -> None:

@@ -98,9 +98,8 @@ def _use(onnx: Any, name: str, t: Tensor, users: dict[str, list[tuple[Any, int]]
             return "embedding", False, None
         if use in MATRICES and t.dim() == 2:
             right = MATRICES[use]
-            inputs_first = right != bool(
-                attributes.get("transB" if right else "transA", 0)
-            )  # B is [inputs, outputs], A is [outputs, inputs]
+            flag = attributes.get("transB" if right else "transA", 0)
+            inputs_first = right != bool(flag)  # B is [inputs, outputs], A is [outputs, inputs]
             return "linear", inputs_first != transposed, None
         if node.op_type == "Transpose" and t.dim() == 2:
             transposed = not transposed

@@ -1,6 +1,6 @@
 """The weights of a model, a state dict or a file as the checker sees them: axis 1 is the input channels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +10,8 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from ..distributed import is_spread
 
-# "matrix": 2 dims, user unknown; "transposed linear": the weight is [inputs, outputs]; "other": no product's
-Kind = Literal["linear", "transposed linear", "conv", "conv transpose", "embedding", "matrix", "other"]
+# "transposed linear": the weight is [inputs, outputs]; "matrix", "parameter": 2, or more, dims, user unknown; "other": no product's
+Kind = Literal["linear", "transposed linear", "conv", "conv transpose", "embedding", "recurrent", "matrix", "parameter", "other"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -43,13 +43,13 @@ def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
         ValueError: a tensor is the shard of one rank.
     """
     if isinstance(source, nn.Module):
-        return _of_tensors(source.state_dict(), {name: use for name, use in _uses(source)})
+        return _of_tensors(source.state_dict(), {name: use for name, use in _uses(source)}, unknown)
     if not isinstance(source, Mapping):
         raise TypeError(f"check_nm: model must be a torch.nn.Module or a state dict, got {type(source).__name__}")
-    return _of_tensors(source, {})
+    return _of_tensors(source, {}, guess)
 
 
-def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | None]]) -> list[Weight]:
+def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | None]], otherwise: Callable[[Tensor], Kind]) -> list[Weight]:
     names: dict[object, list[str]] = {}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
@@ -62,7 +62,7 @@ def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | No
         t = tensors[own[0]].detach()
         t = t.to_dense() if isinstance(t, SparseSemiStructuredTensor) else t
         # a linear layer tied to an embedding is both: as an embedding it must stay what it is
-        kinds = [uses.get(name, (guess(t), None)) for name in own]
+        kinds = [uses.get(name, (otherwise(t), None)) for name in own]
         kind, groups = next((use for use in kinds if use[0] == "embedding"), kinds[0])
         found.append(Weight(own[0], t, kind, groups=groups, aliases=tuple(own[1:])))
     return found
@@ -78,8 +78,12 @@ def _identity(name: str, t: Tensor) -> object:
 
 
 def guess(t: Tensor) -> Kind:
-    """What uses a tensor of this shape, as far as the shape tells."""
-    return "matrix" if t.dim() == 2 else "conv" if 3 <= t.dim() <= 5 else "other"
+    """What uses a tensor of this shape, as far as the shape tells. [1, tokens, width] is the parameter of a transformer."""
+    return "conv" if 3 <= t.dim() <= 5 and t.shape[0] > 1 else unknown(t)
+
+
+def unknown(t: Tensor) -> Kind:
+    return "other" if t.dim() < 2 else "matrix" if t.dim() == 2 else "parameter"
 
 
 def _uses(model: nn.Module) -> Iterator[tuple[str, tuple[Kind, int | None]]]:
@@ -91,6 +95,9 @@ def _uses(model: nn.Module) -> Iterator[tuple[str, tuple[Kind, int | None]]]:
             yield f"{prefix}weight", ("conv", module.groups)
         elif isinstance(module, TRANSPOSED):
             yield f"{prefix}weight", ("conv transpose", module.groups)
+        elif isinstance(module, nn.RNNBase):
+            for part, p in module.named_parameters(recurse=False):
+                yield f"{prefix}{part}", ("recurrent" if p.dim() > 1 else "other", None)
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             yield f"{prefix}weight", ("embedding", None)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', of GPT-2

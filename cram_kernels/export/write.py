@@ -68,7 +68,7 @@ def export(
     suffix = ".onnx" if format == "onnx" else ".safetensors"
     if path.suffix != suffix:
         raise ValueError(f"export: path must end in {suffix} for format {format!r}, got {str(path)!r}")
-    if not target(path).parent.is_dir():
+    if not target("export", path).parent.is_dir():
         raise ValueError(f"export: path must be in a folder that is there, got {str(path)!r}")
     if format == "onnx":
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
@@ -86,7 +86,7 @@ def export(
             if name in tensors:
                 raise ValueError(f"export: names must differ from those of packed parts, got {name!r} twice")
             tensors[name] = t
-    with replacing(path) as partial:
+    with replacing("export", path) as partial:
         container.save(partial, tensors, container.manifest(format, report, stored))
         _verify(partial, weights, stored, path)
     return report
@@ -170,6 +170,6 @@ def _export_onnx(
         )
     model = copy.deepcopy(model).cpu().eval()
     report = _conforming(weights_of(model), pattern, exclude, prune)
-    with replacing(path) as partial:
+    with replacing("export", path) as partial:
         write_onnx(model, partial, report, example_inputs, options)
     return report
