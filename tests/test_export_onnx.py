@@ -187,6 +187,32 @@ def test_a_transformer_of_transformers(tmp_path: Path, monkeypatch: pytest.Monke
     assert cli.main(["check", str(path), "--exclude", "*word_embeddings*", *excluded[2:]]) == 0, capsys.readouterr().out
 
 
+def test_keyword_arguments(tmp_path: Path) -> None:
+    """A mask, as transformers' models take it."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cram_kernels[frameworks]'")
+    model = bert()
+    prune(model, NM(2, 4))
+    tokens, mask = torch.arange(16).view(2, 8), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    export(model, tmp_path / "m.onnx", "onnx", example_inputs=(tokens,), onnx_options={"kwargs": {"attention_mask": mask}})
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", tokens, mask), model(tokens, mask).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_onnx_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
+    """It could not be compared."""
+    model, (x,), _ = make("convolution")
+    with pytest.raises(ValueError, match=r"ONNX Runtime must be able to run the file on the CPU, .*, got .*ONNXRuntimeError.*bfloat16"):
+        export(model.bfloat16(), tmp_path / "m.onnx", "onnx", example_inputs=(x.bfloat16(),))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this test on a machine with an NVIDIA GPU")
+def test_a_model_on_a_gpu(tmp_path: Path) -> None:
+    model, (x,), _ = make("convolution")
+    assert export(model.cuda(), tmp_path / "m.onnx", "onnx", example_inputs=(x.cuda(),)).ok
+    assert next(model.parameters()).is_cuda and check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4)).ok
+
+
 def test_one_file_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """protobuf writes no 2 GB; what torch writes beside the model is checked all the same."""
     model, inputs, _ = make("convolution")

@@ -117,5 +117,5 @@ def _cannot(command: str, error: Exception) -> int:
     """Whatever it was: Python's own exit status for an exception, 1, would say that a tensor violates the pattern."""
     if not isinstance(error, OSError | ValueError | ImportError | TypeError):
         traceback.print_exception(error)
-    print(f"{command}: {error}", file=sys.stderr)
+    print(f"{command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
     return CANNOT

@@ -63,8 +63,18 @@ def manifest(format: str, report: NMReport, stored: Mapping[str, str]) -> dict[s
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None:
-    """Contiguous tensors on the CPU, no two of which share memory."""
-    safetensors().save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+    """Contiguous tensors on the CPU, no two of which share memory.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    save_file = safetensors().save_file
+    from safetensors import SafetensorError
+
+    try:
+        save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+    except SafetensorError as error:
+        raise OSError(f"export: {path}: {error}") from error
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def export(
         exclude: patterns of names that may stay dense, as in `fnmatch`.
         prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused.
         example_inputs: "onnx": what the model is traced and compared with.
-        onnx_options: "onnx": more arguments of `torch.onnx.export`, such as dynamic_shapes or opset_version.
+        onnx_options: "onnx": more arguments of `torch.onnx.export`, such as kwargs, dynamic_shapes or opset_version.
 
     Returns:
         What `check_nm` says of the exported weights.
@@ -61,6 +61,7 @@ def export(
         ValueError: a tensor violates the pattern (count and first place are given), an argument is wrong, or the file does not give back
             what was written. Nothing at `path` was changed.
         ImportError: the format's package is not installed.
+        OSError: the file cannot be written. The old one is as it was.
     """
     path = Path(path)
     if format not in FORMATS:
@@ -169,6 +170,8 @@ def _export_onnx(
             f"export: example_inputs must be a tuple of the model's inputs for format 'onnx', got {type(example_inputs).__name__}"
         )
     model = copy.deepcopy(model).cpu().eval()
+    example_inputs, options = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (example_inputs, options))
+    assert example_inputs is not None
     report = _conforming(weights_of(model), pattern, exclude, prune)
     with replacing("export", path) as partial:
         write_onnx(model, partial, report, example_inputs, options)
