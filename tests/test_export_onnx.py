@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_bitwise_equal
-from export_models import MODELS, bert, make
+from export_models import MODELS, Transformer, bert, make, pruned, tokens
 from torch import Tensor, nn
 
 from cram_kernels import NM, cli, prune
@@ -185,6 +185,15 @@ def test_a_transformer_of_transformers(tmp_path: Path, monkeypatch: pytest.Monke
         "bert.encoder.layer.0.attention.self.query.weight",
     }
     assert cli.main(["check", str(path), "--exclude", "*word_embeddings*", *excluded[2:]]) == 0, capsys.readouterr().out
+
+
+def test_a_head_that_is_tied_keeps_its_name(tmp_path: Path) -> None:
+    """The file has the embedding, and the transposed head beside it."""
+    model = pruned(Transformer(tied=True))
+    export(model, tmp_path / "m.onnx", "onnx", exclude=["embedding.*"], example_inputs=tokens())
+    report = check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4))
+    assert {row.name for row in report.violating} == {"embedding.weight", "head.weight"}
+    assert {row.name for row in report.holding} == {row.name for row in check_nm(model, exclude=["embedding.*"]).holding}
 
 
 def test_keyword_arguments(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,20 @@ def _runtime() -> Any:
 
 def _names_of_the_model(graph: Any, weights: list[Weight]) -> None:
     """The exporter stores some matrices transposed, as val_7: they get their names back."""
-    ours = {_content(w.tensor.t().contiguous().view(torch.uint8).numpy().tobytes()): w for w in weights if w.tensor.dim() == 2}
+    names: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
+    for weight in weights:
+        if weight.tensor.dim() == 2:
+            t = weight.tensor.t().contiguous()
+            names.setdefault(_content(t.shape, t.view(torch.uint8).numpy().tobytes()), []).extend((weight.name, *weight.aliases))
     for name in [name for name in graph.initializers if name.startswith("val_")]:
         value = graph.initializers[name]
         if len(value.shape) == 2 and value.const_value is not None:
-            own = ours.get(_content(value.const_value.tobytes()))
-            if own is not None and tuple(value.shape) == own.tensor.t().shape and own.name not in graph.initializers:
-                value.name = own.name
+            ours = names.get(_content(value.shape, value.const_value.tobytes()), ())
+            value.name = next((own for own in ours if own not in graph.initializers), name)
 
 
-def _content(data: bytes) -> bytes:
-    return hashlib.blake2b(data).digest()
+def _content(shape: Iterable[int], data: bytes) -> tuple[tuple[int, ...], bytes]:
+    return tuple(shape), hashlib.blake2b(data).digest()
 
 
 def _same_pattern(path: Path, report: NMReport) -> None:
