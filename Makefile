@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Development pins; the package itself asks for torch>=2.10 only. Where torch comes from is pip's business: PIP_ARGS goes to every install.
 CONSTRAINTS := constraints.txt
+# Python compiles what is imported; all that is installed takes it 40 s.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: setup demo test lint test-asan test-ubsan test-tsan test-triton cuda-static triton-static clean
@@ -13,26 +15,28 @@ setup: $(VENV)/.installed
 $(VENV)/.created: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) torch setuptools wheel ninja pybind11
+	$(PIP_INSTALL) torch setuptools wheel ninja pybind11
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
 	touch $@ $(VENV)/.demo
 
 # What the demo needs, without the frameworks and engines of the tests.
 $(VENV)/.demo: $(VENV)/.created $(NATIVE)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[demo]'
 	touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/mnist.py $(ARGS)
 
+# A worker a core (make test ARGS=-n0: none); a file of tests stays in one. Threads that wait leave the core to the other worker's.
 test: setup
-	$(BIN)/python -m pytest --cov=cram_kernels --cov-report=term $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		--cov=cram_kernels --cov-report=term $(ARGS)
 
 lint: setup
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) '.[dev]' --no-build-isolation
+	$(PIP_INSTALL) '.[dev]' --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -56,7 +60,7 @@ test-tsan: setup
 
 # What nvcc makes of the kernels, for every arch; no GPU needed. The machine code is read with cuobjdump: the toolkit's, or the one in triton's wheel.
 cuda-static: setup
-	command -v cuobjdump || $(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint $(CONSTRAINTS) triton
+	command -v cuobjdump || $(PIP_INSTALL) triton
 	$(BIN)/python -m benchmarks.cuda_static $(ARGS)
 
 # All op tests under Triton's interpreter, half an hour; `make test` runs some of them.

@@ -15,5 +15,5 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
     Whatever is raised, or kills the process, `path` (or what a link there points to) holds the old checkpoint or the new one. The folder
     must exist. A process that is killed meanwhile leaves an unfinished `.NAME.*.partial` there.
     """
-    with replacing(Path(os.path.realpath(path))) as partial:
+    with replacing("save", Path(path)) as partial:
         torch.save(obj, partial)

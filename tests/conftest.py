@@ -78,3 +78,11 @@ def executed_in_all_ways(executed: Executor) -> Executor:
     """`executed`, whose `compare.check` runs an op plainly, with race detection, with weak memory, in other orders and on other grids."""
     executed.variants = tuple(WAYS)
     return executed
+
+
+# Files that take long, and those that wait for other processes: first, so that no worker of pytest-xdist is left with one at the end.
+FIRST = ("test_triton.py", "test_demo.py", "test_ranks.py", "test_benchmarks.py", "test_framework_examples.py", "test_cuda_topk.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

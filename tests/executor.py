@@ -79,12 +79,17 @@ class Executor:
 
     def __init__(self) -> None:
         sys.path[:0] = [str(FOLDER), str(ROOT)]
+        import fcntl
+
         import ptxemu
 
         import native_build
 
         folder = ROOT / "build" / "executed"
-        native_build.build_executed(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:  # for pytest's other workers
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            native_build.build_executed(folder)
         self.cudart = ptxemu.Cudart()
         self.torch_cuda = ctypes.CDLL(str(folder / "libtorch_cuda_stand_in.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(folder / "libcram_kernels_cuda.so"))

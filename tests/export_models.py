@@ -47,6 +47,44 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embedding(tokens)))
 
 
+class Bottleneck(nn.Module):
+    """Of ResNet-50: 1x1, 3x3, 1x1."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        shapes = ((inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1))
+        self.path = nn.Sequential()
+        for i, (c, k, size, step) in enumerate(shapes, 1):
+            self.path.add_module(f"conv{i}", nn.Conv2d(c, k, size, step, size // 2, bias=False))
+            self.path.add_module(f"bn{i}", nn.BatchNorm2d(k))
+        self.downsample = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.path(x) + self.downsample(x))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50's stem, classifier and widths; one block of each stage."""
+    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    blocks = [Bottleneck(*shape) for shape in ((64, 64, 1), (256, 128, 2), (512, 256, 2), (1024, 512, 2))]
+    return nn.Sequential(stem, nn.BatchNorm2d(64), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return BertForSequenceClassification(BertConfig(vocab_size=128, max_position_embeddings=32, num_labels=8, **sizes)).eval()
+
+
+def llama() -> nn.Module:
+    """With the embedding tied to the head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **sizes)).eval()
+
+
 def pruned(model: nn.Module) -> nn.Module:
     prune(model, NM(2, 4), exclude=["embedding.weight"] if isinstance(model, Transformer) else ())
     return model.eval()

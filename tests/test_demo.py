@@ -85,7 +85,12 @@ def test_weights_are_two_of_four(demo):
 @pytest.mark.parametrize("after", [0.0, 6.0], ids=["workers starting", "workers training"])
 def test_interrupted(tmp_path, after):
     process = subprocess.Popen(
-        [*COMMAND, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts in the background ignores it
     )
     try:
         first = process.stdout.readline()

@@ -2,16 +2,17 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from export_models import Transformer, make, pruned, resnet
+from export_models import Transformer, make, pruned, resnet, resnet50
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from cram_kernels import NM, cli, prune
-from cram_kernels.export import check_nm
+from cram_kernels.export import check_nm, load
 from cram_kernels.export.consumers import CUSPARSELT, CUTLASS
 from cram_kernels.export.report import Row
 
@@ -113,6 +114,81 @@ def test_a_model_names_stems_depthwise_and_embeddings() -> None:
     assert transposed.violations is None and "outputs" in str(transposed.why_dense)
 
 
+def test_resnet50() -> None:
+    """What a user of TensorRT is told: the stem is dense, sparse kernels are for the wide layers."""
+    model = pruned(resnet50()).half()
+    report = check_nm(model)
+    assert report.ok and len(report.holding) == 17  # 16 convolutions and the classifier
+    verdicts = {row.name: row.verdicts["TensorRT"].runs for row in report.rows if row.holds}
+    assert {name for name, runs in verdicts.items() if runs == "yes"} == {
+        "4.downsample.weight",
+        "5.path.conv1.weight",
+        "5.path.conv2.weight",
+        "5.path.conv3.weight",
+        "5.downsample.weight",
+        "8.weight",
+    }
+    assert next(row for row in report.rows if row.name == "0.weight").why_dense == "3 input channels are not a multiple of 4 (a stem)"
+    classifier = next(row for row in report.rows if row.name == "8.weight").verdicts
+    assert classifier["CUTLASS"].why == "shape is not a multiple of 32 x 64" and classifier["cuSPARSELt"].runs == "no"  # 1000 rows
+
+
+def test_grouped_convolutions_are_no_stems() -> None:
+    row = check_nm(nn.Conv2d(16, 16, 3, groups=8)).rows[0]
+    assert row.why_dense == "2 input channels are not a multiple of 4 (8 groups)"
+
+
+def test_parameters_of_unknown_use_are_not_called_convolutions() -> None:
+    """A vision transformer's class token, position embedding, and an LSTM."""
+    model = nn.Module()
+    model.token, model.position = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.zeros(1, 8, 16))
+    model.lstm = nn.LSTM(8, 4)
+    rows = {row.name: row for row in check_nm(model).rows}
+    assert rows["token"].why_dense == "1 input channels are not a multiple of 4"
+    assert rows["position"].kind == "parameter" and rows["position"].verdicts["TensorRT"].runs == "no"
+    assert (
+        rows["lstm.weight_ih_l0"].kind == "recurrent" and rows["lstm.weight_ih_l0"].verdicts["cuSPARSELt"].why == "recurrent, not a Linear"
+    )
+    state = {row.name: row.kind for row in check_nm(model.state_dict()).rows}
+    assert (state["token"], state["position"], state["lstm.weight_ih_l0"]) == ("parameter", "parameter", "matrix")
+    assert check_nm({"w": torch.ones(8, 1, 3, 3)}).rows[0].why_dense == "depthwise: one input channel a group"
+
+
+def test_weights_of_gpt2_lie_the_other_way_round() -> None:
+    """transformers' Conv1D is [inputs, outputs]: 2:4 along axis 1 is of no use to an engine, and not called 2:4."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
+    model = nn.Sequential(conv1d(16, 8))
+    prune(model, NM(2, 4))
+    report = check_nm(model)
+    assert not report.ok and report.rows[0].why_dense == "axis 1 of transformers' Conv1D is the outputs"
+
+
+def test_semi_structured_weights_are_unpacked() -> None:
+    model = nn.Linear(128, 64, bias=False).half()
+    prune(model, NM(2, 4))
+    expected = check_nm(model)
+    model.weight = nn.Parameter(load.cutlass_tensor(model.weight.detach()), requires_grad=False)
+    assert check_nm(model) == expected and expected.ok
+
+
+STRANGE = {
+    "float8_e4m3fnuz": torch.zeros(8, 8, dtype=torch.uint8).view(torch.float8_e4m3fnuz),
+    "uint16": torch.zeros(8, 8, dtype=torch.uint16),
+    "complex64": torch.zeros(8, 8, dtype=torch.complex64),
+    "meta": torch.zeros(8, 8, device="meta"),
+    "csr": torch.eye(8).to_sparse_csr(),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_cannot_be_checked_is_named(name: str) -> None:
+    report = check_nm({"w": STRANGE[name], "same": STRANGE[name].clone()})
+    assert len(report.rows) == 2 and report.rows[0].violations is None
+    assert str(report.rows[0].why_dense) in str(report)
+    assert report.rows[0].zeros == (64 if name == "complex64" else None)  # torch counts no others
+    json.loads(report.to_json())
+
+
 def test_report_is_data_and_a_table() -> None:
     model = pruned(resnet())
     with torch.no_grad():
@@ -169,8 +245,53 @@ def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert cli.main(["check", str(path)]) == 2
         assert name in capsys.readouterr().err
     assert cli.main(["check", str(tmp_path / "none.pt")]) == 2
-    torch.save([1, 2], tmp_path / "list.pt")
-    assert cli.main(["check", str(tmp_path / "list.pt")]) == 2
-    assert "must hold a state dict" in capsys.readouterr().err
+    contents = {
+        "must hold a state dict, got .* of type list": [1, 2],
+        "must hold a state dict, got .* an empty dict under 'model'": {"model": {}},
+        "whose entry 'optimizer' is of type dict": {"optimizer": {"state": {}}, "epoch": 3},
+        "whose entry 'extra' under 'model' is of type int": {"model": {"w": torch.zeros(4, 4), "extra": 1}},
+        "torch.nn.modules.linear.Linear was not an allowed global by default; save model.state_dict()": nn.Linear(2, 2),
+    }
+    for message, content in contents.items():
+        torch.save(content, tmp_path / "w.pt")
+        assert cli.main(["check", str(tmp_path / "w.pt")]) == 2
+        assert re.search(message, error := capsys.readouterr().err) and "weights_only=False" not in error, error
+    assert cli.main(["check", str(tmp_path)]) == 2
+    assert "which is a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["check", "x", "--pattern", "4:2"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "onnx", "zip", "legacy"])
+def test_any_damage_is_an_exit_status_of_its_own(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Python's own for an exception, 1, would say that a tensor violates the pattern. A file that is read all the same holds 2:4."""
+    path = tmp_path / {"safetensors": "w.safetensors", "onnx": "w.onnx"}.get(kind, "w.pt")
+    state = {"w": half_zero(8, 8), "b": half_zero(8, 8)}
+    if kind == "safetensors":
+        pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file(state, path)
+    elif kind == "onnx":
+        onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'cram_kernels[onnx]'")
+        tensors = [onnx.numpy_helper.from_array(t.numpy(), name) for name, t in state.items()]
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], tensors)), path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=random))
+
+    statuses = []
+    for i in range(60):
+        if i % 3 == 0:
+            data = whole[: drawn(len(whole))]
+        elif i % 3 == 1:
+            data = bytes(drawn(256) for _ in range(drawn(300)))
+        else:
+            data = bytearray(whole)
+            data[drawn(min(len(whole), 400))] = drawn(256)
+        path.write_bytes(data)
+        statuses.append(cli.main(["check", str(path), "--json"]))
+        out, error = capsys.readouterr()
+        assert "Traceback" not in error and (statuses[-1] == 2) == (not out), (i, statuses[-1], error)
+    assert statuses.count(2) >= 30, statuses

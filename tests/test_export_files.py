@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_bitmask_is_smaller_and_its_bits_are_numpys_and_compressed_tensors(tmp_p
 
 
 def test_bits_are_those_of_compressed_tensors() -> None:
-    reason = "compressed-tensors is not installed: pip install compressed-tensors (it brings transformers)"
+    reason = "compressed-tensors is not installed: pip install 'cram_kernels[test]'"
     helpers = pytest.importorskip("compressed_tensors.utils.helpers", reason=reason)
     kept = torch.rand(48, 64) < 0.5
     assert torch.equal(helpers.pack_bitmasks(kept).flatten(), pack_bits(kept.flatten()))
@@ -189,17 +190,22 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format must be one of .*, got 'cusparselt'"):
         export(state, tmp_path / "w", "cusparselt")
     with pytest.raises(ValueError, match="must be in a folder that is there"):
-        export(state, tmp_path / "no" / "w")
+        export(state, tmp_path / "no" / "w.safetensors")
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module for format 'onnx', got dict"):
-        export(state, tmp_path / "w", "onnx", example_inputs=())
+        export(state, tmp_path / "w.onnx", "onnx", example_inputs=())
     with pytest.raises(ValueError, match="example_inputs must be a tuple"):
-        export(nn.Linear(4, 4), tmp_path / "w", "onnx", example_inputs=torch.zeros(4))
+        export(nn.Linear(4, 4), tmp_path / "w.onnx", "onnx", example_inputs=torch.zeros(4))
     with pytest.raises(ValueError, match="example_inputs and onnx_options must be absent"):
-        export(state, tmp_path / "w", example_inputs=())
+        export(state, tmp_path / "w.safetensors", example_inputs=())
     with pytest.raises(TypeError, match="entry 'step' must be a tensor, got int"):
-        export({"step": 3}, tmp_path / "w")
+        export({"step": 3}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"got 'w\.packed' twice"):
-        export({"w": sparse((32, 64), torch.float16), "w.packed": torch.zeros(1)}, tmp_path / "w", "cutlass-sm80")
+        export({"w": sparse((32, 64), torch.float16), "w.packed": torch.zeros(1)}, tmp_path / "w.safetensors", "cutlass-sm80")
+    for format, name in (("safetensors", "w.pt"), ("bitmask", "w"), ("onnx", "w.safetensors")):
+        with pytest.raises(ValueError, match=rf"path must end in \.[a-z]+ for format '{format}', got '.*{name}'"):
+            export(state, tmp_path / name, format)
+    with pytest.raises(ValueError, match="must be dense and have data, got a meta tensor"):
+        export(nn.Linear(4, 4, device="meta"), tmp_path / "w.safetensors")
     assert os.listdir(tmp_path) == []
 
 
@@ -244,6 +250,58 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == []
 
 
+FULL = """
+import resource, signal, sys
+import torch
+from cram_kernels import cli
+from cram_kernels.export import export
+torch.save({"w": torch.zeros(512, 512)}, sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing more then fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(cli.main(["export", sys.argv[2], sys.argv[1], "--format", sys.argv[3]]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file sizes are POSIX; Linux or macOS runs this test")
+@pytest.mark.parametrize("format", ["safetensors", "cutlass-sm80"])
+def test_a_full_disk_leaves_the_old_file(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    export({"old": torch.ones(4)}, path, pattern=NM(1, 2))
+    before = path.read_bytes()
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, str(path), str(tmp_path / "w.pt"), format], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("export: "), result.stderr
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["w.pt", "w.safetensors"]
+
+
+def test_two_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    states = [{"w": torch.full((256, 256), float(i)) * torch.tensor([0, 1]).repeat(128)} for i in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda state: export(state, tmp_path / "w.safetensors"), states * 4):
+            pass
+    found = read(tmp_path / "w.safetensors")["w"]
+    assert any(torch.equal(found, state["w"]) for state in states) and os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_links_are_followed_and_only_files_replaced(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(4, 4)}
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "real.safetensors").write_bytes(b"old")
+    (tmp_path / "store" / "real.safetensors").chmod(0o640)
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "store" / "real.safetensors")
+    export(state, tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink() and os.listdir(tmp_path / "store") == ["real.safetensors"]
+    assert_same(read(tmp_path / "store" / "real.safetensors"), state)
+    assert (tmp_path / "store" / "real.safetensors").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name, kind in (("folder", "folder"), ("pipe", "device")):
+        with pytest.raises(ValueError, match=f"path must be a file, or not there yet, got .*{name}.safetensors', which is a {kind}"):
+            export(state, tmp_path / f"{name}.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["folder.safetensors", "link.safetensors", "pipe.safetensors", "store"]
+
+
 def damaged(path: Path, change) -> Path:
     """The file with its tensors or its manifest changed."""
     tensors, own = safetensors.load_file(path), read_manifest(path)
@@ -267,6 +325,21 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         read(damaged(fresh("bitmask"), lambda tensors, own: tensors["w.bitmask"][3].bitwise_xor_(1)))
     with pytest.raises(ValueError, match="format_version must be 1, got 2"):
         read(damaged(fresh("safetensors"), lambda tensors, own: own.update(format_version=2)))
+    for change in (
+        lambda tensors, own: own.pop("tensors"),
+        lambda tensors, own: own["tensors"]["w"].pop("stored"),
+        lambda tensors, own: own["tensors"]["w"].update(stored="zip"),
+        lambda tensors, own: own.update(tensors=[1]),
+        lambda tensors, own: own.update(aliases={"v": "none"}),
+    ):
+        with pytest.raises(ValueError, match=r"manifest must .*damaged"):
+            read(damaged(fresh("safetensors"), change))
+    for path, message in ((fresh("bitmask"), "must be a 'cutlass-sm80' file, got"), (tmp_path / "w.pt", "must be a safetensors file")):
+        torch.save(state, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=f"read_cutlass: path {message}"):
+            read_cutlass(path)
+    with pytest.raises(FileNotFoundError, match=r"read_cutlass: path must be a file, got .*none.* not there"):
+        read_cutlass(tmp_path / "none")
     path = fresh("safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="must be a safetensors file"):
@@ -287,6 +360,40 @@ def test_files_of_others(tmp_path: Path) -> None:
         read(tmp_path / "none.pt")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_model_in_parts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As Hugging Face's libraries save it: an index, and files beside it."""
+    state = {name: sparse((8, 8), torch.bfloat16) for name in "abc"}
+    suffix, save = (".safetensors", safetensors.save_file) if kind == "safetensors" else (".bin", torch.save)
+    places = {"a": f"part-1{suffix}", "b": f"part-2{suffix}", "c": f"part-1{suffix}"}
+    for file in set(places.values()):
+        save({name: t for name, t in state.items() if places[name] == file}, tmp_path / file)
+    index = tmp_path / f"model{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": places}))
+    assert_same(read(index), state)
+    assert cli.main(["check", str(index)]) == 0 and cli.main(["export", str(index), str(tmp_path / "one.safetensors")]) == 0
+    assert_same(read(tmp_path / "one.safetensors"), state)
+    for wrong, message in (
+        ("[]", "an index with a weight_map"),
+        (json.dumps({"weight_map": places | {"d": places["a"]}}), "must have the tensor 'd'"),
+    ):
+        index.write_text(wrong)
+        assert cli.main(["check", str(index)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / places["b"]).unlink()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        read(index)
+
+
+def test_command_in_place(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "w.safetensors"
+    safetensors.save_file({"w": torch.randn(64, 128).half()}, path)
+    before = path.stat().st_size
+    assert cli.main(["export", str(path), str(path), "--format", "bitmask", "--prune"]) == 0
+    assert capsys.readouterr().out.endswith(f"{path}: {path.stat().st_size:,} bytes, bitmask; {path}: {before:,}\n")
+    assert path.stat().st_size < 0.7 * before and check_nm(read(path)).ok
+
+
 @FORMAT
 def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     dense = {"w": torch.randn(64, 128).half(), "b": torch.ones(64).half()}
@@ -300,7 +407,7 @@ def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert cli.main(["export", source, str(out), "--exclude", "w", "--format", format]) == 0
     assert_same(read(out), dense)
     assert cli.main(["export", str(tmp_path / "none.pt"), str(out)]) == 2
-    assert cli.main(["export", source, str(tmp_path / "no" / "w"), "--prune"]) == 2
+    assert cli.main(["export", source, str(tmp_path / "no" / "w.safetensors"), "--prune"]) == 2
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:

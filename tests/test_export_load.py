@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_bitwise_equal
-from export_models import Transformer, make, pruned
+from export_models import Transformer, llama, make, pruned
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
@@ -48,6 +48,73 @@ def test_refused(tmp_path: Path) -> None:
         load_sparse(Transformer(), path, "triton")
     with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
         load_sparse(nn.Linear(4, 4), path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrappers(prefix: str, tmp_path: Path) -> None:
+    """DataParallel's, and a compiled model's."""
+    model, _, _ = make("transformer")
+    torch.save({"model": {prefix + name: t for name, t in model.state_dict().items()}, "epoch": 1}, tmp_path / "w.pt")
+    other = Transformer()
+    load_sparse(other, tmp_path / "w.pt")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in other.state_dict().items())
+    wrapped = nn.DataParallel(Transformer())
+    if prefix == "module.":
+        load_sparse(wrapped, tmp_path / "w.pt")
+        assert torch.equal(wrapped.module.head.weight, model.head.weight)
+
+
+def test_tied_weights_that_a_file_has_once(tmp_path: Path) -> None:
+    """transformers saves the embedding, and not the head that is tied to it."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cram_kernels[frameworks]'")
+    torch.manual_seed(0)
+    model = llama().to(torch.bfloat16)
+    prune(model, NM(2, 4), exclude=["model.embed_tokens.*"])
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in read(tmp_path / "model.safetensors")
+    other = llama().to(torch.bfloat16)
+    load_sparse(other, tmp_path / "model.safetensors")
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+def test_a_sparse_model_is_not_loaded_again(tmp_path: Path) -> None:
+    model = pruned(nn.Sequential(nn.Linear(128, 64))).half()
+    path = file(model, tmp_path, "safetensors", ())
+    model[0].weight = nn.Parameter(load.cutlass_tensor(model[0].weight.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model must have dense weights, got '0\.weight', which is semi-structured"):
+        load_sparse(model, path)
+    before = read(path)
+    export(model, path)  # as it would have been
+    assert torch.equal(read(path)["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_of_fused_kernels_stay_dense(fused: bool) -> None:
+    """In inference torch hands the weights of an encoder layer to one fused kernel, which knows no semi-structured tensor. On the CPU the
+    product itself is missing, too: the op that is asked for shows which way was taken."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fused)
+    try:
+        for model, inputs in (
+            (nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 1),
+            (nn.MultiheadAttention(64, 4, batch_first=True), 3),
+        ):
+            model = model.half().eval()
+            prune(model, NM(2, 4))
+            kept = load.fused_weights(model)
+            found = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            assert kept.keys() == ({f"{name}.weight" for name in found} if fused else set())
+            for name in found:
+                module = model.get_submodule(name)
+                module.weight = nn.Parameter(load.cutlass_tensor(module.weight.detach()), requires_grad=False)
+            op = "_transformer_encoder_layer_fwd|_native_multi_head_attention" if fused else "_sparse_semi_structured_addmm"
+            with torch.no_grad(), pytest.raises(NotImplementedError, match=op):
+                model(*[torch.randn(2, 8, 64).half()] * inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def test_a_file_that_is_not_what_its_manifest_says(tmp_path: Path) -> None:
@@ -132,6 +199,29 @@ def test_on_a_gpu(backend, dtype: torch.dtype, format: str, tmp_path: Path) -> N
 
 
 @GPU
+@pytest.mark.parametrize("model", ["transformer", "llama"])
+def test_transformers_on_a_gpu(model: str, tmp_path: Path) -> None:
+    """What is compressed can be run, in inference too: weights of fused kernels are not."""
+    device = torch.device("cuda")
+    if all(load._why_missing(backend, device) is not None for backend in load.CONSUMER):
+        pytest.skip(f"{load._choose('auto', device)[1]}")
+    if model == "llama":
+        pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cram_kernels[frameworks]'")
+    make_model, exclude = (llama, "model.embed_tokens.*") if model == "llama" else (Transformer, "embedding.*")
+    torch.manual_seed(0)
+    dense, loaded = make_model().half().cuda().eval(), make_model().half().cuda().eval()
+    prune(dense, NM(2, 4), exclude=[exclude])
+    report = load_sparse(loaded, file(dense, tmp_path, "safetensors", (exclude,)))
+    fused = {row.name for row in report.rows if "fused" in str(row.why_dense)}
+    assert len(report.sparse) == (7 if model == "llama" else 0) and len(fused) == (0 if model == "llama" else 6), str(report)
+    tokens = torch.arange(16, device=device).view(2, 8)
+    with torch.no_grad():
+        found, expected = loaded(tokens), dense(tokens)
+    found, expected = (x.logits if model == "llama" else x for x in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@GPU
 @pytest.mark.parametrize("backend", ["cusparselt", "cutlass"])
 def test_int8_on_a_gpu(backend) -> None:
     """A compressed int8 matrix multiplies exactly."""
@@ -147,6 +237,21 @@ def test_int8_on_a_gpu(backend) -> None:
     if product.dtype == torch.int8:
         expected.clamp_(-128, 127)
     assert torch.equal(product.cpu().int(), expected)
+
+
+@GPU
+def test_float8_on_a_gpu() -> None:
+    """Where torch has it: compressed as others, multiplied by torch._scaled_mm."""
+    device = torch.device("cuda")
+    if (why := load._why_missing("cusparselt", device)) is not None or torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip(why or "float8 needs compute capability 8.9 or later")
+    w = torch.randn(256, 128, device=device)
+    w.view(256, -1, 4)[..., 2:] = 0
+    w, x = w.to(torch.float8_e4m3fn), torch.randn(64, 128, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+    sparse = load.COMPRESS["cusparselt"](w)
+    products = [torch._scaled_mm(a, x.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16) for a in (sparse, w)]
+    torch.testing.assert_close(*products, rtol=2e-2, atol=2e-2)
 
 
 @GPU

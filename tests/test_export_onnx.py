@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_bitwise_equal
-from export_models import MODELS, make
+from export_models import MODELS, Transformer, bert, make, pruned, tokens
 from torch import Tensor, nn
 
 from cram_kernels import NM, cli, prune
@@ -156,6 +156,113 @@ def test_other_outputs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"output 0 of ONNX Runtime must be within .* of torch's, got "):
         export(model, tmp_path / "m.onnx", "onnx", example_inputs=inputs)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_transformer_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """By the command, from half-precision weights and for int64 tokens. The exporter stores Linear weights transposed, as val_7: they keep
+    their names, so that one can exclude them; what it makes of position embeddings is no weight of a product."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cram_kernels[frameworks]'")
+    torch.manual_seed(0)
+    model = bert().half()
+    dense = ["*embeddings*", "classifier.*", "*.query.weight"]
+    prune(model, NM(2, 4), exclude=dense)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = tmp_path / "m.onnx"
+    excluded = [option for name in dense for option in ("--exclude", name)]
+    options = ["export", str(tmp_path / "w.pt"), str(path), "--format", "onnx", "--model", "export_models:bert", "--input", "1,8:int64"]
+    assert cli.main([*options, *excluded]) == 0, capsys.readouterr().err
+    found = {row.name: row for row in check_weights(weights_in(path), NM(2, 4)).rows}
+    holding = {row.name for row in check_nm(model, exclude=dense).holding}
+    assert (
+        len(holding) == 6 and {name for name, row in found.items() if row.holds} == holding
+    )  # k, v, attention's output, two of the MLP, pooler
+    assert {found[name].dtype for name in holding} == {"float16"}
+    assert polygraphy_sparse(path) == holding
+    assert {name for name, row in found.items() if row.violates} <= {
+        "bert.embeddings.word_embeddings.weight",
+        "classifier.weight",
+        "bert.encoder.layer.0.attention.self.query.weight",
+    }
+    assert cli.main(["check", str(path), "--exclude", "*word_embeddings*", *excluded[2:]]) == 0, capsys.readouterr().out
+
+
+def test_a_head_that_is_tied_keeps_its_name(tmp_path: Path) -> None:
+    """The file has the embedding, and the transposed head beside it."""
+    model = pruned(Transformer(tied=True))
+    export(model, tmp_path / "m.onnx", "onnx", exclude=["embedding.*"], example_inputs=tokens())
+    report = check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4))
+    assert {row.name for row in report.violating} == {"embedding.weight", "head.weight"}
+    assert {row.name for row in report.holding} == {row.name for row in check_nm(model, exclude=["embedding.*"]).holding}
+
+
+def test_keyword_arguments(tmp_path: Path) -> None:
+    """A mask, as transformers' models take it."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'cram_kernels[frameworks]'")
+    model = bert()
+    prune(model, NM(2, 4))
+    tokens, mask = torch.arange(16).view(2, 8), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    export(model, tmp_path / "m.onnx", "onnx", example_inputs=(tokens,), onnx_options={"kwargs": {"attention_mask": mask}})
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", tokens, mask), model(tokens, mask).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_onnx_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
+    """It could not be compared."""
+    model, (x,), _ = make("convolution")
+    with pytest.raises(ValueError, match=r"ONNX Runtime must be able to run the file on the CPU, .*, got .*ONNXRuntimeError.*bfloat16"):
+        export(model.bfloat16(), tmp_path / "m.onnx", "onnx", example_inputs=(x.bfloat16(),))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run this test on a machine with an NVIDIA GPU")
+def test_a_model_on_a_gpu(tmp_path: Path) -> None:
+    model, (x,), _ = make("convolution")
+    assert export(model.cuda(), tmp_path / "m.onnx", "onnx", example_inputs=(x.cuda(),)).ok
+    assert next(model.parameters()).is_cuda and check_weights(weights_in(tmp_path / "m.onnx"), NM(2, 4)).ok
+
+
+def test_one_file_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """protobuf writes no 2 GB; what torch writes beside the model is checked all the same."""
+    model, inputs, _ = make("convolution")
+    monkeypatch.setattr(onnx_model, "LIMIT", 100)
+    with pytest.raises(ValueError, match=r"at most 100 bytes of weights for one ONNX file, got [\d,]+: .*external_data=True"):
+        export(model, tmp_path / "m.onnx", "onnx", example_inputs=inputs)
+    assert os.listdir(tmp_path) == []
+    torch.onnx.export(model, inputs, tmp_path / "m.onnx", dynamo=True, external_data=True, verbose=False)
+    assert (tmp_path / "m.onnx.data").exists() and cli.main(["check", str(tmp_path / "m.onnx")]) == 0
+    (tmp_path / "m.onnx.data").unlink()
+    assert cli.main(["check", str(tmp_path / "m.onnx")]) == 2
+
+
+def test_constants_and_dtypes_that_torch_lacks(tmp_path: Path) -> None:
+    weight = torch.randn(8, 12)
+    prune(nn.ParameterList([weight]), NM(2, 4))
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(weight.t().contiguous().numpy()))
+    product, added = onnx.helper.make_node("MatMul", ["x", "c"], ["t"]), onnx.helper.make_node("Add", ["t", "w"], ["y"])
+    path = node_model(tmp_path, [constant, product, added], torch.ones(4, 8), 12)
+    graph = onnx.load(path)
+    graph.graph.initializer.append(onnx.helper.make_tensor("int4", onnx.TensorProto.INT4, [8, 4], [1] * 32))
+    graph.graph.initializer.append(onnx.helper.make_tensor("text", onnx.TensorProto.STRING, [1, 4], [b"a"] * 4))
+    onnx.save(graph, path)
+    report = check_weights(weights_in(path), NM(2, 4))
+    rows = {row.name: row for row in report.rows}
+    assert report.ok and rows["c"].holds and rows["c"].axis == 0 and rows["c"].shape == (8, 12)
+    assert rows["w"].why_dense == "not the weight of a product"
+    assert (rows["int4"].why_dense, rows["text"].why_dense) == ("dtype int4", "dtype bits8")
+
+
+@pytest.mark.parametrize("op, place", [("MatMulInteger", 1), ("QLinearMatMul", 3), ("ConvInteger", 1), ("QLinearConv", 3)])
+def test_quantized_products(op: str, place: int, tmp_path: Path) -> None:
+    matrix = "MatMul" in op
+    weight = torch.arange(1, 97).to(torch.int8).view(8, 12)
+    weight[:, ::2] = 0
+    names = [f"i{i}" for i in range(place + 1)]
+    names[place] = "w"
+    stored = weight.t().contiguous() if matrix else weight.view(8, 12, 1, 1)
+    path = node_model(tmp_path, [onnx.helper.make_node(op, names, ["y"])], stored, 12)
+    (row,) = check_weights(weights_in(path), NM(2, 4)).rows
+    assert row.holds and row.dtype == "int8" and (row.kind, row.axis) == (("linear", 0) if matrix else ("conv", 1))
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,12 +61,18 @@ def why_unchecked(weight: Weight, pattern: NM) -> str | None:
         return f"layout {t.layout}"
     if t.is_meta:
         return "a meta tensor"
+    if weight.kind == "other" and t.dim() > 1:
+        return "not the weight of a product"
     if weight.kind == "conv transpose":
         return "axis 1 of a transposed convolution is the outputs"
+    if weight.kind == "transposed linear":
+        return "axis 1 of transformers' Conv1D is the outputs"
     why = pattern.why_dense(t.shape)
     if why is None or weight.kind != "conv" or t.shape[1] >= pattern.m:
         return why
-    return "depthwise: one input channel a group" if t.shape[1] == 1 else f"{why} (a stem)"
+    if t.shape[1] == 1:
+        return "depthwise: one input channel a group"
+    return f"{why} (a stem)" if weight.groups in (None, 1) else f"{why} ({weight.groups} groups)"
 
 
 def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
@@ -74,8 +80,7 @@ def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
     why = why_unchecked(weight, pattern)
     name, shape, dtype = weight.name, tuple(t.shape), dtype_name(t.dtype)
     if why is not None:
-        zeros = t.numel() - int(t.count_nonzero()) if t.layout == torch.strided and not t.is_meta else 0
-        return Row(name, shape, dtype, weight.kind, weight.axis, None, t.numel(), zeros, why_dense=why, aliases=weight.aliases)
+        return Row(name, shape, dtype, weight.kind, weight.axis, None, t.numel(), _zeros(t), why_dense=why, aliases=weight.aliases)
     t = dense(t)
     groups, first, nonzeros = violations(t, pattern.n, pattern.m)
     facts = Facts(is_24=_holds(t, 2, 4), is_12=_holds(t, 1, 2))
@@ -95,6 +100,16 @@ def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
         verdicts={consumer.name: consumer.verdict(weight, facts) for consumer in CONSUMERS},
         aliases=weight.aliases,
     )
+
+
+def _zeros(t: Tensor) -> int | None:
+    """None where torch cannot count them: meta tensors, layouts and dtypes that are seldom met."""
+    if t.is_meta:
+        return None
+    try:
+        return t.numel() - int(t.count_nonzero())
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def dense(t: Tensor) -> Tensor:

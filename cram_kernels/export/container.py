@@ -63,8 +63,18 @@ def manifest(format: str, report: NMReport, stored: Mapping[str, str]) -> dict[s
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None:
-    """Contiguous tensors on the CPU, no two of which share memory."""
-    safetensors().save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+    """Contiguous tensors on the CPU, no two of which share memory.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    save_file = safetensors().save_file
+    from safetensors import SafetensorError
+
+    try:
+        save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+    except SafetensorError as error:
+        raise OSError(f"export: {path}: {error}") from error
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -81,13 +91,28 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     own = json.loads(text)
-    if own.get("format_version") != VERSION:
-        raise ValueError(f"{path}: format_version must be {VERSION}, got {own.get('format_version')!r}: written by another cram_kernels")
+    if not isinstance(own, dict) or own.get("format_version") != VERSION:
+        found = own.get("format_version") if isinstance(own, dict) else own
+        raise ValueError(f"{path}: format_version must be {VERSION}, got {found!r}: written by another cram_kernels")
+    if missing := {"format", "pattern", "aliases", "tensors"} - own.keys():
+        raise ValueError(f"{path}: the manifest must have {', '.join(sorted(missing))}, got none: it is damaged")
     return own
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    return safetensors().load_file(str(path))
+def opened(op: str, path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """The manifest of a safetensors file, if it has one, and its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not one, or damaged; op names who asks.
+    """
+    load_file = safetensors().load_file
+    if not path.is_file():
+        raise FileNotFoundError(f"{op}: path must be a file, got {str(path)!r}, which is {'a folder' if path.is_dir() else 'not there'}")
+    try:
+        return read_manifest(path), load_file(str(path))
+    except Exception as error:  # safetensors has an exception of its own for a broken file
+        raise ValueError(f"{op}: path must be a safetensors file that this version knows, got {str(path)!r}: {error}") from error
 
 
 def take(name: str, tensors: Mapping[str, Tensor], dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:

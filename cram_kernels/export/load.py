@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from ..patterns import NM
 from ..report import table
@@ -23,6 +23,8 @@ from .weights import weights_of
 Backend = Literal["auto", "cusparselt", "cutlass", "dense"]
 BACKENDS = ("auto", "cusparselt", "cutlass", "dense")
 CONSUMER: dict[str, Consumer] = {"cutlass": CUTLASS, "cusparselt": CUSPARSELT}
+PREFIXES = ("module.", "_orig_mod.")  # of names in a DataParallel, and of a compiled model
+FUSED = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
 
     Args:
         model: on one device. Its Linear weights become parameters that need no gradient.
-        path: whatever `read` reads; the names must be the model's.
+        path: whatever `read` reads; the names must be the model's, but for the prefix of a DataParallel or of a compiled model. Of tied
+            names the file may have one.
         backend: "cusparselt", "cutlass" (compute capability 8.x only), "dense", or "auto": the first of these that this GPU and this torch
             have. On the CPU "auto" stays dense, and the others are refused.
 
@@ -67,20 +70,24 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
         A `LoadReport`: what every tensor became, and why.
 
     Raises:
-        ValueError: an unknown backend, one that cannot run here, or a file whose tensors do not hold the pattern of its manifest.
+        ValueError: an unknown backend, one that cannot run here, a model that has semi-structured weights already, or a file whose tensors
+            do not hold the pattern of its manifest.
         RuntimeError: names or shapes are not the model's (from `load_state_dict`).
     """
     if backend not in BACKENDS:
         raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if sparse := [name for name, p in model.named_parameters() if isinstance(p, SparseSemiStructuredTensor)]:
+        raise ValueError(f"load_sparse: model must have dense weights, got {sparse[0]!r}, which is semi-structured: make the model anew")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     chosen, why = _choose(backend, device)
     state = read(path)
     _recheck(Path(path), state)
-    model.load_state_dict(state)
+    model.load_state_dict(under_names_of(model, state))
     report = check_weights(weights_of(model), NM(2, 4))
+    fused = fused_weights(model)
     rows = []
     for row in report.rows:
-        reason = why or why_dense(row, chosen)
+        reason = why or fused.get(row.name) or why_dense(row, chosen)
         if reason is None:
             _compress(model, row, chosen)
         rows.append(Loaded(row.name, row.shape, row.dtype, chosen if reason is None else "dense", reason))
@@ -101,6 +108,32 @@ def why_dense(row: Row, backend: str) -> str | None:
     if verdict.runs != "yes":
         return row.describe() if row.violations else verdict.why
     return None
+
+
+def fused_weights(model: nn.Module) -> dict[str, str]:
+    """Name -> why it stays dense, of the Linear weights that torch gives to a fused kernel in inference."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for kind, parts in FUSED.items():
+            if isinstance(module, kind) and torch.backends.mha.get_fastpath_enabled():
+                why = f"torch's fused {kind.__name__} does not read it: torch.backends.mha.set_fastpath_enabled(False) makes it sparse"
+                found |= {f"{name}.{part}.weight".removeprefix("."): why for part in parts}
+    return found
+
+
+def under_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict for load_state_dict: without the prefix of a wrapper, and with all names of tied weights where it has one."""
+    wanted = model.state_dict().keys()
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in wanted):
+            state = {name.removeprefix(prefix): t for name, t in state.items()}
+    state = dict(state)
+    for weight in weights_of(model):
+        names = (weight.name, *weight.aliases)
+        given = [name for name in names if name in state]
+        for name in names if given else ():
+            state.setdefault(name, state[given[0]])
+    return state
 
 
 def _choose(backend: str, device: torch.device) -> tuple[str, str | None]:
@@ -181,10 +214,9 @@ def read_cutlass(path: str | Path) -> dict[str, Any]:
         ValueError: the file is no such file, or damaged.
     """
     path = Path(path)
-    own = container.read_manifest(path)
+    own, tensors = container.opened("read_cutlass", path)
     if own is None or own["format"] != cutlass.NAME:
         raise ValueError(f"read_cutlass: path must be a {cutlass.NAME!r} file, got {str(path)!r}, which is {own and own['format']!r}")
-    tensors = container.load(path)
     found: dict[str, Any] = {}
     for name, entry in own["tensors"].items():
         shape = tuple(entry["shape"])

@@ -9,6 +9,18 @@ from torch import Tensor
 from .weights import Kind, Weight, guess
 
 PASS = ("Cast", "CastLike", "DequantizeLinear", "Identity", "QuantizeLinear")  # nodes between a weight and its user that keep its shape
+CONVOLUTIONS = {("Conv", 1), ("ConvInteger", 1), ("QLinearConv", 3)}  # node, place of the weight
+MATRICES = {  # node, place of the matrix -> is it the right factor
+    ("Gemm", 0): False,
+    ("Gemm", 1): True,
+    ("MatMul", 0): False,
+    ("MatMul", 1): True,
+    ("MatMulInteger", 0): False,
+    ("MatMulInteger", 1): True,
+    ("QLinearMatMul", 0): False,
+    ("QLinearMatMul", 3): True,
+}
+ELEMENTWISE = ("Add", "And", "Concat", "Div", "Equal", "Expand", "Greater", "Less", "Max", "Min", "Mul", "Or", "Pow", "Sub", "Where")
 VIEWS = {  # ONNX's name -> what numpy reads it as, and what it is
     "BFLOAT16": ("int16", torch.bfloat16),
     "FLOAT8E4M3FN": ("uint8", torch.float8_e4m3fn),
@@ -30,7 +42,9 @@ def onnx_package() -> Any:
 
 
 def onnx_weights(path: Path) -> list[Weight]:
-    """Every initialiser of 1 or more dims; a matrix that is multiplied from the right is given transposed, with axis 0 named.
+    """Every initialiser and constant of 1 or more dims; a matrix that is multiplied from the right is given transposed, with axis 0 named.
+
+    What lies in files beside the model is read too.
 
     Raises:
         ValueError: not an ONNX model.
@@ -44,22 +58,27 @@ def onnx_weights(path: Path) -> list[Weight]:
     for node in graph.node:
         for place, name in enumerate(node.input):
             users.setdefault(name, []).append((node, place))
-    return [_weight(onnx, initializer, users) for initializer in graph.initializer if len(initializer.dims) > 0]
+    constants = [(node.output[0], a.t) for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]
+    named = [(initializer.name, initializer) for initializer in graph.initializer] + constants
+    return [_weight(onnx, name, proto, users) for name, proto in named if len(proto.dims) > 0]
 
 
-def _weight(onnx: Any, initializer: Any, users: dict[str, list[tuple[Any, int]]]) -> Weight:
-    t = _tensor(onnx, initializer)
-    kind, transposed, groups = _use(onnx, initializer.name, t, users)
-    return Weight(initializer.name, t.t() if transposed else t, kind, 0 if transposed else 1, groups)
+def _weight(onnx: Any, name: str, proto: Any, users: dict[str, list[tuple[Any, int]]]) -> Weight:
+    t = _tensor(onnx, proto)
+    kind, transposed, groups = _use(onnx, name, t, users)
+    return Weight(name, t.t() if transposed else t, kind, 0 if transposed else 1, groups)
 
 
-def _tensor(onnx: Any, initializer: Any) -> Tensor:
-    array = onnx.numpy_helper.to_array(initializer).copy()
-    name = onnx.TensorProto.DataType.Name(initializer.data_type)
+def _tensor(onnx: Any, proto: Any) -> Tensor:
+    array = onnx.numpy_helper.to_array(proto).copy()
+    name = onnx.TensorProto.DataType.Name(proto.data_type)
     if name in VIEWS:
         integer, dtype = VIEWS[name]
         return torch.from_numpy(array.view(integer)).view(dtype)
-    return torch.from_numpy(array)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:  # of what torch cannot hold, such as int4, the name is kept
+        return torch.empty(array.shape, dtype=getattr(torch, name.lower(), torch.bits8), device="meta")
 
 
 def _use(onnx: Any, name: str, t: Tensor, users: dict[str, list[tuple[Any, int]]]) -> tuple[Kind, bool, int | None]:
@@ -70,19 +89,21 @@ def _use(onnx: Any, name: str, t: Tensor, users: dict[str, list[tuple[Any, int]]
         if node is None:
             return guess(t), False, None
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Conv" and place == 1:
+        use = (node.op_type, place)
+        if use in CONVOLUTIONS:
             return "conv", False, attributes.get("group", 1)
-        if node.op_type == "ConvTranspose" and place == 1:
+        if use == ("ConvTranspose", 1):
             return "conv transpose", False, attributes.get("group", 1)
-        if node.op_type == "Gather" and place == 0:
+        if use == ("Gather", 0):
             return "embedding", False, None
-        if node.op_type in ("Gemm", "MatMul") and place < 2 and t.dim() == 2:
-            flag = attributes.get("transB" if place == 1 else "transA", 0)
-            inputs_first = (place == 1) != bool(flag)  # B is [inputs, outputs], A is [outputs, inputs]
+        if use in MATRICES and t.dim() == 2:
+            right = MATRICES[use]
+            flag = attributes.get("transB" if right else "transA", 0)
+            inputs_first = right != bool(flag)  # B is [inputs, outputs], A is [outputs, inputs]
             return "linear", inputs_first != transposed, None
         if node.op_type == "Transpose" and t.dim() == 2:
             transposed = not transposed
         elif node.op_type not in PASS or place != 0:
-            return "other" if t.dim() != 2 else "matrix", False, None
+            return "other" if t.dim() < 2 or node.op_type in ELEMENTWISE else "matrix", False, None
         name = node.output[0]
     return guess(t), False, None

@@ -22,7 +22,7 @@ class Row:
     axis: int  # of the input channels
     violations: int | None  # groups; None: it cannot be n:m, see why_dense
     numel: int
-    zeros: int
+    zeros: int | None  # None: torch cannot count them
     groups: int = 0
     first: str | None = None  # the first group that violates
     holds_along: str | None = None  # where the pattern holds instead
@@ -89,7 +89,7 @@ class NMReport:
             reasons = {v.why: [name for name, other in row.verdicts.items() if other.why == v.why] for v in verdicts if v.why}
             why += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
         shape = " x ".join(map(str, row.shape))
-        share = f"{row.zeros / row.numel:.2%}" if row.numel else ""
+        share = f"{row.zeros / row.numel:.2%}" if row.numel and row.zeros is not None else ""
         return row.name, shape, row.dtype, str(row.axis), status, share, *(MARKS[v.runs] for v in verdicts), "; ".join(filter(None, why))
 
     def summary(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..atomic import replacing
+from ..atomic import replacing, target
 from ..params import DTYPES
 from ..patterns import NM
 from . import bitmask, container, cutlass
@@ -45,14 +45,14 @@ def export(
 
     Args:
         model: a module, or a state dict (not for "onnx"). It is not changed.
-        path: of the file; a process that is killed leaves the old one, or none.
+        path: of the file, NAME.safetensors, or NAME.onnx; a link is followed. A process that is killed leaves the old file, or none.
         format: "safetensors": dense with zeros; every reader reads it. "bitmask": smaller, for `read`. "cutlass-sm80": matrices packed for
             SM 8.x. "onnx": the model with dense weights, run through ONNX Runtime and compared.
         pattern: what every tensor that is not excluded must hold, as far as its shape allows: see `check_nm`.
         exclude: patterns of names that may stay dense, as in `fnmatch`.
         prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused.
         example_inputs: "onnx": what the model is traced and compared with.
-        onnx_options: "onnx": more arguments of `torch.onnx.export`, such as dynamic_shapes or opset_version.
+        onnx_options: "onnx": more arguments of `torch.onnx.export`, such as kwargs, dynamic_shapes or opset_version.
 
     Returns:
         What `check_nm` says of the exported weights.
@@ -61,11 +61,15 @@ def export(
         ValueError: a tensor violates the pattern (count and first place are given), an argument is wrong, or the file does not give back
             what was written. Nothing at `path` was changed.
         ImportError: the format's package is not installed.
+        OSError: the file cannot be written. The old one is as it was.
     """
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if not path.parent.is_dir():
+    suffix = ".onnx" if format == "onnx" else ".safetensors"
+    if path.suffix != suffix:
+        raise ValueError(f"export: path must end in {suffix} for format {format!r}, got {str(path)!r}")
+    if not target("export", path).parent.is_dir():
         raise ValueError(f"export: path must be in a folder that is there, got {str(path)!r}")
     if format == "onnx":
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
@@ -83,7 +87,7 @@ def export(
             if name in tensors:
                 raise ValueError(f"export: names must differ from those of packed parts, got {name!r} twice")
             tensors[name] = t
-    with replacing(path) as partial:
+    with replacing("export", path) as partial:
         container.save(partial, tensors, container.manifest(format, report, stored))
         _verify(partial, weights, stored, path)
     return report
@@ -91,6 +95,9 @@ def export(
 
 def _on_cpu(weight: Weight) -> Weight:
     """A contiguous copy on the CPU: the files are row-major, and tensors that share memory are each stored."""
+    if weight.tensor.layout != torch.strided or weight.tensor.is_meta:
+        found = "a meta tensor" if weight.tensor.is_meta else f"layout {weight.tensor.layout}"
+        raise ValueError(f"export: tensor {weight.name!r} must be dense and have data, got {found}")
     return Weight(weight.name, weight.tensor.cpu().contiguous().clone(), weight.kind, weight.axis, weight.groups, weight.aliases)
 
 
@@ -163,7 +170,9 @@ def _export_onnx(
             f"export: example_inputs must be a tuple of the model's inputs for format 'onnx', got {type(example_inputs).__name__}"
         )
     model = copy.deepcopy(model).cpu().eval()
+    example_inputs, options = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (example_inputs, options))
+    assert example_inputs is not None
     report = _conforming(weights_of(model), pattern, exclude, prune)
-    with replacing(path) as partial:
+    with replacing("export", path) as partial:
         write_onnx(model, partial, report, example_inputs, options)
     return report
