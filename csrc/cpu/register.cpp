@@ -22,7 +22,8 @@ Perturbation perturbation(const PerturbArguments& a, std::vector<Item>& items, c
   p.found_inf = const_cast<float*>(float_or_null(a.found_inf));
   p.perturbed = static_cast<int32_t*>(a.perturbed.data_ptr());
   for (size_t i = 0; i < items.size(); ++i) items[i].rho = at(a.rho, i);
-  Check(op).require(*p.perturbed == 0, "perturbed", "be 0", std::to_string(*p.perturbed) + ": the weights are perturbed already; restore_ them first");
+  if (*p.perturbed != 0)
+    Check(op).refuse("perturbed", "be 0", std::to_string(*p.perturbed) + ": the weights are perturbed already; restore_ them first");
   return p;
 }
 
