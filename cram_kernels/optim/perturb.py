@@ -43,7 +43,8 @@ def perturb_(
     arena.begin(selection.slots)
     for slot in masked:
         slot.mask = slot.bits[place]
-        if not reuse:
+    if place is not None and not reuse:
+        for slot in masked:
             slot.finished.discard(place)
     results = []
     for side in selection.sides:
@@ -54,13 +55,13 @@ def perturb_(
     if factor.found_inf is not None:
         for mesh in whole_mesh([s.param for s in selection.slots]):
             mesh.reduce_(factor.found_inf, dist.ReduceOp.MAX)
-    for slot in masked:
-        if place is not None:
+    if place is not None:
+        for slot in masked:
             slot.finished.add(place)
             if not reuse:
                 arena.renewed.append((slot, place))
-        if not groups[slot.group]["sparse_grad"]:
-            slot.mask = slot.nothing
+            if not groups[slot.group]["sparse_grad"]:
+                slot.mask = slot.nothing
     numels = tuple(size for side in selection.sides for size in side.numels)
     thresholds, stats = _joined([r for r in results if r is not None])
     return Perturbation(selection.pattern, level, thresholds, stats, numels)
@@ -112,8 +113,8 @@ def _local_k(side: Side, k: Tensor, rho: Tensor, amp: dict[str, Any]) -> tuple[T
 
 def _joined(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
     """Thresholds and statistics of all devices, on the first."""
-    if not results:
-        return None, None
+    if len(results) < 2:
+        return results[0] if results else (None, None)
     device = results[0][0].device
     thresholds, stats = zip(*results, strict=True)
     return torch.cat([t.to(device) for t in thresholds]), torch.cat([t.to(device) for t in stats])
