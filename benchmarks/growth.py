@@ -23,7 +23,7 @@ MILLIONS = (16, 1, 4, 64, 200)  # weights; the first is what the others are comp
 COUNTS = (100, 1, 10, 1000, 5000)  # tensors
 FLAT = 1.2
 VALIDATION_MS = 1.0
-HANDED, CHECKED = "torch hands its four lists over", "the same, and its checks"
+HANDED, CHECKED = "torch hands its lists over", "the same, and its checks"
 MAKE: dict[str, Callable[[list[Shape], Setup], OpRun]] = {
     "perturb_topk_ 90 %": lambda shapes, setup: perturb_run(shapes, PATTERN, "fp32", setup),
     "restore_sgd_": lambda shapes, setup: sgd_run(shapes, "fp32", setup),
@@ -64,7 +64,7 @@ class Overhead:
     def hand_over(self) -> None:
         """The lists of the op, to one that does nothing: what torch takes for 4 x 5,000 tensors."""
         a = self.many.arguments
-        torch.ops.cram_kernels.nothing.default(a["params"], a["grads"], a["saved"], a["masks"])
+        torch.ops.cram_kernels.nothing.default(a["params"], a["grads"], a["saved"], a["masks"], a["sets"])
 
     def check_arguments(self) -> None:
         """The lists handed over, and the checks of the op."""

@@ -57,7 +57,7 @@ const Op kOps[] = {
 
 
 // What handing lists over costs (benchmarks/growth.py).
-void nothing(const cram::Tensors&, const cram::Tensors&, const cram::Tensors&, const cram::Tensors&) {}
+void nothing(const cram::Tensors&, const cram::Tensors&, const cram::Tensors&, const cram::Tensors&, const cram::Integers&) {}
 
 }  // namespace
 
@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(cram_kernels, m) {
     m.def((op.name + schema + op.result).c_str());
     m.def(("check_" + op.name + schema + "()").c_str());
   }
-  m.def("nothing(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] saved, Tensor(c!)[] masks) -> ()");
+  m.def("nothing(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] saved, Tensor(c!)[] masks, int[] sets) -> ()");
 }
 
 #define CRAM_OPS(define)  \

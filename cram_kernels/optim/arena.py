@@ -4,6 +4,7 @@ which torch casts to the parameter's dtype when it loads a checkpoint; but for t
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ class Arena:
                 if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
                     for slot in set(slots).difference(same):
                         local_of(slot.param).copy_(slot.master if slot.origin is slot.nothing else slot.origin)
-                ops.restore_([s.local for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
+                ops.restore_([s.local for s in same], tensors_of(same, "origin"), flag, masters=tensors_of(same, "master"))
                 self.note_versions(same)
             self.reshard()
             self._back()
@@ -264,6 +265,12 @@ def release_gradients(slots: list[Slot]) -> None:
     """p.grad = None."""
     for slot in slots:
         slot.param.grad, slot.grad = None, slot.nothing
+
+
+def tensors_of(slots: list[Slot], name: str) -> list[Tensor]:
+    """The tensors of this name, a slot each; an empty list where no slot has one: each list costs the ops as much as the parameters do."""
+    tensors = list(map(attrgetter(name), slots))
+    return tensors if any(t is not s.nothing for t, s in zip(tensors, slots, strict=True)) else []
 
 
 def layout_of(param: Tensor) -> tuple:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed import local_ranks, whole_mesh
 from ..patterns import NM, Pattern, TopK
-from .arena import Arena
+from .arena import Arena, tensors_of
 from .factor import Factor, on
 from .last import Perturbation
 from .scalars import Groups, Scalars
@@ -72,10 +72,10 @@ def _on_device(
 ) -> tuple[Tensor, Tensor] | None:
     """The op; without a pattern the masks that are there prune."""
     slots = side.slots
-    params, grads, saved = [s.local for s in slots], [s.grad for s in slots], [s.origin for s in slots]
-    common = (params, grads, saved, [s.mask for s in slots], arena.flag(side.device), rho)
+    params, grads = [s.local for s in slots], [s.grad for s in slots]
+    common = (params, grads, tensors_of(slots, "origin"), tensors_of(slots, "mask"), arena.flag(side.device), rho)
     found_inf = on(factor.found_inf, side.device)
-    amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": [s.master for s in slots]}
+    amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": tensors_of(slots, "master")}
     result = None
     if isinstance(pattern, TopK):
         k = scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device)

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from ..distributed import local_of, whole_of
-from .arena import Arena, Slot, by_device
+from .arena import Arena, Slot, by_device, tensors_of
 from .factor import Factor, on
 from .scalars import Scalars, per_tensor
 
@@ -100,10 +100,10 @@ def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tens
     """The arguments with which every restoring op begins: params ... perturbed."""
     return (
         [s.local for s in slots],
-        [s.origin for s in slots],
-        [s.grad for s in slots],
-        [s.first for s in slots],
-        [s.mask for s in slots],
+        tensors_of(slots, "origin"),
+        tensors_of(slots, "grad"),
+        tensors_of(slots, "first"),
+        tensors_of(slots, "mask"),
         arena.flag(device),
     )
 
@@ -114,7 +114,7 @@ def _factors(arena: Arena, device: torch.device, slots: list[Slot], factor: Fact
         "inv_scale": on(factor.inv_scale, device),
         "first_inv_scale": on(arena.first.inv_scale, device),
         "found_inf": on(factor.found_inf, device),
-        "masters": [s.master for s in slots],
+        "masters": tensors_of(slots, "master"),
     }
 
 
