@@ -27,7 +27,7 @@ class Slot:
     def __init__(self, param: Tensor) -> None:
         self.param = param
         self.local = local_of(param)  # what the ops work on: the parameter, or this rank's shard of it
-        self.layout = layout_of(param)
+        self.layout = layout_of(self.local)
         self.nothing = torch.empty(0, dtype=param.dtype, device=self.local.device)
         self.group = self.position = 0  # where it is in param_groups
         self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
@@ -149,7 +149,7 @@ class Arena:
         for i, group in enumerate(param_groups):
             for j, param in enumerate(group["params"]):
                 slot = self.slots.get(id(param))
-                if slot is None or (self.begun is None and slot.layout != layout_of(param)):
+                if slot is None or (self.begun is None and slot.layout != layout_of(local_of(param))):
                     slot = self.slots[id(param)] = Slot(param)
                 slot.group, slot.position = i, j
                 slots.append(slot)
@@ -184,7 +184,7 @@ class Arena:
                 flag = self.flag(device)
                 if device.type == "cpu" and int(flag) == 0:
                     continue  # the op refused its arguments: it would refuse them here, too
-                same = [s for s in slots if s.layout == layout_of(s.param)]
+                same = [s for s in slots if s.layout == layout_of(s.local)]
                 if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
                     for slot in set(slots).difference(same):
                         local_of(slot.param).copy_(slot.master if slot.origin is slot.nothing else slot.origin)
@@ -273,9 +273,8 @@ def tensors_of(slots: list[Slot], name: str) -> list[Tensor]:
     return tensors if any(t is not s.nothing for t, s in zip(tensors, slots, strict=True)) else []
 
 
-def layout_of(param: Tensor) -> tuple:
-    """Of this rank's part."""
-    local = local_of(param)
+def layout_of(local: Tensor) -> tuple:
+    """Of this rank's part of a parameter."""
     return local.dtype, local.device, local.shape, local.stride() if local.layout is STRIDED else None
 
 
