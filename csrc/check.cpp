@@ -239,16 +239,18 @@ void Check::masks(std::vector<Item>& items, const Tensors& masks, bool written) 
 }
 
 void Check::masters(std::vector<Item>& items, const Tensors& masters, bool written) {
-  attach(items, "masters", masters, written, [](const Item&) { return DType::kFloat32; },
-         [](Item& item, void* p) { item.master = static_cast<float*>(p); });
+  attach(
+      items, "masters", masters, written, [](const Item&) { return DType::kFloat32; },
+      [](Item& item, void* p) { item.master = static_cast<float*>(p); });
   for (size_t i = 0; i < items.size(); ++i)
     if (items[i].master != nullptr && items[i].dtype == DType::kFloat32)
       refuse({"masters", static_cast<int64_t>(i)}, "be absent for a float32 parameter", "a master weight");
 }
 
 void Check::state(std::vector<Item>& items, const char* name, const Tensors& tensors, int slot) {
-  attach(items, name, tensors, true, [](const Item& item) { return item.master != nullptr ? DType::kFloat32 : item.dtype; },
-         [slot](Item& item, void* p) { item.state[slot] = p; });
+  attach(
+      items, name, tensors, true, [](const Item& item) { return item.master != nullptr ? DType::kFloat32 : item.dtype; },
+      [slot](Item& item, void* p) { item.state[slot] = p; });
 }
 
 void Check::steps(std::vector<Item>& items, const Tensors& steps) {
@@ -265,8 +267,7 @@ void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k
   remember(name, k, facts.numel * sizeof(int64_t), false);
   if (sets.size() != items.size()) refuse("sets", "have one entry a tensor (" + std::to_string(items.size()) + ")", std::to_string(sets.size()));
   for (size_t i = 0; i < sets.size(); ++i) {
-    if (sets[i] < -1 || sets[i] >= facts.numel)
-      refuse(Place("sets", i), "be in [-1, " + std::to_string(facts.numel) + ")", std::to_string(sets[i]));
+    if (sets[i] < -1 || sets[i] >= facts.numel) refuse(Place("sets", i), "be in [-1, " + std::to_string(facts.numel) + ")", std::to_string(sets[i]));
     items[i].set = sets[i];
   }
 }

@@ -26,9 +26,9 @@ struct Place {
   int32_t index;  // -1: no list
 };
 
-std::string show(Place place);                                     // grads[3]
+std::string show(Place place);                                      // grads[3]
 std::string show(torch::headeronly::IntHeaderOnlyArrayRef values);  // [2, 3]
-std::string show(torch::headeronly::ScalarType t);                 // float32
+std::string show(torch::headeronly::ScalarType t);                  // float32
 
 // The metadata of a strided tensor, read once: every question is a call into libtorch.
 struct Facts {
