@@ -23,6 +23,7 @@ MILLIONS = (16, 1, 4, 64, 200)  # weights; the first is what the others are comp
 COUNTS = (100, 1, 10, 1000, 5000)  # tensors
 FLAT = 1.2
 VALIDATION_MS = 1.0
+HANDED, CHECKED = "torch hands its lists over", "the same, and its checks"
 MAKE: dict[str, Callable[[list[Shape], Setup], OpRun]] = {
     "perturb_topk_ 90 %": lambda shapes, setup: perturb_run(shapes, PATTERN, "fp32", setup),
     "restore_sgd_": lambda shapes, setup: sgd_run(shapes, "fp32", setup),
@@ -60,11 +61,16 @@ class Overhead:
         self.many.check()
         self.one.check()
 
+    def hand_over(self) -> None:
+        """The lists of the op, to one that does nothing: what torch takes for 4 x 5,000 tensors."""
+        a = self.many.arguments
+        torch.ops.cram_kernels.nothing.default(a["params"], a["grads"], a["saved"], a["masks"], a["sets"])
+
     def check_arguments(self) -> None:
-        """The checks of the op and nothing else."""
+        """The lists handed over, and the checks of the op."""
         a = self.many.arguments
         lists = (a["params"], a["grads"], a["saved"], a["masks"], a["perturbed"], a["rho"], a["sets"], a["k"])
-        torch.ops.cram_kernels.check_perturb_topk_(*lists, masters=[])
+        torch.ops.cram_kernels.check_perturb_topk_.default(*lists, masters=[])
 
     def give(self, params: list[nn.Parameter]) -> None:
         for p, g in zip(params, self.grads, strict=True):
@@ -79,19 +85,21 @@ class Overhead:
     def rows(self, setup: Setup) -> list[Row]:
         contestants = [
             Contestant("perturb_topk_", self.many.run, self.many.reset),
-            Contestant("its checks alone", self.check_arguments),
+            Contestant(HANDED, self.hand_over, self.hand_over),  # before it, too: both find the tensors in the same caches
+            Contestant(CHECKED, self.check_arguments, self.hand_over),
             Contestant("perturb_topk_ of one tensor as large", self.one.run, self.one.reset),
             Contestant("CrAM.perturb()", self.optimizer.perturb, lambda: self.give(self.params)),
             Contestant("CrAM.step()", self.optimizer.step, self.between),
             Contestant("torch.optim.SGD(fused=True).step()", self.fused.step, lambda: self.give(self.fused_params)),
         ]
         times = interleave(contestants, 2 if setup.quick else setup.rounds or 15, setup.device)
+        times["its checks alone: the difference"] = [c - h for c, h in zip(times[CHECKED], times[HANDED], strict=True)]
         rows: list[Row] = []
-        for c in contestants:
-            first, third = quartiles(times[c.name])
-            median = statistics.median(times[c.name])
-            rows.append({"name": c.name, "median_ms": 1e3 * median, "spread": (third - first) / median, "min_ms": 1e3 * min(times[c.name])})
-        rows[1] |= {"target": f"<= {VALIDATION_MS:g} ms", "met": rows[1]["median_ms"] <= VALIDATION_MS}
+        for name, values in times.items():
+            first, third = quartiles(values)
+            median = statistics.median(values)
+            rows.append({"name": name, "median_ms": 1e3 * median, "spread": (third - first) / median, "min_ms": 1e3 * min(values)})
+        rows[-1] |= {"target": f"<= {VALIDATION_MS:g} ms", "met": rows[-1]["median_ms"] <= VALIDATION_MS}
         return rows
 
     def describe(self) -> Row:

@@ -5,6 +5,8 @@ silently wrong instead of raising.
 """
 
 import warnings
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,19 +56,57 @@ def tensors(args: Any) -> list[Tensor]:
     return found
 
 
+def _mutated(op: Any) -> Callable[[Any, Any], Iterable[Any]]:
+    """(args, kwargs of a call) -> those that the op writes: tensors, lists of them, None."""
+    arguments = op._schema.arguments
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
+    places = [i for i, write in enumerate(written) if write]
+    names = [argument.name for argument, write in zip(arguments, written, strict=True) if write]
+
+    def mutated(args: Any, kwargs: Any) -> Iterable[Any]:
+        yield from (args[i] for i in places if i < len(args))
+        yield from (kwargs[name] for name in names if name in kwargs)
+
+    return mutated
+
+
+def _bump(values: Iterable[Any]) -> None:
+    for value in values:
+        if value is not None:
+            increment_version(value)
+
+
 def _bump_versions(library: torch.library.Library, name: str) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
-    mutated = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
-    names = {argument.name for argument, written in zip(op._schema.arguments, mutated, strict=True) if written}
-    below = torch._C._after_ADInplaceOrView_keyset
+    below, mutated = torch._C._after_ADInplaceOrView_keyset, _mutated(op)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         result = op.redispatch(keyset & below, *args, **kwargs)
-        written = [arg for arg, write in zip(args, mutated, strict=False) if write]
-        increment_version(tensors([*written, *(kwargs[key] for key in kwargs.keys() & names)]))
+        _bump(mutated(args, kwargs))
         return result
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def direct(namespace: str) -> SimpleNamespace:
+    """The ops for calls from Python. Version counters are counted up here, without the detour through `kernel` above, for which torch
+    translates every list to Python and back once more."""
+
+    def make(name: str) -> Callable[..., Any]:
+        op = getattr(getattr(torch.ops, namespace), name).default
+        mutated = _mutated(op)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return op(*args, **kwargs)
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                result = op(*args, **kwargs)
+            _bump(mutated(args, kwargs))
+            return result
+
+        return call
+
+    return SimpleNamespace(**{name: make(name) for name in OPS})
 
 
 def _same_device(name: str, args: Any, kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, _triton, reference
+from . import _native, _registration, _triton, reference
 
 ENVIRONMENT = "CRAM_KERNELS_BACKEND"
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -43,6 +43,8 @@ class _Checked:
 
 
 _reference = _Checked(reference)
+_native_ops = _registration.direct(_registration.NATIVE) if _native.why_missing("cpu") is None else None
+_triton_ops = _registration.direct(_triton.NAMESPACE) if _triton.why_missing() is None else None
 
 
 def why_missing(name: str) -> str | None:
@@ -118,4 +120,4 @@ def select(tensors: Sequence[Tensor]) -> Any:
     _require(name)
     if name == "reference":
         return _reference
-    return torch.ops.cram_kernels_triton if name == "triton" else torch.ops.cram_kernels
+    return _triton_ops if name == "triton" else _native_ops

@@ -26,8 +26,9 @@ std::vector<Item> histogram_items(CRAM_HISTOGRAM_ARGUMENTS) {
   Check check("topk_histogram");
   std::vector<Item> items = check.uphill(params, grads, rho, inv_scale, masters);
   check.sets(items, sets, prefix, "prefix");
-  check.require(bits >= 1 && bits <= 16 && shift >= 0 && shift + bits <= 31, "shift, bits", "satisfy 1 <= bits <= 16, 0 <= shift <= 31 - bits",
-                "shift=" + std::to_string(shift) + ", bits=" + std::to_string(bits));
+  if (bits < 1 || bits > 16 || shift < 0 || shift + bits > 31)
+    check.refuse("shift, bits", "satisfy 1 <= bits <= 16, 0 <= shift <= 31 - bits",
+                 "shift=" + std::to_string(shift) + ", bits=" + std::to_string(bits));
   for (Item& item : items)
     if (item.grad == nullptr) item.master = nullptr;  // the parameter itself counts
   return items;
@@ -116,11 +117,12 @@ Sgd sgd_of(const UpdateArguments& a, const Tensors& momentum_buffers, const Inte
   check.per_item("weight_decay", weight_decay, n);
   check.per_item("nesterov", nesterov, n);
   check.per_item("maximize", maximize, n);
+  sgd.options.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     const Item& item = sgd.items[i];
     const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);
-    check.require(!updated || at(momentum, i) == 0 || item.state[0] != nullptr, "momentum_buffers[" + std::to_string(i) + "]",
-                  "be there where momentum is not 0", "no buffer");
+    if (updated && at(momentum, i) != 0 && item.state[0] == nullptr)
+      check.refuse(Place("momentum_buffers", i), "be there where momentum is not 0", "no buffer");
     sgd.options.push_back({0, static_cast<float>(at(momentum, i)), static_cast<float>(1 - at(dampening, i)), static_cast<float>(at(weight_decay, i)),
                            at(nesterov, i) != 0, at(maximize, i) != 0, at(fresh, i) != 0});
   }
@@ -149,12 +151,13 @@ Adam adam_of(const UpdateArguments& a, const Tensors& exp_avgs, const Tensors& e
   check.per_item("weight_decay", weight_decay, n);
   check.per_item("amsgrad", amsgrad, n);
   check.per_item("maximize", maximize, n);
+  adam.options.reserve(n);
+  adam.hyper.reserve(n);
   for (size_t i = 0; i < n; ++i) {
     const Item& item = adam.items[i];
     const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);
     const bool complete = item.state[0] != nullptr && item.state[1] != nullptr && (at(amsgrad, i) == 0 || item.state[2] != nullptr);
-    check.require(!updated || complete, "exp_avgs, exp_avg_sqs, max_exp_avg_sqs [" + std::to_string(i) + "]", "be there (the last with amsgrad)",
-                  "no tensor");
+    if (updated && !complete) check.refuse(Place("exp_avgs, exp_avg_sqs, max_exp_avg_sqs ", i), "be there (the last with amsgrad)", "no tensor");
     AdamOptions options = {};
     options.beta1 = static_cast<float>(at(beta1, i));
     options.one_minus_beta1 = static_cast<float>(1 - at(beta1, i));

@@ -30,53 +30,54 @@ std::string multiples(Slot slot) {
 
 }  // namespace
 
-void Check::matrix(const char* name, size_t index, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, bool written) {
-  const std::string what = entry(name, index);
-  strided(what, t);
-  on_device(what, t);
-  require(t.scalar_type() == dtype, what, "be " + show(dtype), show(t.scalar_type()));
-  const auto sizes = t.sizes();
-  require(sizes.size() == 2 && sizes[0] == rows && sizes[1] == cols, what,
-          "have shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]", show(sizes));
-  require(t.is_contiguous(), what, "be contiguous", "strides " + show(t.strides()));
-  remember(name, index, t, written);
+void* Check::matrix(Place place, const Tensor& t, ScalarType dtype, int64_t rows, int64_t cols, bool written) {
+  const Facts facts = strided(place, t);
+  on_device(place, t);
+  if (t.scalar_type() != dtype) refuse(place, "be " + show(dtype), show(t.scalar_type()));
+  if (facts.sizes.size() != 2 || facts.sizes[0] != rows || facts.sizes[1] != cols)
+    refuse(place, "have shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]", show(facts.sizes));
+  if (!t.is_contiguous()) refuse(place, "be contiguous", "strides " + show(facts.strides));
+  return remember(place, t, facts.numel * t.element_size(), written);
 }
 
 std::vector<PackItem> Check::packed(const Tensors& weights, const Tensors& packed, const Tensors& metas, bool weights_written) {
-  const std::string wanted = "have one tensor a weight (" + std::to_string(weights.size()) + ")";
-  require(packed.size() == weights.size(), "packed", wanted, std::to_string(packed.size()));
-  require(metas.size() == weights.size(), "metas", wanted, std::to_string(metas.size()));
+  const auto one_a_weight = [&](const char* name, const Tensors& tensors) {
+    if (tensors.size() != weights.size())
+      refuse(name, "have one tensor a weight (" + std::to_string(weights.size()) + ")", std::to_string(tensors.size()));
+  };
+  one_a_weight("packed", packed);
+  one_a_weight("metas", metas);
   std::vector<PackItem> items;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    const std::string what = entry("weights", i);
-    strided(what, w);
+    const Place place("weights", i);
+    const auto sizes = strided(place, w).sizes;
     const auto slot = slot_of(w);
-    require(slot.has_value() && *slot != Slot::kFloat8, what, "be int8, float16, bfloat16 or float32", show(w.scalar_type()));
-    const auto sizes = w.sizes();
-    require(sizes.size() == 2, what, "have 2 dims", "shape " + show(sizes));
+    if (!slot.has_value() || *slot == Slot::kFloat8) refuse(place, "be int8, float16, bfloat16 or float32", show(w.scalar_type()));
+    if (sizes.size() != 2) refuse(place, "have 2 dims", "shape " + show(sizes));
     const int64_t rows = sizes[0], cols = sizes[1];
-    require(rows % rows_multiple(*slot) == 0 && cols % cols_multiple(*slot) == 0, what, multiples(*slot), "shape " + show(sizes));
-    matrix("weights", i, w, w.scalar_type(), rows, cols, weights_written);
-    matrix("packed", i, packed[i], w.scalar_type(), rows, cols / 2, !weights_written);
-    matrix("metas", i, metas[i], *slot == Slot::kInt8 ? ScalarType::Int : ScalarType::Short, rows, meta_cols(*slot, cols), !weights_written);
-    items.push_back({*slot, rows, cols, w.data_ptr(), packed[i].data_ptr(), metas[i].data_ptr()});
+    if (rows % rows_multiple(*slot) != 0 || cols % cols_multiple(*slot) != 0) refuse(place, multiples(*slot), "shape " + show(sizes));
+    const ScalarType dtype = w.scalar_type(), meta_dtype = *slot == Slot::kInt8 ? ScalarType::Int : ScalarType::Short;
+    void* weight = matrix(place, w, dtype, rows, cols, weights_written);
+    void* numbers = matrix(Place("packed", i), packed[i], dtype, rows, cols / 2, !weights_written);
+    void* meta = matrix(Place("metas", i), metas[i], meta_dtype, rows, meta_cols(*slot, cols), !weights_written);
+    items.push_back({*slot, rows, cols, weight, numbers, meta});
   }
   return items;
 }
 
 std::vector<GroupItem> Check::groups(const Tensors& weights, int64_t n, int64_t m) {
-  require(1 <= n && n < m && m <= 1024, "n, m", "satisfy 1 <= n < m <= 1024", "n=" + std::to_string(n) + ", m=" + std::to_string(m));
+  satisfy_nm(n, m);
   std::vector<GroupItem> items;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    const std::string what = entry("weights", i);
-    dense(what, w);
+    const Place place("weights", i);
+    const Facts facts = dense(place, w);
     const auto slot = slot_of(w);
-    require(slot.has_value(), what, "be float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8", show(w.scalar_type()));
-    const auto sizes = w.sizes();
-    require(sizes.size() >= 2 && sizes[1] % m == 0, what, "have an axis 1 that is a multiple of m=" + std::to_string(m), "shape " + show(sizes));
-    items.push_back({*slot, w.numel(), w.numel() > 0 ? w.strides()[1] : 0, w.data_ptr()});
+    if (!slot.has_value()) refuse(place, "be float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8", show(w.scalar_type()));
+    if (facts.sizes.size() < 2 || facts.sizes[1] % m != 0)
+      refuse(place, "have an axis 1 that is a multiple of m=" + std::to_string(m), "shape " + show(facts.sizes));
+    items.push_back({*slot, facts.numel, facts.numel > 0 ? facts.strides[1] : 0, w.data_ptr()});
   }
   return items;
 }

@@ -190,3 +190,16 @@ def test_what_an_update_needs() -> None:
 @pytest.mark.parametrize("op", ["prune_nm_", "perturb_nm_"])
 def test_an_axis_that_m_does_not_divide(op: str) -> None:
     assert_refused(op, "prune[0]", SAMPLES[op]() | {"m": 5})
+
+
+@pytest.mark.parametrize("place", [0, 150, 298])
+def test_one_overlap_among_many_tensors_in_any_order(place: int) -> None:
+    """Neighbours in memory, given in another order, far from the rest of the call's tensors; two of them share one element."""
+    base = torch.zeros(300 * 64 + 1)
+    views = [base[64 * i : 64 * i + 64 + (i == place)] for i in range(300)]
+    shuffled = [views[i] for i in torch.randperm(300, generator=torch.Generator().manual_seed(place)).tolist()]
+    fine = [v[:64] for v in shuffled]
+    sets, k = [0] * 300, torch.tensor([9600])
+    ops.prune_topk_(fine, [], sets, k)
+    with pytest.raises(RuntimeError, match=r"prune_topk_: weights\[\d+\] must not share memory with weights\[\d+\], got tensors"):
+        ops.prune_topk_(shuffled, [], sets, k)

@@ -4,6 +4,7 @@ which torch casts to the parameter's dtype when it loads a checkpoint; but for t
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..params import OPEN_STEPS
 from .factor import Factor
 
 ALIGNMENT = 16  # bytes
+STRIDED = torch.strided
 
 
 class Slot:
@@ -25,7 +27,7 @@ class Slot:
     def __init__(self, param: Tensor) -> None:
         self.param = param
         self.local = local_of(param)  # what the ops work on: the parameter, or this rank's shard of it
-        self.layout = layout_of(param)
+        self.layout = layout_of(self.local)
         self.nothing = torch.empty(0, dtype=param.dtype, device=self.local.device)
         self.group = self.position = 0  # where it is in param_groups
         self.saved: Tensor | None = None  # memory for the weights, once it has been perturbed
@@ -42,7 +44,7 @@ class Slot:
         self.origin = self.nothing  # where a restore finds the weights
         self.first = self.nothing  # the first gradient
         self.first_owner: Tensor | None = None  # whose shard it is
-        self.first_version = (0, 0)
+        self.first_version = 0
         self.mask = self.nothing  # what masks the second gradient
 
     def versions(self) -> tuple[int, int]:
@@ -51,7 +53,7 @@ class Slot:
 
     def state_dtype(self) -> torch.dtype:
         """Of the base optimizer's state."""
-        return self.param.dtype if self.master is self.nothing else torch.float32
+        return self.layout[0] if self.master is self.nothing else torch.float32
 
     def has_gradient(self) -> bool:
         """Whether the parameter has a gradient, and if so `grad` is set.
@@ -63,12 +65,14 @@ class Slot:
         if grad is None:
             self.grad = self.nothing
             return False
-        if grad.layout is not torch.strided:
+        if grad.layout is not STRIDED:
             where = f"parameter {self.position} of group {self.group}"
             raise RuntimeError(f"CrAM: the gradient of {where} must be dense, got a sparse one ({grad.layout})")
-        if is_spread(grad) and grad.placements != self.param.placements:  # type: ignore[attr-defined]
-            grad = grad.redistribute(placements=self.param.placements)  # type: ignore[attr-defined]
-        grad, strides = local_of(grad), self.layout[-1]
+        if is_spread(grad):
+            if grad.placements != self.param.placements:  # type: ignore[attr-defined]
+                grad = grad.redistribute(placements=self.param.placements)  # type: ignore[attr-defined]
+            grad = local_of(grad)
+        strides = self.layout[-1]
         if grad.stride() == strides:
             self.grad = grad
         elif all(a == b or size == 1 for a, b, size in zip(grad.stride(), strides, grad.shape, strict=True)):
@@ -79,7 +83,8 @@ class Slot:
 
     def keep_gradient(self) -> None:
         """Keep the gradient as the first of two."""
-        grad = None if self.param.grad is None else local_of(self.param.grad)
+        owner = self.param.grad
+        grad = None if owner is None else local_of(owner)
         # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
         if grad is not None and (grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes):
             if self.borrowed is None:
@@ -87,11 +92,12 @@ class Slot:
             self.first = self.borrowed.copy_(self.grad)
             self.first_owner = None
         else:
-            self.first, self.first_owner = self.grad, self.param.grad
+            self.first, self.first_owner = self.grad, None if owner is self.grad else owner
         self.first_version = self.first_versions()
 
-    def first_versions(self) -> tuple[int, int]:
-        return self.first._version, 0 if self.first_owner is None else self.first_owner._version
+    def first_versions(self) -> int:
+        """Both only count up. (One number a parameter and step: thousands of tuples would call for Python's garbage collector.)"""
+        return self.first._version + (0 if self.first_owner is None else self.first_owner._version)
 
     def check_first(self) -> None:
         """Raise RuntimeError where somebody has written to the first gradient, which perturb() took away."""
@@ -107,6 +113,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.slots: dict[int, Slot] = {}  # by id: the slot keeps its parameter alive
+        self.listed: tuple[list[list[int]], list[Slot]] = [], []  # of the groups: the ids of their parameters, and the slots
         self.flags: dict[torch.device, Tensor] = {}  # `perturbed` of the ops: int32 []
         self.begun: list[Slot] | None = None  # what the step perturbs
         self.first = Factor()  # of the first gradients
@@ -125,16 +132,28 @@ class Arena:
 
     def of(self, param_groups: list[dict[str, Any]]) -> list[Slot]:
         """The slots of all parameters, in order. A parameter whose dtype, device, shape or strides were changed gets a new one."""
+        ids = [list(map(id, group["params"])) for group in param_groups]
+        if ids != self.listed[0]:
+            self._list(ids, param_groups)
+        between_steps, changed = self.begun is None, False
+        for slot in self.listed[1]:
+            local = slot.local = local_of(slot.param)  # Module.to() puts another shard under a DTensor
+            if between_steps and slot.layout != layout_of(local):
+                changed = True
+        if changed:
+            self._list(ids, param_groups)
+        return self.listed[1]
+
+    def _list(self, ids: list[list[int]], param_groups: list[dict[str, Any]]) -> None:
         slots = []
         for i, group in enumerate(param_groups):
             for j, param in enumerate(group["params"]):
                 slot = self.slots.get(id(param))
-                if slot is None or (self.begun is None and slot.layout != layout_of(param)):
+                if slot is None or (self.begun is None and slot.layout != layout_of(local_of(param))):
                     slot = self.slots[id(param)] = Slot(param)
-                slot.local = local_of(param)  # Module.to() puts another shard under a DTensor
                 slot.group, slot.position = i, j
                 slots.append(slot)
-        return slots
+        self.listed = ids, slots
 
     def flag(self, device: torch.device) -> Tensor:
         if device not in self.flags:
@@ -165,19 +184,20 @@ class Arena:
                 flag = self.flag(device)
                 if device.type == "cpu" and int(flag) == 0:
                     continue  # the op refused its arguments: it would refuse them here, too
-                same = [s for s in slots if s.layout == layout_of(s.param)]
+                same = [s for s in slots if s.layout == layout_of(s.local)]
                 if len(same) < len(slots) and int(flag) != 0:  # the model was converted within the step: no op takes such a pair
                     for slot in set(slots).difference(same):
                         local_of(slot.param).copy_(slot.master if slot.origin is slot.nothing else slot.origin)
-                ops.restore_([s.local for s in same], [s.origin for s in same], flag, masters=[s.master for s in same])
+                ops.restore_([s.local for s in same], tensors_of(same, "origin"), flag, masters=tensors_of(same, "master"))
                 self.note_versions(same)
             self.reshard()
             self._back()
 
     def note_versions(self, slots: Iterable[Slot]) -> None:
-        """What the parameters hold now is ours."""
+        """What the parameters hold now is ours: those that have masters will be asked."""
         for slot in slots:
-            slot.version = slot.versions()
+            if slot.master is not slot.nothing:
+                slot.version = slot.versions()
 
     def end(self) -> None:
         """The weights are back; the step is over, or given up."""
@@ -247,10 +267,15 @@ def release_gradients(slots: list[Slot]) -> None:
         slot.param.grad, slot.grad = None, slot.nothing
 
 
-def layout_of(param: Tensor) -> tuple:
-    """Of this rank's part."""
-    param = local_of(param)
-    return param.dtype, param.device, param.shape, param.stride() if param.layout is torch.strided else None
+def tensors_of(slots: list[Slot], name: str) -> list[Tensor]:
+    """The tensors of this name, a slot each; an empty list where no slot has one: each list costs the ops as much as the parameters do."""
+    tensors = list(map(attrgetter(name), slots))
+    return tensors if any(t is not s.nothing for t, s in zip(tensors, slots, strict=True)) else []
+
+
+def layout_of(local: Tensor) -> tuple:
+    """Of this rank's part of a parameter."""
+    return local.dtype, local.device, local.shape, local.stride() if local.layout is STRIDED else None
 
 
 def by_device(slots: Iterable[Slot]) -> Iterator[tuple[torch.device, list[Slot]]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed import local_ranks, whole_mesh
 from ..patterns import NM, Pattern, TopK
-from .arena import Arena
+from .arena import Arena, tensors_of
 from .factor import Factor, on
 from .last import Perturbation
 from .scalars import Groups, Scalars
@@ -43,7 +43,8 @@ def perturb_(
     arena.begin(selection.slots)
     for slot in masked:
         slot.mask = slot.bits[place]
-        if not reuse:
+    if place is not None and not reuse:
+        for slot in masked:
             slot.finished.discard(place)
     results = []
     for side in selection.sides:
@@ -54,13 +55,13 @@ def perturb_(
     if factor.found_inf is not None:
         for mesh in whole_mesh([s.param for s in selection.slots]):
             mesh.reduce_(factor.found_inf, dist.ReduceOp.MAX)
-    for slot in masked:
-        if place is not None:
+    if place is not None:
+        for slot in masked:
             slot.finished.add(place)
             if not reuse:
                 arena.renewed.append((slot, place))
-        if not groups[slot.group]["sparse_grad"]:
-            slot.mask = slot.nothing
+            if not groups[slot.group]["sparse_grad"]:
+                slot.mask = slot.nothing
     numels = tuple(size for side in selection.sides for size in side.numels)
     thresholds, stats = _joined([r for r in results if r is not None])
     return Perturbation(selection.pattern, level, thresholds, stats, numels)
@@ -71,10 +72,10 @@ def _on_device(
 ) -> tuple[Tensor, Tensor] | None:
     """The op; without a pattern the masks that are there prune."""
     slots = side.slots
-    params, grads, saved = [s.local for s in slots], [s.grad for s in slots], [s.origin for s in slots]
-    common = (params, grads, saved, [s.mask for s in slots], arena.flag(side.device), rho)
+    params, grads = [s.local for s in slots], [s.grad for s in slots]
+    common = (params, grads, tensors_of(slots, "origin"), tensors_of(slots, "mask"), arena.flag(side.device), rho)
     found_inf = on(factor.found_inf, side.device)
-    amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": [s.master for s in slots]}
+    amp: dict[str, Any] = {"inv_scale": on(factor.inv_scale, side.device), "found_inf": found_inf, "masters": tensors_of(slots, "master")}
     result = None
     if isinstance(pattern, TopK):
         k = scalars.tensor(f"k of {pattern}", side.k, torch.int64, side.device)
@@ -112,8 +113,8 @@ def _local_k(side: Side, k: Tensor, rho: Tensor, amp: dict[str, Any]) -> tuple[T
 
 def _joined(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
     """Thresholds and statistics of all devices, on the first."""
-    if not results:
-        return None, None
+    if len(results) < 2:
+        return results[0] if results else (None, None)
     device = results[0][0].device
     thresholds, stats = zip(*results, strict=True)
     return torch.cat([t.to(device) for t in thresholds]), torch.cat([t.to(device) for t in stats])

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from ..distributed import local_of, whole_of
-from .arena import Arena, Slot, by_device
+from .arena import Arena, Slot, by_device, tensors_of
 from .factor import Factor, on
 from .scalars import Scalars, per_tensor
 
@@ -32,11 +32,13 @@ def update_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, 
 def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, factor: Factor) -> None:
     groups = base.param_groups
     for device, part in by_device(slots):
-        buffers, fresh = zip(*(_momentum(base, s) for s in part), strict=True)
+        kept = [_momentum(base, s) for s in part]
+        lacking = [s for s, buffer in zip(part, kept, strict=True) if buffer is None]
+        new = {s: torch.empty_like(s.param, dtype=s.state_dtype()) for s in lacking}  # spread as the parameter is
         ops.restore_sgd_(
             *_common(arena, device, part),
-            [local_of(b) for b in buffers],
-            fresh,
+            [local_of(new[s]) if b is None else b for s, b in zip(part, kept, strict=True)],
+            [int(b is None) for b in kept] if new else [0],
             scalars.option("lr", groups, part, device),
             momentum=per_tensor(groups, part, lambda g: float(g["momentum"])),
             dampening=per_tensor(groups, part, lambda g: float(g["dampening"])),
@@ -45,10 +47,8 @@ def sgd_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, fac
             maximize=per_tensor(groups, part, lambda g: int(g["maximize"])),
             **_factors(arena, device, part, factor),
         )
-        if any(fresh) and skipped(factor):  # a host synchronisation, but only where a parameter takes its first step under a GradScaler
-            continue
-        for slot, buffer, new in zip(part, buffers, fresh, strict=True):
-            if new and buffer is not slot.nothing:
+        if new and not skipped(factor):  # a host synchronisation, but only where a parameter takes its first step under a GradScaler
+            for slot, buffer in new.items():
                 base.state[slot.param]["momentum_buffer"] = buffer
 
 
@@ -58,14 +58,13 @@ def adam_(base: Optimizer, arena: Arena, slots: list[Slot], scalars: Scalars, fa
     if decoupled and not all(g["decoupled_weight_decay"] for g in groups):
         raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
     for device, part in by_device(slots):
-        for slot in part:
-            _adam_state(base, slot)
+        states = [_adam_state(base, s) for s in part]
         ops.restore_adam_(
             *_common(arena, device, part),
-            [_kept(base, s, "exp_avg") for s in part],
-            [_kept(base, s, "exp_avg_sq") for s in part],
-            [_kept(base, s, "max_exp_avg_sq") if groups[s.group]["amsgrad"] else s.nothing for s in part],
-            [base.state[s.param]["step"] for s in part],
+            [_kept(state, s, "exp_avg") for state, s in zip(states, part, strict=True)],
+            [_kept(state, s, "exp_avg_sq") for state, s in zip(states, part, strict=True)],
+            [_kept(t, s, "max_exp_avg_sq") if groups[s.group]["amsgrad"] else s.nothing for t, s in zip(states, part, strict=True)],
+            [state["step"] for state in states],
             scalars.option("lr", groups, part, device),
             beta1=per_tensor(groups, part, lambda g: float(g["betas"][0])),
             beta2=per_tensor(groups, part, lambda g: float(g["betas"][1])),
@@ -101,10 +100,10 @@ def _common(arena: Arena, device: torch.device, slots: list[Slot]) -> tuple[Tens
     """The arguments with which every restoring op begins: params ... perturbed."""
     return (
         [s.local for s in slots],
-        [s.origin for s in slots],
-        [s.grad for s in slots],
-        [s.first for s in slots],
-        [s.mask for s in slots],
+        tensors_of(slots, "origin"),
+        tensors_of(slots, "grad"),
+        tensors_of(slots, "first"),
+        tensors_of(slots, "mask"),
         arena.flag(device),
     )
 
@@ -115,21 +114,20 @@ def _factors(arena: Arena, device: torch.device, slots: list[Slot], factor: Fact
         "inv_scale": on(factor.inv_scale, device),
         "first_inv_scale": on(arena.first.inv_scale, device),
         "found_inf": on(factor.found_inf, device),
-        "masters": [s.master for s in slots],
+        "masters": tensors_of(slots, "master"),
     }
 
 
-def _momentum(base: Optimizer, slot: Slot) -> tuple[Tensor, int]:
-    """The momentum buffer, spread as its parameter is, and 1 where it has no value yet."""
+def _momentum(base: Optimizer, slot: Slot) -> Tensor | None:
+    """The momentum buffer; None where it has no value yet."""
     if base.param_groups[slot.group]["momentum"] == 0:
-        return slot.nothing, 1
-    if base.state[slot.param].get("momentum_buffer") is None:
-        return torch.empty_like(slot.param, dtype=slot.state_dtype()), 1
-    _kept(base, slot, "momentum_buffer")
-    return base.state[slot.param]["momentum_buffer"], 0
+        return slot.nothing
+    state = base.state[slot.param]
+    return None if state.get("momentum_buffer") is None else _kept(state, slot, "momentum_buffer")
 
 
-def _adam_state(base: Optimizer, slot: Slot) -> None:
+def _adam_state(base: Optimizer, slot: Slot) -> dict[str, Any]:
+    """As torch makes it, where it is not there yet."""
     state, group = base.state[slot.param], base.param_groups[slot.group]
     if "step" not in state:
         home = slot.layout[1] if group["capturable"] or group["fused"] else "cpu"
@@ -140,14 +138,14 @@ def _adam_state(base: Optimizer, slot: Slot) -> None:
         state["step"] = state["step"].float()
     if group["amsgrad"] and "max_exp_avg_sq" not in state:
         state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+    return state
 
 
-def _kept(base: Optimizer, slot: Slot, key: str) -> Tensor:
+def _kept(state: dict[str, Any], slot: Slot, key: str) -> Tensor:
     """What this rank holds of a state tensor, with the parameter's strides and our dtype where it has others (a checkpoint of a model in
     another memory format, or one without master weights)."""
-    state, dtype = base.state[slot.param], slot.state_dtype()
-    local = local_of(state[key])
-    if local.stride() != slot.layout[-1] or local.dtype != dtype:
+    local, dtype = local_of(state[key]), slot.state_dtype()
+    if local.stride() != slot.layout[-1] or local.dtype is not dtype:
         local = torch.empty_like(slot.local, dtype=dtype).copy_(local)
         state[key] = whole_of(slot.param, local)
     return local

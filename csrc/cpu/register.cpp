@@ -23,7 +23,8 @@ Perturbation perturbation(const PerturbArguments& a, std::vector<Item>& items, c
   p.perturbed = static_cast<int32_t*>(a.perturbed.data_ptr());
   p.past_cache = past_cache(items);
   for (size_t i = 0; i < items.size(); ++i) items[i].rho = at(a.rho, i);
-  Check(op).require(*p.perturbed == 0, "perturbed", "be 0", std::to_string(*p.perturbed) + ": the weights are perturbed already; restore_ them first");
+  if (*p.perturbed != 0)
+    Check(op).refuse("perturbed", "be 0", std::to_string(*p.perturbed) + ": the weights are perturbed already; restore_ them first");
   return p;
 }
 
