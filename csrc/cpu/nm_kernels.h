@@ -14,11 +14,21 @@ CRAM_INLINE H load_keys(const T* u, int64_t second) {
   return both(load_halves(u, u + second), H(Batch<T>::kMagnitude));
 }
 
-CRAM_INLINE void store_flags(uint8_t* p, Bits bits, int64_t, float) { store_flags(p, bits); }
-template <class T>
-CRAM_INLINE void store_flags(uint8_t* p, Bits bits, int64_t second, T) {
-  store_flags(p, bits & 0xffff);
-  store_flags(p + second, bits >> 16);
+// Flags of `rows` rows of lanes. Lanes beyond a row's end are garbage that what is written next overwrites: the row below, or the tile behind.
+template <class T, int rows>
+CRAM_INLINE void store_rows(uint8_t* keep, const Bits* bits, int64_t inner, int64_t second) {
+  if (sizeof(T) == 4 || second < inner) {  // one tile
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+      store_flags(keep + row * inner, bits[row] & 0xffff);
+      if (sizeof(T) == 2) store_flags(keep + row * inner + second, bits[row] >> 16);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) store_flags(keep + row * inner, bits[row] & 0xffff);
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) store_flags(keep + second + row * inner, bits[row] >> 16);
 }
 
 // How many of the group of each number rank below it (stable ascending) decides: it is kept where they are m - n or more.
@@ -50,8 +60,7 @@ struct Neighbours {
   }
 };
 
-// Tiles of m rows of `inner` numbers; a column is a group. keep: a flag a number. Lanes beyond a row's end are garbage that is overwritten: by
-// the row below, whose first columns come later, or by the tile behind. With M rows known, every pair of them is compared once.
+// Lanes of a tile of m rows of `inner` numbers; a column is a group. keep: a flag a number. With M rows known, every pair of them is compared once.
 template <class T, int M>
 CRAM_INLINE void rank_rows(const T* tile, int64_t inner, int m, int dropped, int64_t second, uint8_t* keep) {
   using V = typename Batch<T>::Vec;
@@ -67,15 +76,18 @@ CRAM_INLINE void rank_rows(const T* tile, int64_t inner, int m, int dropped, int
     for (int row = 0; row < M; ++row)
 #pragma GCC unroll 8
       for (int later = row + 1; later < M; ++later) swap_if_less(ranks[row], ranks[later], keys[later], keys[row]);
+    Bits bits[M];
 #pragma GCC unroll 8
-    for (int row = 0; row < M; ++row) store_flags(keep + row * inner, greater_bits(ranks[row], last_dropped), second, T{});
+    for (int row = 0; row < M; ++row) bits[row] = greater_bits(ranks[row], last_dropped);
+    store_rows<T, M>(keep, bits, inner, second);
   } else {
     for (int row = 0; row < m; ++row) {
       const V own = load_keys(tile + row * inner, second), own_or_equal = add(own, V(1));
       V rank(0);
       for (int other = 0; other < m; ++other)
         if (other != row) rank = add_if_less(rank, load_keys(tile + other * inner, second), other < row ? own_or_equal : own);
-      store_flags(keep + row * inner, greater_bits(rank, last_dropped), second, T{});
+      const Bits bits = greater_bits(rank, last_dropped);
+      store_rows<T, 1>(keep + row * inner, &bits, inner, second);
     }
   }
 }
