@@ -1,6 +1,7 @@
 """Times contestants side by side, copies of as many bytes among them: in every round each of them runs once."""
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -148,13 +149,24 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return first.elapsed_time(last) / 1e3
 
 
+COPY_BUFFERS = 3  # where memory lies decides a third of a copy's time: the copies take turns on several
+
+
 def copy_contestants(moved: int, device: str) -> list[Contestant]:
     """Copies that move `moved` bytes: half of them read, half of them written."""
-    source = torch.ones(max(1, moved // 8), device=device)
-    target = torch.ones_like(source)
-    copies = [Contestant("copy_", lambda: target.copy_(source))]
+    sources = [torch.ones(max(1, moved // 8), device=device) for _ in range(COPY_BUFFERS)]
+    pairs = [(source, torch.ones_like(source)) for source in sources]
+    turns = {name: itertools.cycle(pairs) for name in ("copy_", "streaming copy")}
+
+    def copy() -> None:
+        source, target = next(turns["copy_"])
+        target.copy_(source)
+
+    def streaming_copy() -> None:
+        source, target = next(turns["streaming copy"])
+        _native.host.streaming_copy(target.data_ptr(), source.data_ptr(), source.nbytes, torch.get_num_threads())
+
+    copies = [Contestant("copy_", copy)]
     if device == "cpu":
-        threads = torch.get_num_threads()
-        copy = _native.host.streaming_copy
-        copies.append(Contestant("streaming copy", lambda: copy(target.data_ptr(), source.data_ptr(), source.nbytes, threads)))
+        copies.append(Contestant("streaming copy", streaming_copy))
     return copies
