@@ -10,10 +10,12 @@ import pytest
 import test_nm
 import torch
 import tritonemu
-from calls import adam, combine, f32, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
+from calls import adam, combine, f32, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
 from cases import Case, Drawn, Spec, mixed
 from compare import check, named_tensors
+from test_histogram import histogram
 
+from cram_kernels import reference
 from cram_kernels import triton as kernels
 
 WAYS = {  # name -> arch and the executor's options
@@ -46,6 +48,7 @@ BF16 = Drawn("bits", [spec._replace(dtype=torch.bfloat16) for spec in SHAPES.spe
 LARGER = Drawn("normal", [Spec((300, 301), torch.bfloat16), Spec((64, 65), torch.float16)])
 TIES = Drawn("two", LARGER.specs)
 LAYERS = Drawn("ties", [spec for spec in test_nm.specs(4) if spec.numel])
+MATRICES = Drawn("ties", mixed([Spec((32, 32)), Spec((64, 32)), Spec((32, 64)), Spec((96, 160), offset=1), Spec((0, 32)), Spec((64, 288))]))
 
 
 def topk(case: Drawn, name: str, variant: str = "plain") -> dict[str, Any]:
@@ -58,8 +61,33 @@ def pruned(case: Drawn) -> dict[str, Any]:
     return {"weights": weights, "masks": poisoned_masks(case), **selection("half", weights)}
 
 
+def digits(bits: int) -> dict[str, Any]:
+    return histogram(topk(SHAPES, "groups", "masters"), 31 - bits, bits, [0] * 4)
+
+
+def byte_matrices() -> list[torch.Tensor]:
+    """Every byte, as int8 and as float8; every third number zero."""
+    w = torch.arange(256).to(torch.uint8).repeat(24).view(48, 128)
+    w[:, ::3] = 0
+    return [w.view(torch.int8), w.view(torch.int8)[:32, 1:65].contiguous(), w.view(torch.float8_e4m3fn).t(), w.view(torch.float8_e5m2)]
+
+
+def packing_bytes(written: bool) -> dict[str, Any]:
+    weights = byte_matrices()[:1]
+    arguments = {"weights": weights, "packed": [w.new_full((w.shape[0], w.shape[1] // 2), 3) for w in weights]}
+    arguments["metas"] = [torch.full((w.shape[0], w.shape[1] // 32), 0x5A5A, dtype=torch.int32) for w in weights]
+    if written:
+        reference.pack_24_(**arguments)
+        arguments["weights"] = [torch.full_like(w, 3) for w in weights]
+    return arguments
+
+
 def layers(case: Drawn) -> dict[str, Any]:
     return {"prune": [int(len(s.shape) > 1 and s.shape[1] % 4 == 0) for s in case.specs], "n": 2, "m": 4}
+
+
+def layered(case: Drawn) -> list[torch.Tensor]:
+    return [w for w, own in zip(case.tensors("weights"), layers(case)["prune"], strict=True) if own]
 
 
 CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
@@ -77,6 +105,14 @@ CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "perturb_topk with a bracket": lambda: ("perturb_topk_", topk(LARGER, "tenth", "amp")),
     "perturb_topk falls back": lambda: ("perturb_topk_", topk(TIES, "half")),
     "prune_topk": lambda: ("prune_topk_", pruned(BF16)),
+    "topk_histogram": lambda: ("topk_histogram", digits(11)),
+    "topk_histogram of many values": lambda: ("topk_histogram", digits(16)),
+    "nm_violations": lambda: ("nm_violations", {"weights": layered(LAYERS), "n": 2, "m": 4}),
+    "nm_violations of bytes": lambda: ("nm_violations", {"weights": byte_matrices(), "n": 2, "m": 4}),
+    "pack_24": lambda: ("pack_24_", packing(MATRICES) | {"weights": MATRICES.tensors("weights")}),
+    "pack_24 of bytes": lambda: ("pack_24_", packing_bytes(False)),
+    "unpack_24": lambda: ("unpack_24_", packing(MATRICES, written=True)),
+    "unpack_24 of bytes": lambda: ("unpack_24_", packing_bytes(True)),
 }
 
 
@@ -87,7 +123,9 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
-@pytest.mark.parametrize("name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk"])
+@pytest.mark.parametrize(
+    "name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "topk_histogram", "nm_violations", "pack_24"]
+)
 def test_in_other_ways(name: str, way: str) -> None:
     op, arguments = CALLS[name]()
     check(Compiled((way,)), op, arguments)

@@ -1,6 +1,6 @@
 """N of M along the input channels (docs/contract.md: N:M)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ SCRATCH = NUMBER  # the tensor's first byte in the scratch, -1: none
 
 
 @triton.jit
-def kept(key, j, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
-    """key int32 [groups, LANES], j [1, LANES] the place in the group -> bool: the N last in the order of key and place.
+def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
+    """key int32 [groups, LANES] -> bool: the N last of a group in the order of key and place.
 
     Small groups rank each weight by counting those before it, large ones search for the first that stays, bit by bit.
     """
+    j = tl.arange(0, LANES)[None, :]
     if LANES <= 32:
         rank = tl.zeros(key.shape, tl.int32)
         for other in tl.static_range(M):
@@ -38,13 +39,8 @@ def kept(key, j, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def nm_kernel(
-    rows, chunks, rho, inv_scale, found_inf, scratch,
-    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ADJACENT: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """A chunk of groups. ADJACENT: the weights of a group are neighbours in memory and M is a power of two: mask bytes are whole."""
-    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
+def groups_of(row, first, size, M: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """A chunk of groups: an element to count from, places behind it [GROUPS, LANES], a row a group, and which of them there are."""
     g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
     if ADJACENT:
         start = first * M
@@ -53,14 +49,25 @@ def nm_kernel(
         start = first * 0
         inner = tl.load(row + PLACE)
         i = (first + g) // inner * (M * inner) + (first + g) % inner + j * inner
-    valid = (g < size) & (j < M)
+    return start, i, (g < size) & (j < M)
+
+
+@triton.jit
+def nm_kernel(
+    rows, chunks, rho, inv_scale, found_inf, scratch,
+    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ADJACENT: tl.constexpr, LANES: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A chunk of groups. ADJACENT: the weights of a group are neighbours in memory and M is a power of two: mask bytes are whole."""
+    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
+    start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
     if PERTURB:
         w = save(row, start, i, valid, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
     else:
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     key = magnitude_key(widen(u))
-    keep = valid & kept(key, j, N, M, LANES)
+    keep = valid & kept(key, N, M, LANES)
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
     if ADJACENT:
         place, byte = tl.arange(0, 8)[None, :], tl.arange(0, GROUPS * M // 8)
@@ -73,7 +80,7 @@ def nm_kernel(
 
 
 @triton.jit
-def pack_kernel(
+def mask_kernel(
     rows, chunks, scratch,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,9 +112,9 @@ def adjacent(inner: int, m: int) -> bool:
     return inner == 1 and m & (m - 1) == 0
 
 
-def launch(table: Table, inner: list[int], places: list[int], size: int, n: int, m: int, perturbation: dict[str, Any]) -> None:
+def launches(table: Table, inner: list[int], m: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Chunks of groups, and the options of their launch."""
     lanes = triton.next_power_of_2(m)
-    scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
     groups = tuple(numel // m for numel in table.sizes)
 
     def per_program(kind: Kind) -> int:
@@ -116,14 +123,16 @@ def launch(table: Table, inner: list[int], places: list[int], size: int, n: int,
     for near in (True, False):
         own = {i for i, stride in enumerate(inner) if stride > 0 and adjacent(stride, m) == near}
         for kind, chunks in table.chunks(own.__contains__, groups, per_program):
-            options = kind.tuning.options
+            options = kind.constants | kind.tuning.options | {"GROUPS": per_program(kind), "LANES": lanes, "ADJACENT": near}
             del options["BLOCK"]
-            options["GROUPS"] = per_program(kind)
-            nm_kernel[(len(chunks),)](
-                table.rows, chunks, scratch=scratch, N=n, M=m, LANES=lanes, ADJACENT=near, **perturbation, **kind.constants, **options
-            )
-    for kind, chunks in table.chunks(lambda i: places[i] >= 0):
-        pack_kernel[(len(chunks),)](table.rows, chunks, scratch, **kind.constants, **kind.tuning.options)
+            yield chunks, options
+
+
+def launch(table: Table, inner: list[int], places: list[int], size: int, n: int, m: int, perturbation: dict[str, Any]) -> None:
+    scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
+    for chunks, options in launches(table, inner, m):
+        nm_kernel[(len(chunks),)](table.rows, chunks, scratch=scratch, N=n, M=m, **perturbation, **options)
+    table.launch(mask_kernel, scratch, among=lambda i: places[i] >= 0)
 
 
 def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequence[int], n: int, m: int) -> None:
