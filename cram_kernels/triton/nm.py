@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .number import NAN_KEY, magnitude_key, widen
 from .perturb import perturb_masked_kernel, perturb_table, raise_flag, rho_of, save, uphill
-from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only
+from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only, store_bits
 
 SCRATCH = NUMBER  # the tensor's first byte in the scratch, -1: none
 
@@ -40,16 +40,19 @@ def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def groups_of(row, first, size, M: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
-    """A chunk of groups: an element to count from, places behind it [GROUPS, LANES], a row a group, and which of them there are."""
-    g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
+    """A chunk of groups: an element to count from, places behind it, which of them there are; in [GROUPS, LANES] a row is a group.
+
+    ADJACENT: the weights of a group are neighbours in memory and M, the number of lanes, is a power of two: rows are mask bytes meanwhile.
+    """
     if ADJACENT:
-        start = first * M
-        i = g * M + j
+        i, valid = elements_of(size * M, GROUPS * M)
+        return first * M, i, valid
     else:
-        start = first * 0
+        g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
         inner = tl.load(row + PLACE)
-        i = (first + g) // inner * (M * inner) + (first + g) % inner + j * inner
-    return start, i, (g < size) & (j < M)
+        g, near = g + (first % inner).to(tl.int32), inner.to(tl.int32)  # divisions of 64 bits are slow
+        i = (g // near).to(tl.int64) * (M * inner) + g % near + j * inner
+        return first // inner * (M * inner), i, (tl.arange(0, GROUPS)[:, None] < size) & (j < M)
 
 
 @triton.jit
@@ -58,7 +61,6 @@ def nm_kernel(
     PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ADJACENT: tl.constexpr, LANES: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of groups. ADJACENT: the weights of a group are neighbours in memory and M is a power of two: mask bytes are whole."""
     tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
     start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
     if PERTURB:
@@ -67,16 +69,13 @@ def nm_kernel(
     else:
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     key = magnitude_key(widen(u))
-    keep = valid & kept(key, N, M, LANES)
+    keep = valid & tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
     if ADJACENT:
-        place, byte = tl.arange(0, 8)[None, :], tl.arange(0, GROUPS * M // 8)
-        bytes = tl.sum(tl.reshape(keep.to(tl.int32), [GROUPS * M // 8, 8]) << place, 1)
-        there = tl.load(row + MASK) != 0
-        tl.store(column(row, MASK, start // 8, tl.uint8, False) + byte, bytes.to(tl.uint8), mask=only(byte * 8 < size * M, there))
+        store_bits(row, start, size * M, keep, GROUPS * M)
     else:
         own = tl.load(row + SCRATCH)
-        tl.store(scratch + own + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
+        tl.store(scratch + own + start + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
 
 
 @triton.jit

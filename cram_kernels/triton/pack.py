@@ -30,9 +30,11 @@ def violations_kernel(
     tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
     start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
     x = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
-    numbers = tl.sum(((x & tl.load(row + MAGNITUDE).to(T)) != 0).to(tl.int32), 1)  # [GROUPS]
+    number = ((x & tl.load(row + MAGNITUDE).to(T)) != 0).to(tl.int32)
+    numbers = tl.sum(tl.reshape(number, [GROUPS, LANES]), 1)
     wrong = numbers > n
-    place = tl.min(tl.where(wrong, start + tl.min(i, 1), -1).to(tl.uint64), 0)
+    places = start + tl.min(tl.reshape(i, [GROUPS, LANES]), 1)
+    place = tl.min(tl.where(wrong, places, -1).to(tl.uint64), 0)
     found += tensor * 3
     tl.atomic_add(found, tl.sum(wrong.to(tl.int32), 0).to(tl.int64), sem="relaxed")
     tl.atomic_min((found + 1).to(tl.pointer_type(tl.uint64)), place, sem="relaxed")
@@ -53,26 +55,29 @@ def nm_violations(weights: Sequence[Tensor], n: int, m: int) -> Tensor:
 
 @triton.jit
 def tile_of(rows, chunks, WIDTH: tl.constexpr, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of this program, a tile of [ROWS, WIDTH] numbers, whose metadata lie in runs: row of the table, rows [ROWS, 1], first column."""
+    """Of this program, a tile of [ROWS, WIDTH] numbers, whose metadata lie in runs: row of the table, its first row and column."""
     _tensor, row, start, _size = chunk_of(rows, chunks, ROWS * WIDTH, ALIGNED)
     across = (tl.load(row + COLS) + WIDTH - 1) // WIDTH
     tile = start // (ROWS * WIDTH)
-    return row, tile // across * ROWS + tl.arange(0, ROWS)[:, None], tile % across * WIDTH
+    return row, tile // across * ROWS, tile % across * WIDTH
 
 
 @triton.jit
-def places_of(row, r, first, PART: tl.constexpr, WIDTH: tl.constexpr):
-    """The tile in a matrix of 1 / PART of the columns: places, and which of them there are."""
-    cols = tl.multiple_of(tl.load(row + COLS), 16) // PART
-    c = first // PART + tl.arange(0, WIDTH // PART)[None, :]
-    return r * tl.multiple_of(cols, 16 // PART) + c, (c < cols) & (r >= 0)
+def places_of(row, line, first, PART: tl.constexpr, WORD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The tile in a matrix of 1 / PART of the columns: where it begins, places behind that, and which of them there are."""
+    cols = tl.load(row + COLS) // PART
+    start = line * cols + first // PART
+    cols, inside = tl.multiple_of(cols.to(tl.int32), WORD), tl.multiple_of((cols - first // PART).to(tl.int32), WORD)
+    r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH // PART)[None, :]
+    return start, r * cols + c, (c < inside) & (r >= 0)
 
 
 @triton.jit
-def meta_places_of(row, r, first, WORD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def meta_places_of(row, line, first, WORD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """The metadata words, of WORD numbers each, where CUTLASS wants them (reference/pack.py: meta_places), and which of them there are."""
     c = first // WORD + tl.arange(0, WIDTH // WORD)[None, :]
-    line = r // ROWS * ROWS + r % 8 * (ROWS // 8) + r % ROWS // 8
+    r = tl.arange(0, ROWS)[:, None]
+    line += r % 8 * (ROWS // 8) + r // 8
     move = tl.where((line + c) % 2 == 0, 0, 1 - line % 2 * 2)
     place = (c - move) // 2 * (tl.load(row + ROWS_IN_ALL) * 2) + (line + move) * 2 + (c - move) % 2
     return place, (c * WORD < tl.load(row + COLS)) & (r >= 0)
@@ -84,9 +89,9 @@ def pack_24_kernel(
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK // ROWS
-    row, r, first = tile_of(rows, chunks, WIDTH, ROWS, ALIGNED)
-    i, valid = places_of(row, r, first, 1, WIDTH)
-    x = tl.load(column(row, PARAM, 0, T, ALIGNED) + i, mask=valid, other=0)
+    row, line, first = tile_of(rows, chunks, WIDTH, ROWS, ALIGNED)
+    start, i, valid = places_of(row, line, first, 1, WORD, WIDTH, ROWS)
+    x = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     if T == tl.int32:  # 1:2: a pair is a group of four halves
         a, b = tl.split(tl.reshape(x, [BLOCK // 2, 2]))
         leads = (a & 0x7FFFFFFF) != 0
@@ -101,11 +106,11 @@ def pack_24_kernel(
         two = both | none | m3 | ((both ^ 1) << 1)
         kept = tl.join(tl.where(one == 0, a, tl.where(one == 1, b, c)), tl.where(two == 1, b, tl.where(two == 2, c, d)))
         nibble = one | (two << 2)
-    i, valid = places_of(row, r, first, 2, WIDTH)
-    tl.store(column(row, PACKED, 0, T, ALIGNED) + i, tl.reshape(kept, [ROWS, WIDTH // 2]), mask=valid)
+    start, i, valid = places_of(row, line, first, 2, WORD, WIDTH, ROWS)
+    tl.store(column(row, PACKED, start, T, ALIGNED) + i, tl.reshape(kept, [ROWS, WIDTH // 2]), mask=valid)
     NIBBLES: tl.constexpr = META_T.primitive_bitwidth // 4
     word = tl.sum(tl.reshape(nibble, [ROWS, WIDTH // WORD, NIBBLES]) << (4 * tl.arange(0, NIBBLES))[None, None, :], 2)
-    place, valid = meta_places_of(row, r, first, WORD, WIDTH, ROWS)
+    place, valid = meta_places_of(row, line, first, WORD, WIDTH, ROWS)
     tl.store(column(row, META, 0, META_T, False) + place, word.to(META_T), mask=valid)
 
 
@@ -123,13 +128,13 @@ def unpack_24_kernel(
     WIDTH: tl.constexpr = BLOCK // ROWS
     NIBBLES: tl.constexpr = META_T.primitive_bitwidth // 4
     GROUPS: tl.constexpr = BLOCK // WORD * NIBBLES
-    row, r, first = tile_of(rows, chunks, WIDTH, ROWS, ALIGNED)
-    place, valid = meta_places_of(row, r, first, WORD, WIDTH, ROWS)
+    row, line, first = tile_of(rows, chunks, WIDTH, ROWS, ALIGNED)
+    place, valid = meta_places_of(row, line, first, WORD, WIDTH, ROWS)
     word = tl.load(column(row, META, 0, META_T, False) + place, mask=valid, other=0).to(tl.int32)
     nibble = tl.reshape(word[:, :, None] >> (4 * tl.arange(0, NIBBLES))[None, None, :], [GROUPS])
     one, two = nibble & 3, (nibble >> 2) & 3
-    i, valid = places_of(row, r, first, 2, WIDTH)
-    kept = tl.load(column(row, PACKED, 0, T, ALIGNED) + i, mask=valid, other=0)
+    start, i, valid = places_of(row, line, first, 2, WORD, WIDTH, ROWS)
+    kept = tl.load(column(row, PACKED, start, T, ALIGNED) + i, mask=valid, other=0)
     if T == tl.int32:
         x = tl.reshape(kept, [GROUPS])
         slots = tl.join(tl.where(one < 2, x, 0), tl.where(one < 2, 0, x))
@@ -138,8 +143,8 @@ def unpack_24_kernel(
         even = tl.join(slot(0, one, two, x, y), slot(2, one, two, x, y))
         odd = tl.join(slot(1, one, two, x, y), slot(3, one, two, x, y))
         slots = tl.join(even, odd)
-    i, valid = places_of(row, r, first, 1, WIDTH)
-    tl.store(column(row, PARAM, 0, T, ALIGNED) + i, tl.reshape(slots, [ROWS, WIDTH]), mask=valid)
+    start, i, valid = places_of(row, line, first, 1, WORD, WIDTH, ROWS)
+    tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.reshape(slots, [ROWS, WIDTH]), mask=valid)
 
 
 @triton.jit

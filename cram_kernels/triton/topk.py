@@ -167,8 +167,8 @@ def solve(
             kernel[(len(chunks),)](table.rows, chunks, span, candidates, *arguments, **constants)
 
     for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind: STRATA):
-        options = kind.tuning.options | {"BLOCK": STRATA}
-        sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **kind.constants, **options)
+        options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
+        sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **options)
     bracket_kernel[(num_sets + 1,)](fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False)
     each(stream_kernel, places, fields, state, found_inf=found_inf)
     if num_sets > 0:
