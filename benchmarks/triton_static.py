@@ -6,6 +6,7 @@ are faults, and so are 16-byte accesses that a kernel on aligned chunks should h
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -269,10 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     LAUNCHES[:] = [launch for launch in all_launches(options.dtypes) if options.only in launch.name]
     faults: list[str] = []
     record: report.Row = {}
-    with get_context("fork").Pool(options.jobs) as pool:
+    with get_context("fork").Pool(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:
         for maker, compile_one, archs in (("nvidia", nvidia, options.archs), ("amd", amd, options.amd)):
             jobs = [(number, arch, options.out) for number in range(len(LAUNCHES)) for arch in archs]
-            done = pool.map(compile_one, jobs, chunksize=1) if jobs else []
+            done = list(map(compile_one, jobs)) if pool is None else pool.map(compile_one, jobs, chunksize=1)
             record[maker] = [compiled.row for compiled in done]
             if jobs:
                 print(f"{len(LAUNCHES)} kernels for {', '.join(archs)}:\n{report.table(spread(record[maker]))}\n", flush=True)

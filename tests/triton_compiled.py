@@ -1,54 +1,27 @@
-"""Run by test_triton.py in a process of its own: the ops compiled for a GPU, their PTX executed on the CPU (CRAM_KERNELS_PTXEMU)."""
+"""Run by test_triton.py in a process of its own: one case or two of each op on the compiled kernels (triton_executor.py), in all ways."""
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, os.environ["CRAM_KERNELS_PTXEMU"])
 import pytest
 import test_nm
 import torch
-import tritonemu
 from calls import adam, combine, f32, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
 from cases import Case, Drawn, Spec, mixed
-from compare import check, named_tensors
+from compare import check
 from test_histogram import histogram
+from triton_executor import WAYS, Compiled
 
 from cram_kernels import reference
-from cram_kernels import triton as kernels
-
-WAYS = {  # name -> arch and the executor's options
-    "plain": (80, {}),
-    "race and weak memory": (90, {"race": True, "weak": True}),
-    "shuffled": (120, {"order": "shuffle", "preempt": "all", "seed": 1, "threads": 2, "weak": True}),
-}
-
-
-class Compiled:
-    """Used like the backends of conftest.py."""
-
-    name, device = "triton, compiled", "cpu"
-
-    def __init__(self, variants: tuple[str, ...]) -> None:
-        self.variants = variants
-
-    def select(self, variant: str) -> None:
-        arch, options = WAYS[variant]
-        tritonemu.install(cc=arch, **options)
-
-    def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
-        tritonemu.reachable.clear()
-        tritonemu.register(*(t for _, t in named_tensors(arguments) if t.numel()))  # kernels reach them through stored pointers
-        return getattr(kernels, op)(**arguments)
-
 
 SHAPES = Drawn("bits", mixed([Spec((3, 5)), Spec((33, 31), offset=1), Spec((257,)), Spec((0,)), Spec((8, 6, 3, 3), order=(0, 2, 3, 1))]))
 BF16 = Drawn("bits", [spec._replace(dtype=torch.bfloat16) for spec in SHAPES.specs])
 LARGER = Drawn("normal", [Spec((300, 301), torch.bfloat16), Spec((64, 65), torch.float16)])
 TIES = Drawn("two", LARGER.specs)
-LAYERS = Drawn("ties", [spec for spec in test_nm.specs(4) if spec.numel])
-MATRICES = Drawn("ties", mixed([Spec((32, 32)), Spec((64, 32)), Spec((32, 64)), Spec((96, 160), offset=1), Spec((0, 32)), Spec((64, 288))]))
+LAYERS = Drawn("ties", [spec._replace(dtype=torch.bfloat16) for spec in test_nm.specs(4) if spec.numel])
+MATRICES = Drawn(
+    "ties", [Spec((32, 32)), Spec((64, 32), torch.bfloat16), Spec((96, 160), torch.bfloat16, offset=1), Spec((64, 288), torch.float16)]
+)
 
 
 def topk(case: Drawn, name: str, variant: str = "plain") -> dict[str, Any]:
@@ -124,7 +97,7 @@ def test_compiled(name: str) -> None:
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 @pytest.mark.parametrize(
-    "name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "topk_histogram", "nm_violations", "pack_24"]
+    "name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "nm_violations of bytes", "pack_24 of bytes"]
 )
 def test_in_other_ways(name: str, way: str) -> None:
     op, arguments = CALLS[name]()
