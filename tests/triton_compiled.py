@@ -34,8 +34,8 @@ def pruned(case: Drawn) -> dict[str, Any]:
     return {"weights": weights, "masks": poisoned_masks(case), **selection("half", weights)}
 
 
-def digits(bits: int) -> dict[str, Any]:
-    return histogram(topk(SHAPES, "groups", "masters"), 31 - bits, bits, [0] * 4)
+def digits(case: Drawn, bits: int) -> dict[str, Any]:
+    return histogram(topk(case, "groups", "masters"), 31 - bits, bits, [0] * 4)
 
 
 def byte_matrices() -> list[torch.Tensor]:
@@ -78,8 +78,8 @@ CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "perturb_topk with a bracket": lambda: ("perturb_topk_", topk(LARGER, "tenth", "amp")),
     "perturb_topk falls back": lambda: ("perturb_topk_", topk(TIES, "half")),
     "prune_topk": lambda: ("prune_topk_", pruned(BF16)),
-    "topk_histogram": lambda: ("topk_histogram", digits(11)),
-    "topk_histogram of many values": lambda: ("topk_histogram", digits(16)),
+    "topk_histogram": lambda: ("topk_histogram", digits(SHAPES, 11)),
+    "topk_histogram of many values": lambda: ("topk_histogram", digits(BF16, 16)),
     "nm_violations": lambda: ("nm_violations", {"weights": layered(LAYERS), "n": 2, "m": 4}),
     "nm_violations of bytes": lambda: ("nm_violations", {"weights": byte_matrices(), "n": 2, "m": 4}),
     "pack_24": lambda: ("pack_24_", packing(MATRICES) | {"weights": MATRICES.tensors("weights")}),
