@@ -18,7 +18,7 @@ from cram_kernels.backend import BackendUnavailable, use_backend
 
 HERE = Path(__file__).parent
 OPS = [HERE / f"test_{op}.py" for op in ("topk", "nm", "perturb", "restore", "sgd", "adam", "norm", "histogram", "pack")]
-# Of the op tests, what takes the interpreter two minutes: `make test-triton` runs all of them, half an hour.
+# Of the op tests, what takes the interpreter two minutes: `make test-triton` runs all of them.
 SOME = (
     "(test_perturb_topk_variants and bits-shapes) or (test_prune_topk and groups and (nan-shapes or ties-shapes or bits-orders)) or "
     "test_ordinary_weights or (test_a_threshold and fp32) or (test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
