@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        return tuning(self.dtype)
+        return tuning(torch.float32 if self.master else self.dtype)
 
 
 def bits(values: Sequence[float], n: int) -> list[int]:
