@@ -63,11 +63,11 @@ cuda-static: setup
 	command -v cuobjdump || $(PIP_INSTALL) triton
 	$(BIN)/python -m benchmarks.cuda_static $(ARGS)
 
-# All op tests under Triton's interpreter, half an hour; `make test` runs some of them.
+# All op tests under Triton's interpreter, and on the compiled kernels where CRAM_KERNELS_PTXEMU names an executor; `make test` runs some of them.
 test-triton: setup
 	CRAM_KERNELS_ALL_TRITON_TESTS=1 $(BIN)/python -m pytest tests/test_triton.py $(ARGS)
 
-# Every Triton kernel compiled for every arch, about 15 minutes; no GPU needed.
+# Every Triton kernel compiled for every arch, about 10 minutes; no GPU needed. Spills and lost 16-byte accesses are faults.
 triton-static: setup
 	$(BIN)/python -m benchmarks.triton_static $(ARGS)
 

@@ -1,19 +1,22 @@
-"""`make triton-static`: every Triton kernel compiled ahead of time, without a GPU.
+"""`make triton-static`: every Triton kernel compiled ahead of time for every arch, without a GPU, and what the machine code says.
 
-The folder of cubins is what `python -m benchmarks.cuda_static --cubins` reads.
-
-The ops run on CPU tensors; instead of launching a kernel, what it would be launched with is written down and compiled for each arch.
+The ops run on CPU tensors; instead of launching a kernel, what it would be launched with is written down and compiled. Spilled registers
+are faults, and so are 16-byte accesses that a kernel on aligned chunks should have and has not. The folder of cubins is also what
+`python -m benchmarks.cuda_static --cubins` reads.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")  # as every launch asks for
 import torch
 import triton
 from torch import Tensor
@@ -24,12 +27,36 @@ from triton.runtime.jit import JITFunction
 import cram_kernels.triton as kernels
 from cram_kernels.patterns import TopK
 
+from . import report
+from .cuda_static import cubin
+from .cuda_static.report import kernel_row
+
 ARCHS = ("80", "86", "89", "90", "100", "120")
 AMD = ("gfx90a", "gfx942")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "enable_fp_fusion")
 SIZE = 2**15  # elements: whole chunks
+STREAMS = {  # kernel -> what it reads and writes of each weight, in 16-byte accesses where the chunk is aligned; `name=value`: a constant's
+    "perturb_masked_kernel": (2, 2),
+    "stream_kernel PERTURB=True": (2, 2),
+    "stream_kernel PERTURB=False": (1, 0),
+    "count_kernel PERTURB=True": (2, 0),
+    "count_kernel PERTURB=False": (1, 0),
+    "finish_kernel PERTURB=True": (2, 1),
+    "finish_kernel PERTURB=False": (1, 1),
+    "histogram_kernel PERTURB=True": (2, 0),
+    "nm_kernel ADJACENT=True": (2, 2),
+    "violations_kernel ADJACENT=True T=int16": (1, 0),  # a byte a number: 8 bytes at a time
+    "violations_kernel ADJACENT=True T=int32": (1, 0),
+    "restore_kernel": (1, 1),
+    "restore_combine_kernel": (3, 2),
+    "restore_sgd_kernel": (4, 2),
+    "restore_adam_kernel": (5, 3),
+    "chunk_sums_kernel": (1, 0),
+    "pack_24_kernel": (1, 0.5),
+    "unpack_24_kernel": (0.5, 1),
+}
 
 
 class Launch:
@@ -60,6 +87,23 @@ class Launch:
     def key(self) -> str:
         return str((self.kernel.__name__, self.signature, self.constants, self.options, self.attributes))
 
+    def wanted(self) -> tuple[int, int]:
+        """16-byte loads and stores that the machine code must have: all of the streams' bytes, of an aligned chunk."""
+        names = [parameter.name for parameter in self.kernel.params]
+        constants = {names[i]: value for (i,), value in self.constants.items()}
+        if not constants.get("ALIGNED"):
+            return 0, 0
+        of_this = [key for key in STREAMS if all(part in self.forms(constants) for part in key.split())]
+        if not of_this:
+            return 0, 0
+        elements = constants["BLOCK"] if "BLOCK" in constants else constants["GROUPS"] * constants["LANES"]
+        accesses = elements * (constants["T"].primitive_bitwidth // 8) / (16 * 32 * self.options["num_warps"])
+        loads, stores = STREAMS[of_this[0]]
+        return int(loads * accesses), int(stores * accesses)
+
+    def forms(self, constants: dict[str, Any]) -> set[str]:
+        return {self.kernel.__name__, *(f"{name}={value}" for name, value in constants.items())}
+
 
 def record(run: Callable[[], Any], label: str) -> Iterator[Launch]:
     """The launches of a call, none of which happens."""
@@ -81,7 +125,7 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
 
     def make(t: torch.dtype = dtype) -> list[Tensor]:
         first = 0 if aligned else 1
-        return [torch.zeros(SIZE + 1, dtype=t)[first : first + SIZE].view(8, -1)]
+        return [torch.zeros(SIZE + 1, dtype=t)[first : first + SIZE].view(64, -1)]
 
     def one(value: float, t: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(value, dtype=t)
@@ -100,83 +144,145 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
         return params, saved, make(), make(), mask, one(1, torch.int32)
 
     top = ([0], torch.tensor([TopK(0.9).k(params[0].numel())]))
+    digits = ([0], torch.zeros(1, dtype=torch.int64), 20, 11)
     yield "perturb_masked_", lambda: kernels.perturb_masked_(*perturbation(), **amp, **shared)
     yield "perturb_topk_", lambda: kernels.perturb_topk_(*perturbation(), *top, **amp, **shared)
-    yield "prune_topk_", lambda: kernels.prune_topk_(params, mask, *top)
-    for n, m in ((2, 4), (4, 8), (16, 32)):
-        yield f"perturb_nm_ {n}:{m}", lambda n=n, m=m: kernels.perturb_nm_(*perturbation(), [1], n, m, **amp, **shared)
-    convolution = [torch.zeros(8, 32, 3, 3, dtype=dtype)]
-    yield "prune_nm_ convolution", lambda: kernels.prune_nm_(convolution, [torch.zeros(288, dtype=torch.uint8)], [1], 2, 4)
+    yield "topk_histogram", lambda: kernels.topk_histogram(params, make(), one(0.05), *digits, inv_scale=one(1), **shared)
+    yield "perturb_nm_ 2:4", lambda: kernels.perturb_nm_(*perturbation(), [1], 2, 4, **amp, **shared)
     yield "restore_", lambda: kernels.restore_(params, saved, one(1, torch.int32), **shared)
     yield "restore_combine_", lambda: kernels.restore_combine_(*update(), **amp, **shared)
     yield "restore_sgd_", lambda: kernels.restore_sgd_(*update(), make(state), [0], one(0.1), **amp, **shared)
     states = [make(state), make(state), make(state)]
     yield "restore_adam_", lambda: kernels.restore_adam_(*update(), *states, [one(0)], one(0.1), decoupled=True, **amp, **shared)
+    if masters:
+        return  # what has no masters is compiled without
+    convolution = [torch.zeros(8, 32, 3, 3, dtype=dtype)]
+    yield "prune_topk_", lambda: kernels.prune_topk_(params, mask, *top)
     yield "grad_norm", lambda: kernels.grad_norm(params, inv_scale=one(1))
+    yield "nm_violations", lambda: kernels.nm_violations(params, 2, 4)
+    yield "pack_24_", lambda: kernels.pack_24_(*packing(params))
+    yield "unpack_24_", lambda: kernels.unpack_24_(*packing(params))
+    if aligned:
+        for n, m in ((4, 8), (16, 32)):
+            yield f"perturb_nm_ {n}:{m}", lambda n=n, m=m: kernels.perturb_nm_(*perturbation(), [1], n, m, **amp, **shared)
+        yield "perturb_nm_ convolution", lambda: kernels.prune_nm_(convolution, [torch.zeros(288, dtype=torch.uint8)], [1], 2, 4)
+        yield "nm_violations convolution", lambda: kernels.nm_violations(convolution, 2, 4)
+
+
+def packing(weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    metas = [
+        torch.zeros(w.shape[0], w.shape[1] * w.element_size() // 32, dtype=torch.int32 if w.element_size() == 1 else torch.int16)
+        for w in weights
+    ]
+    return weights, [w.new_zeros(w.shape[0], w.shape[1] // 2) for w in weights], metas
+
+
+def byte_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    weights = [torch.zeros(64, SIZE // 64, dtype=torch.int8)]
+    yield "nm_violations", lambda: kernels.nm_violations(weights, 2, 4)
+    yield "pack_24_", lambda: kernels.pack_24_(*packing(weights))
+    yield "unpack_24_", lambda: kernels.unpack_24_(*packing(weights))
 
 
 def all_launches(dtypes: list[str]) -> list[Launch]:
     """Of every dtype, with and without masters, aligned and not; each compilation once."""
-    found: dict[str, Launch] = {}
+    variants = [("int8", byte_calls())]
     for name in dtypes:
         for masters in (False, True)[: 1 if name == "fp32" else 2]:
             for aligned in (True, False):
                 label = name + " masters" * masters + " unaligned" * (not aligned)
-                for op, call in calls(DTYPES[name], masters, aligned):
-                    for launch in record(call, f"{label}{op[op.index(' ') :] if ' ' in op else ''}"):
-                        found.setdefault(launch.key(), launch)
+                variants.append((label, calls(DTYPES[name], masters, aligned)))
+    found: dict[str, Launch] = {}
+    for label, ops in variants:
+        for op, call in ops:
+            for launch in record(call, f"{label}{op[op.index(' ') :] if ' ' in op else ''}"):
+                found.setdefault(launch.key(), launch)
     return list(found.values())
 
 
-def nvidia(launches: list[Launch], archs: list[str], folder: Path) -> None:
-    """A cubin and a sidecar a launch and arch."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*.cubin"), *folder.glob("*.json")]:
-        stale.unlink()
-    for arch in archs:
-        for number, launch in enumerate(launches):
-            compiled = launch.compile(GPUTarget("cuda", int(arch), 32))
-            path = folder / f"{number:03}_{launch.kernel.__name__}_sm_{arch}.cubin"
-            path.write_bytes(compiled.asm["cubin"])
-            facts = {"threads": 32 * compiled.metadata.num_warps, "dynamic_shared": compiled.metadata.shared}
-            sidecar = {"origin": "triton", "arch": arch, "source": launch.name, "kernels": {compiled.metadata.name: facts}}
-            path.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
+class Compiled(NamedTuple):
+    """A launch on one arch."""
+
+    row: report.Row
+    faults: list[str]
 
 
-def amd(launches: list[Launch], archs: list[str], folder: Path) -> list[str]:
-    """A line an arch: how many kernels compiled, and what their assembly says of registers, spills and 16-byte accesses."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for arch in archs:
-        counts: Counter[str] = Counter()
-        registers = 0
-        for number, launch in enumerate(launches):
-            text = launch.compile(GPUTarget("hip", arch, 64)).asm["amdgcn"]
-            (folder / f"{number:03}_{launch.kernel.__name__}_{arch}.s").write_text(text)
-            counts["kernels"] += 1
-            counts["spilled"] += sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
-            counts["16-byte loads"] += len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
-            counts["fused multiply-adds"] += len(re.findall(r"v_(?:fma|mad|fmac|mac)_f32", text))
-            registers = max(registers, *(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text)))
-        lines.append(
-            f"{arch}: " + ", ".join(f"{value} {name}" for name, value in counts.items()) + f", at most {registers} vector registers"
-        )
-    return lines
+LAUNCHES: list[Launch] = []  # of this process, and of those that it forks
+
+
+def nvidia(job: tuple[int, str, Path]) -> Compiled:
+    """A cubin and its sidecar, read."""
+    number, arch, folder = job
+    launch = LAUNCHES[number]
+    compiled = launch.compile(GPUTarget("cuda", int(arch), 32))
+    path = folder / f"{number:03}_{launch.kernel.__name__}_sm_{arch}.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    facts = {"threads": 32 * compiled.metadata.num_warps, "dynamic_shared": compiled.metadata.shared}
+    sidecar = {"origin": "triton", "arch": arch, "source": launch.name, "kernels": {compiled.metadata.name: facts}}
+    path.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
+    (kernel,) = cubin.read_cubin(path)
+    faults = [f"{launch.name} on sm_{arch} spills"] if kernel.spill_bytes else []
+    for kind, wanted in zip(("load", "store"), launch.wanted(), strict=True):
+        if kernel.vectors(kind) < wanted:
+            faults.append(f"{launch.name} on sm_{arch}: wants {wanted} {kind}s of 16 bytes, the machine code has {kernel.vectors(kind)}")
+    return Compiled(kernel_row(kernel) | {"name": launch.name}, faults)
+
+
+def amd(job: tuple[int, str, Path]) -> Compiled:
+    """Assembly, searched. There is no machine code of a whole kernel to run or to check here."""
+    number, arch, folder = job
+    launch = LAUNCHES[number]
+    text = launch.compile(GPUTarget("hip", arch, 64)).asm["amdgcn"]
+    (folder / f"{number:03}_{launch.kernel.__name__}_{arch}.s").write_text(text)
+    spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+    row: report.Row = {"name": launch.name, "arch": arch, "registers": max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text))}
+    row |= {"spills": spilled, "shared": int(re.findall(r"\.group_segment_fixed_size:\s*(\d+)", text)[0])}
+    row |= {f"{kind}s 16 B": len(re.findall(rf"(?:global|buffer)_{kind}_dwordx4", text)) for kind in ("load", "store")}
+    return Compiled(row, [f"{launch.name} on {arch} spills {spilled} registers"] if spilled else [])
+
+
+def spread(rows: list[report.Row]) -> list[report.Row]:
+    """One row a kernel; a number that differs between archs as `least-most`."""
+    names = dict.fromkeys(row["name"] for row in rows)
+    return [
+        {key: span([row[key] for row in rows if row["name"] == name]) for key in rows[0] if key not in ("arch", "origin", "source")}
+        for name in names
+    ]
+
+
+def span(values: list[Any]) -> Any:
+    return values[0] if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where registers spill or vector accesses were lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_static")
     parser.add_argument("--archs", nargs="*", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--amd", nargs="*", choices=AMD, default=list(AMD))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/triton_static"))
     options = parser.parse_args(argv)
-    launches = all_launches(options.dtypes)
-    nvidia(launches, options.archs, options.out)
-    print(f"{len(launches)} kernels for {', '.join('sm_' + arch for arch in options.archs)} in {options.out}")
-    for line in amd(launches, options.amd, options.out / "amd"):
-        print(line)
-    return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stale in (path for path in options.out.iterdir() if path.suffix in (".cubin", ".json", ".s")):
+        stale.unlink()
+    LAUNCHES[:] = [launch for launch in all_launches(options.dtypes) if options.only in launch.name]
+    faults: list[str] = []
+    record: report.Row = {}
+    with get_context("fork").Pool(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:
+        for maker, compile_one, archs in (("nvidia", nvidia, options.archs), ("amd", amd, options.amd)):
+            jobs = [(number, arch, options.out) for number in range(len(LAUNCHES)) for arch in archs]
+            done = list(map(compile_one, jobs)) if pool is None else pool.map(compile_one, jobs, chunksize=1)
+            record[maker] = [compiled.row for compiled in done]
+            if jobs:
+                print(f"{len(LAUNCHES)} kernels for {', '.join(archs)}:\n{report.table(spread(record[maker]))}\n", flush=True)
+            faults += [fault for compiled in done for fault in compiled.faults]
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    report.write_json(options.out / "triton_static.json", record | {"faults": faults})
+    print(f"{sum(map(len, record.values()))} compilations, {len(faults)} faults; {options.out / 'triton_static.json'}")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

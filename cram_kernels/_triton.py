@@ -40,15 +40,8 @@ def _register(functions: Any) -> None:
     library = torch.library.Library(NAMESPACE, "IMPL")
     _registration.keep(library)
     for name in _registration.OPS:
-        library.impl(name, _implementation(name, getattr(functions, name, _not_there(name))), DEVICE.upper())
+        library.impl(name, _implementation(name, getattr(functions, name)), DEVICE.upper())
     _registration.register(NAMESPACE)
-
-
-def _not_there(name: str) -> Any:
-    def not_there(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{name}: the Triton backend does not have this op yet; the CPU backend and the reference do")
-
-    return not_there
 
 
 def _implementation(name: str, function: Any) -> Any:

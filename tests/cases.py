@@ -137,6 +137,13 @@ LAYOUTS: dict[str, list[Spec]] = {
     "uneven": [Spec((11,)), Spec((1_100_000,), offset=1), Spec((7, 1))],  # one tensor 10^5 times larger than the others
     "pieces": [Spec((10_007 + i,), offset=i % 16) for i in range(150)],
 }
+SHORTER = {  # where kernels are interpreted or executed by software; Triton's top-k samples sets of more than 16384
+    "many": LAYOUTS["many"][:200],
+    "large": [Spec((300, 200)), Spec((3, 3)), Spec((70_001,)), Spec((64, 32, 3, 3), order=(0, 2, 3, 1)), Spec((100, 401), offset=3)],
+    "rows": [Spec((3000, 48))],
+    "uneven": [Spec((11,)), Spec((110_000,), offset=1), Spec((7, 1))],
+    "pieces": LAYOUTS["pieces"][:20],
+}
 
 
 class Case(NamedTuple):

@@ -1,11 +1,13 @@
 """The backends under test, as one fixture. For one that cannot run here, one test of test_install.py is skipped in the name of all."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from cases import LAYOUTS, SHORTER
 from executor import WAYS, Executor
 from executor import why_missing as why_not_executed
 
@@ -19,6 +21,12 @@ if _triton.INTERPRETED:
     import interpreter
 
     interpreter.hurry()
+    LAYOUTS.update(SHORTER)
+TRITON_EXECUTED = os.environ.get("CRAM_KERNELS_TRITON_EXECUTED") == "1"  # in place of all other backends: `make test-triton-executed`
+if TRITON_EXECUTED:
+    from triton_executor import Compiled
+
+    LAYOUTS.update(SHORTER)
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 
@@ -39,10 +47,13 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name == "cpu" or why_missing(name) is None])
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+@pytest.fixture(params=["executed"] if TRITON_EXECUTED else [name for name in BACKENDS if name == "cpu" or why_missing(name) is None])
+def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Compare with `compare.check`, which runs every variant; a bare call runs the one that a user gets."""
     name = request.param
+    if name == "executed":
+        yield Compiled(("plain",))
+        return
     assert why_missing(name) is None
     if name != "cpu":
         yield Backend(name, BACKENDS[name], ("default",))

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from calls import PERTURB_VARIANTS, perturb, poisoned_masks, without
-from cases import DTYPES, SEARCH, VALUES, Drawn, Spec, drawn_cases, mixed
+from cases import DTYPES, LAYOUTS, SEARCH, VALUES, Drawn, Spec, drawn_cases, mixed
 from compare import check
 
 PATTERNS = [(2, 4), (1, 2), (4, 8), (1, 4), (3, 4), (1, 3), (2, 5), (7, 16), (16, 32), (1, 1024), (1023, 1024)]
@@ -72,8 +72,9 @@ def test_a_prunable_layer_may_stay_dense(backend) -> None:
 
 
 def test_many_tensors(backend) -> None:
-    case = Drawn("normal", mixed([Spec((1 + i % 4, 4 + 4 * (i % 3))) for i in range(5000)]))
-    check(backend, "perturb_nm_", perturb(case) | {"prune": [int(i % 7 != 0) for i in range(5000)], "n": 2, "m": 4})
+    count = len(LAYOUTS["many"])
+    case = Drawn("normal", mixed([Spec((1 + i % 4, 4 + 4 * (i % 3))) for i in range(count)]))
+    check(backend, "perturb_nm_", perturb(case) | {"prune": [int(i % 7 != 0) for i in range(count)], "n": 2, "m": 4})
 
 
 @SEARCH

@@ -1,51 +1,27 @@
-"""Run by test_triton.py in a process of its own: the ops compiled for a GPU, their PTX executed on the CPU (CRAM_KERNELS_PTXEMU)."""
+"""Run by test_triton.py in a process of its own: one case or two of each op on the compiled kernels (triton_executor.py), in all ways."""
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, os.environ["CRAM_KERNELS_PTXEMU"])
 import pytest
 import test_nm
 import torch
-import tritonemu
-from calls import adam, combine, f32, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
+from calls import adam, combine, f32, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
 from cases import Case, Drawn, Spec, mixed
-from compare import check, named_tensors
+from compare import check
+from test_histogram import histogram
+from triton_executor import WAYS, Compiled
 
-from cram_kernels import triton as kernels
-
-WAYS = {  # name -> arch and the executor's options
-    "plain": (80, {}),
-    "race and weak memory": (90, {"race": True, "weak": True}),
-    "shuffled": (120, {"order": "shuffle", "preempt": "all", "seed": 1, "threads": 2, "weak": True}),
-}
-
-
-class Compiled:
-    """Used like the backends of conftest.py."""
-
-    name, device = "triton, compiled", "cpu"
-
-    def __init__(self, variants: tuple[str, ...]) -> None:
-        self.variants = variants
-
-    def select(self, variant: str) -> None:
-        arch, options = WAYS[variant]
-        tritonemu.install(cc=arch, **options)
-
-    def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
-        tritonemu.reachable.clear()
-        tritonemu.register(*(t for _, t in named_tensors(arguments) if t.numel()))  # kernels reach them through stored pointers
-        return getattr(kernels, op)(**arguments)
-
+from cram_kernels import reference
 
 SHAPES = Drawn("bits", mixed([Spec((3, 5)), Spec((33, 31), offset=1), Spec((257,)), Spec((0,)), Spec((8, 6, 3, 3), order=(0, 2, 3, 1))]))
 BF16 = Drawn("bits", [spec._replace(dtype=torch.bfloat16) for spec in SHAPES.specs])
 LARGER = Drawn("normal", [Spec((300, 301), torch.bfloat16), Spec((64, 65), torch.float16)])
 TIES = Drawn("two", LARGER.specs)
-LAYERS = Drawn("ties", [spec for spec in test_nm.specs(4) if spec.numel])
+LAYERS = Drawn("ties", [spec._replace(dtype=torch.bfloat16) for spec in test_nm.specs(4) if spec.numel])
+MATRICES = Drawn(
+    "ties", [Spec((32, 32)), Spec((64, 32), torch.bfloat16), Spec((96, 160), torch.bfloat16, offset=1), Spec((64, 288), torch.float16)]
+)
 
 
 def topk(case: Drawn, name: str, variant: str = "plain") -> dict[str, Any]:
@@ -58,8 +34,33 @@ def pruned(case: Drawn) -> dict[str, Any]:
     return {"weights": weights, "masks": poisoned_masks(case), **selection("half", weights)}
 
 
+def digits(case: Drawn, bits: int) -> dict[str, Any]:
+    return histogram(topk(case, "groups", "masters"), 31 - bits, bits, [0] * 4)
+
+
+def byte_matrices() -> list[torch.Tensor]:
+    """Every byte, as int8 and as float8; every third number zero."""
+    w = torch.arange(256).to(torch.uint8).repeat(24).view(48, 128)
+    w[:, ::3] = 0
+    return [w.view(torch.int8), w.view(torch.int8)[:32, 1:65].contiguous(), w.view(torch.float8_e4m3fn).t(), w.view(torch.float8_e5m2)]
+
+
+def packing_bytes(written: bool) -> dict[str, Any]:
+    weights = byte_matrices()[:1]
+    arguments = {"weights": weights, "packed": [w.new_full((w.shape[0], w.shape[1] // 2), 3) for w in weights]}
+    arguments["metas"] = [torch.full((w.shape[0], w.shape[1] // 32), 0x5A5A, dtype=torch.int32) for w in weights]
+    if written:
+        reference.pack_24_(**arguments)
+        arguments["weights"] = [torch.full_like(w, 3) for w in weights]
+    return arguments
+
+
 def layers(case: Drawn) -> dict[str, Any]:
     return {"prune": [int(len(s.shape) > 1 and s.shape[1] % 4 == 0) for s in case.specs], "n": 2, "m": 4}
+
+
+def layered(case: Drawn) -> list[torch.Tensor]:
+    return [w for w, own in zip(case.tensors("weights"), layers(case)["prune"], strict=True) if own]
 
 
 CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
@@ -77,6 +78,14 @@ CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "perturb_topk with a bracket": lambda: ("perturb_topk_", topk(LARGER, "tenth", "amp")),
     "perturb_topk falls back": lambda: ("perturb_topk_", topk(TIES, "half")),
     "prune_topk": lambda: ("prune_topk_", pruned(BF16)),
+    "topk_histogram": lambda: ("topk_histogram", digits(SHAPES, 11)),
+    "topk_histogram of many values": lambda: ("topk_histogram", digits(BF16, 16)),
+    "nm_violations": lambda: ("nm_violations", {"weights": layered(LAYERS), "n": 2, "m": 4}),
+    "nm_violations of bytes": lambda: ("nm_violations", {"weights": byte_matrices(), "n": 2, "m": 4}),
+    "pack_24": lambda: ("pack_24_", packing(MATRICES) | {"weights": MATRICES.tensors("weights")}),
+    "pack_24 of bytes": lambda: ("pack_24_", packing_bytes(False)),
+    "unpack_24": lambda: ("unpack_24_", packing(MATRICES, written=True)),
+    "unpack_24 of bytes": lambda: ("unpack_24_", packing_bytes(True)),
 }
 
 
@@ -87,7 +96,9 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
-@pytest.mark.parametrize("name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk"])
+@pytest.mark.parametrize(
+    "name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "nm_violations of bytes", "pack_24 of bytes"]
+)
 def test_in_other_ways(name: str, way: str) -> None:
     op, arguments = CALLS[name]()
     check(Compiled((way,)), op, arguments)

@@ -1,6 +1,7 @@
 """Restore + Adam / AdamW (docs/contract.md: Updates; torch.optim.Adam, torch.optim.AdamW)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -9,25 +10,8 @@ from torch import Tensor
 
 from .number import rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
-from .table import (
-    FIRST_GRAD,
-    GRAD,
-    MASK,
-    MASTER,
-    NUMBER,
-    PARAM,
-    SAVED,
-    STATE,
-    STEP,
-    WIDTH,
-    bits,
-    chunk_of,
-    column,
-    elements_of,
-    number,
-    one_of,
-    only,
-)  # fmt: skip
+from .table import FIRST_GRAD, GRAD, NUMBER, STATE, STEP, WIDTH, bits, chunk_of, column, elements_of, flags, number, only
+from .tuning import tuning
 
 BETA1 = NUMBER
 BETA2 = tl.constexpr(NUMBER.value + 1)
@@ -82,14 +66,14 @@ def restore_adam_kernel(
     i, valid = elements_of(size, BLOCK)
     beta1, beta2 = number(row, BETA1), number(row, BETA2)
     eps, wd = number(row, EPS).to(tl.float32), number(row, WEIGHT_DECAY).to(tl.float32)
-    flags = tl.load(row + FLAGS)
-    amsgrad = (flags & 1) != 0
+    options = tl.load(row + FLAGS)
+    amsgrad = (options & 1) != 0
 
     w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
     g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
     updated = there & (not skipped(found_inf))
     write = only(valid, updated)
-    g = tl.where((flags & 2) != 0, -g, g)
+    g = tl.where((options & 2) != 0, -g, g)
     if DECOUPLED:
         rate = tl.load(lr + tensor) if LR_EACH else tl.load(lr)
         w = tl.where(wd != 0, w - (rate * wd) * w, w)
@@ -135,24 +119,21 @@ def restore_adam_(
     masters: Sequence[Tensor] = (),
 ) -> None:
     n = len(params)
-    numbers = {place: [bits(one_of(values, i)) for i in range(n)]
-               for place, values in ((BETA1, beta1), (BETA2, beta2), (EPS, eps), (WEIGHT_DECAY, weight_decay))}  # fmt: skip
-    flags = [(one_of(amsgrad, i) != 0) + 2 * (one_of(maximize, i) != 0) for i in range(n)]
-    table = update_table(
-        {
-            PARAM: params, SAVED: saved, GRAD: grads, FIRST_GRAD: first_grads, MASK: masks, MASTER: masters,
-            EXP_AVG: exp_avgs, EXP_AVG_SQ: exp_avg_sqs, MAX_EXP_AVG_SQ: max_exp_avg_sqs, STEP: steps,
-        },
-        {**numbers, FLAGS: flags},
-    )  # fmt: skip
+    numbers = {
+        BETA1: bits(beta1, n),
+        BETA2: bits(beta2, n),
+        EPS: bits(eps, n),
+        WEIGHT_DECAY: bits(weight_decay, n),
+        FLAGS: flags(amsgrad, maximize, n=n),
+    }
+    state = {EXP_AVG: exp_avgs, EXP_AVG_SQ: exp_avg_sqs, MAX_EXP_AVG_SQ: max_exp_avg_sqs, STEP: steps}
+    table = update_table(params, saved, grads, first_grads, masks, masters, state, numbers)
     rates = torch.empty(n, 2, dtype=torch.float32, device=perturbed.device)
     if n > 0:
         step_kernel[(-(-n // TENSORS),)](
             table.rows, lr, found_inf, rates, n, LR_EACH=lr.dim() > 0, TENSORS=TENSORS, num_warps=4, enable_fp_fusion=False
         )
-    for kind, chunks in table.chunks():
-        restore_adam_kernel[(len(chunks),)](
-            table.rows, chunks, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf,
-            DECOUPLED=decoupled, LR_EACH=lr.dim() > 0, **kind.constants, **kind.tuning.options,
-        )  # fmt: skip
+    few = tuning(torch.float32)  # elements a program, of every dtype: with twice as many this many streams spill registers
+    constants: dict[str, Any] = {"DECOUPLED": decoupled, "LR_EACH": lr.dim() > 0}
+    table.launch(restore_adam_kernel, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf, by=few, **constants)
     perturbed.zero_()

@@ -1,6 +1,6 @@
 """N of M along the input channels (docs/contract.md: N:M)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from .number import NAN_KEY, magnitude_key, widen
 from .perturb import perturb_masked_kernel, perturb_table, raise_flag, rho_of, save, uphill
-from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only
+from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only, store_bits
 
 SCRATCH = NUMBER  # the tensor's first byte in the scratch, -1: none
 
 
 @triton.jit
-def kept(key, j, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
-    """key int32 [groups, LANES], j [1, LANES] the place in the group -> bool: the N last in the order of key and place.
+def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
+    """key int32 [groups, LANES] -> bool: the N last of a group in the order of key and place.
 
     Small groups rank each weight by counting those before it, large ones search for the first that stays, bit by bit.
     """
+    j = tl.arange(0, LANES)[None, :]
     if LANES <= 32:
         rank = tl.zeros(key.shape, tl.int32)
         for other in tl.static_range(M):
@@ -38,42 +39,47 @@ def kept(key, j, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def groups_of(row, first, size, M: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+    """A chunk of groups: an element to count from, places behind it, which of them there are; in [GROUPS, LANES] a row is a group.
+
+    ADJACENT: the weights of a group are neighbours in memory and M, the number of lanes, is a power of two: rows are mask bytes meanwhile.
+    """
+    if ADJACENT:
+        i, valid = elements_of(size * M, GROUPS * M)
+        return first * M, i, valid
+    else:
+        g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
+        inner = tl.load(row + PLACE)
+        g, near = g + (first % inner).to(tl.int32), inner.to(tl.int32)  # divisions of 64 bits are slow
+        i = (g // near).to(tl.int64) * (M * inner) + g % near + j * inner
+        return first // inner * (M * inner), i, (tl.arange(0, GROUPS)[:, None] < size) & (j < M)
+
+
+@triton.jit
 def nm_kernel(
     rows, chunks, rho, inv_scale, found_inf, scratch,
-    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, ADJACENT: tl.constexpr,
+    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ADJACENT: tl.constexpr, LANES: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of groups. ADJACENT: the weights of a group are neighbours in memory and M is a power of two: mask bytes are whole."""
     tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
-    g, j = tl.arange(0, GROUPS)[:, None], tl.arange(0, LANES)[None, :]
-    if ADJACENT:
-        start = first * M
-        i = g * M + j
-    else:
-        start = first * 0
-        inner = tl.load(row + PLACE)
-        i = (first + g) // inner * (M * inner) + (first + g) % inner + j * inner
-    valid = (g < size) & (j < M)
+    start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
     if PERTURB:
         w = save(row, start, i, valid, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
     else:
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     key = magnitude_key(widen(u))
-    keep = valid & kept(key, j, N, M, LANES)
+    keep = valid & tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
     if ADJACENT:
-        place, byte = tl.arange(0, 8)[None, :], tl.arange(0, GROUPS * M // 8)
-        bytes = tl.sum(tl.reshape(keep.to(tl.int32), [GROUPS * M // 8, 8]) << place, 1)
-        there = tl.load(row + MASK) != 0
-        tl.store(column(row, MASK, start // 8, tl.uint8, False) + byte, bytes.to(tl.uint8), mask=only(byte * 8 < size * M, there))
+        store_bits(row, start, size * M, keep, GROUPS * M)
     else:
         own = tl.load(row + SCRATCH)
-        tl.store(scratch + own + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
+        tl.store(scratch + own + start + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
 
 
 @triton.jit
-def pack_kernel(
+def mask_kernel(
     rows, chunks, scratch,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,9 +111,9 @@ def adjacent(inner: int, m: int) -> bool:
     return inner == 1 and m & (m - 1) == 0
 
 
-def launch(table: Table, inner: list[int], places: list[int], size: int, n: int, m: int, perturbation: dict[str, Any]) -> None:
+def launches(table: Table, inner: list[int], m: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Chunks of groups, and the options of their launch."""
     lanes = triton.next_power_of_2(m)
-    scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
     groups = tuple(numel // m for numel in table.sizes)
 
     def per_program(kind: Kind) -> int:
@@ -116,14 +122,16 @@ def launch(table: Table, inner: list[int], places: list[int], size: int, n: int,
     for near in (True, False):
         own = {i for i, stride in enumerate(inner) if stride > 0 and adjacent(stride, m) == near}
         for kind, chunks in table.chunks(own.__contains__, groups, per_program):
-            options = kind.tuning.options
+            options = kind.constants | kind.tuning.options | {"GROUPS": per_program(kind), "LANES": lanes, "ADJACENT": near}
             del options["BLOCK"]
-            options["GROUPS"] = per_program(kind)
-            nm_kernel[(len(chunks),)](
-                table.rows, chunks, scratch=scratch, N=n, M=m, LANES=lanes, ADJACENT=near, **perturbation, **kind.constants, **options
-            )
-    for kind, chunks in table.chunks(lambda i: places[i] >= 0):
-        pack_kernel[(len(chunks),)](table.rows, chunks, scratch, **kind.constants, **kind.tuning.options)
+            yield chunks, options
+
+
+def launch(table: Table, inner: list[int], places: list[int], size: int, n: int, m: int, perturbation: dict[str, Any]) -> None:
+    scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
+    for chunks, options in launches(table, inner, m):
+        nm_kernel[(len(chunks),)](table.rows, chunks, scratch=scratch, N=n, M=m, **perturbation, **options)
+    table.launch(mask_kernel, scratch, among=lambda i: places[i] >= 0)
 
 
 def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequence[int], n: int, m: int) -> None:

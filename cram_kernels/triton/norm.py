@@ -60,8 +60,7 @@ def grad_norm(grads: Sequence[Tensor], *, inv_scale: Tensor | None = None) -> Te
     table = Table(grads, {PARAM.value: grads}, {PLACE.value: before[:-1]})
     n = before[-1]
     sums = torch.empty(n, dtype=torch.float64, device=device)
-    for kind, chunks in table.chunks():
-        chunk_sums_kernel[(len(chunks),)](table.rows, chunks, inv_scale, sums, **kind.constants, **kind.tuning.options)
+    table.launch(chunk_sums_kernel, inv_scale, sums)
     norm = torch.empty((), dtype=torch.float32, device=device)
     size = 1 << max(0, n - 1).bit_length()
     while True:

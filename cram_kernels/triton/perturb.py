@@ -87,7 +87,4 @@ def perturb_masked_(
 ) -> None:
     table = perturb_table(params, grads, saved, masks, masters)
     raise_flag("perturb_masked_", perturbed)
-    for kind, chunks in table.chunks():
-        perturb_masked_kernel[(len(chunks),)](
-            table.rows, chunks, rho, inv_scale, found_inf, RHO_EACH=rho.dim() > 0, **kind.constants, **kind.tuning.options
-        )
+    table.launch(perturb_masked_kernel, rho, inv_scale, found_inf, RHO_EACH=rho.dim() > 0)

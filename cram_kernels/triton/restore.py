@@ -1,6 +1,6 @@
 """Bring the weights back; form the gradient of the update (docs/contract.md: Restore, Gradient of an update)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -73,15 +73,24 @@ def store_update(
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, param, mask=only(valid, updated | (tl.load(perturbed) != 0)))
 
 
-def update_table(lists: dict[Any, Sequence[Tensor]], numbers: dict[Any, Sequence[int]] | None = None) -> Table:
+def update_table(
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    first_grads: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    masters: Sequence[Tensor] = (),
+    state: Mapping[Any, Sequence[Tensor]] | None = None,
+    numbers: Mapping[Any, Sequence[int]] | None = None,
+) -> Table:
+    """What every update reads, and the columns of its own."""
+    lists = {PARAM: params, SAVED: saved, GRAD: grads, FIRST_GRAD: first_grads, MASK: masks, MASTER: masters, **(state or {})}
     values = {place.value: own for place, own in (numbers or {}).items()}
-    return Table(lists[PARAM], {place.value: tensors for place, tensors in lists.items()}, values)
+    return Table(params, {place.value: tensors for place, tensors in lists.items()}, values)
 
 
 def restore_(params: Sequence[Tensor], saved: Sequence[Tensor], perturbed: Tensor, *, masters: Sequence[Tensor] = ()) -> None:
-    table = update_table({PARAM: params, SAVED: saved, MASTER: masters})
-    for kind, chunks in table.chunks():
-        restore_kernel[(len(chunks),)](table.rows, chunks, perturbed, **kind.constants, **kind.tuning.options)
+    update_table(params, saved, masters=masters).launch(restore_kernel, perturbed)
     perturbed.zero_()
 
 
@@ -98,9 +107,6 @@ def restore_combine_(
     found_inf: Tensor | None = None,
     masters: Sequence[Tensor] = (),
 ) -> None:
-    table = update_table({PARAM: params, SAVED: saved, GRAD: grads, FIRST_GRAD: first_grads, MASK: masks, MASTER: masters})
-    for kind, chunks in table.chunks():
-        restore_combine_kernel[(len(chunks),)](
-            table.rows, chunks, perturbed, inv_scale, first_inv_scale, found_inf, **kind.constants, **kind.tuning.options
-        )
+    table = update_table(params, saved, grads, first_grads, masks, masters)
+    table.launch(restore_combine_kernel, perturbed, inv_scale, first_inv_scale, found_inf)
     perturbed.zero_()

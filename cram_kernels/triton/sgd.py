@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .number import rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
-from .table import FIRST_GRAD, GRAD, MASK, MASTER, NUMBER, PARAM, SAVED, STATE, bits, chunk_of, column, elements_of, number, one_of, only
+from .table import NUMBER, STATE, bits, chunk_of, column, elements_of, flags, number, only
 
 MOMENTUM = NUMBER
 ONE_MINUS_DAMPENING = tl.constexpr(NUMBER.value + 1)
@@ -24,20 +24,20 @@ def restore_sgd_kernel(
     tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
     i, valid = elements_of(size, BLOCK)
     mu, wd = number(row, MOMENTUM).to(tl.float32), number(row, WEIGHT_DECAY).to(tl.float32)
-    flags = tl.load(row + FLAGS)
+    options = tl.load(row + FLAGS)
     rate = tl.load(lr + tensor) if LR_EACH else tl.load(lr)
 
     w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
     g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
     updated = there & (not skipped(found_inf))
-    g = tl.where((flags & 2) != 0, -g, g)
+    g = tl.where((options & 2) != 0, -g, g)
     g = tl.where(wd != 0, g + wd * w, g)
     momentum = updated & (mu != 0)
     buffer = column(row, STATE, start, S, ALIGNED) + i
-    old = widen(tl.load(buffer, mask=only(valid, momentum & ((flags & 4) == 0)), other=0))
-    b = tl.where((flags & 4) != 0, g, mu * old + number(row, ONE_MINUS_DAMPENING).to(tl.float32) * g)
+    old = widen(tl.load(buffer, mask=only(valid, momentum & ((options & 4) == 0)), other=0))
+    b = tl.where((options & 4) != 0, g, mu * old + number(row, ONE_MINUS_DAMPENING).to(tl.float32) * g)
     tl.store(buffer, rounded(b, S), mask=only(valid, momentum))
-    g = tl.where(mu != 0, tl.where((flags & 1) != 0, g + mu * b, b), g)
+    g = tl.where(mu != 0, tl.where((options & 1) != 0, g + mu * b, b), g)
     store_update(row, start, i, valid, w - rate * g, stored, updated, perturbed, T, MASTERS, ALIGNED)
 
 
@@ -62,20 +62,13 @@ def restore_sgd_(
     found_inf: Tensor | None = None,
     masters: Sequence[Tensor] = (),
 ) -> None:
-    n = range(len(params))
-    flags = [(one_of(nesterov, i) != 0) + 2 * (one_of(maximize, i) != 0) + 4 * (one_of(fresh, i) != 0) for i in n]
-    table = update_table(
-        {PARAM: params, SAVED: saved, GRAD: grads, FIRST_GRAD: first_grads, MASK: masks, MASTER: masters, STATE: momentum_buffers},
-        {
-            MOMENTUM: [bits(one_of(momentum, i)) for i in n],
-            ONE_MINUS_DAMPENING: [bits(1 - one_of(dampening, i)) for i in n],
-            WEIGHT_DECAY: [bits(one_of(weight_decay, i)) for i in n],
-            FLAGS: flags,
-        },
-    )
-    for kind, chunks in table.chunks():
-        restore_sgd_kernel[(len(chunks),)](
-            table.rows, chunks, perturbed, lr, inv_scale, first_inv_scale, found_inf,
-            LR_EACH=lr.dim() > 0, **kind.constants, **kind.tuning.options,
-        )  # fmt: skip
+    n = len(params)
+    numbers = {
+        MOMENTUM: bits(momentum, n),
+        ONE_MINUS_DAMPENING: bits([1 - x for x in dampening], n),
+        WEIGHT_DECAY: bits(weight_decay, n),
+        FLAGS: flags(nesterov, maximize, fresh, n=n),
+    }
+    table = update_table(params, saved, grads, first_grads, masks, masters, {STATE: momentum_buffers}, numbers)
+    table.launch(restore_sgd_kernel, perturbed, lr, inv_scale, first_inv_scale, found_inf, LR_EACH=lr.dim() > 0)
     perturbed.zero_()

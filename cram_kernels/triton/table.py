@@ -46,17 +46,22 @@ class Kind(NamedTuple):
 
     @property
     def tuning(self) -> Tuning:
-        return tuning(self.dtype)
+        return tuning(torch.float32 if self.master else self.dtype)
 
 
-def bits(x: float) -> int:
-    """A float64 as the int64 with its bits."""
-    return struct.unpack("<q", struct.pack("<d", x))[0]
+def bits(values: Sequence[float], n: int) -> list[int]:
+    """n float64, of one for all or one a tensor, as the int64 with their bits."""
+    return [struct.unpack("<q", struct.pack("<d", x))[0] for x in each(values, n)]
 
 
-def one_of(values: Sequence, i: int) -> Any:
-    """values[i] of one for all or one a tensor."""
-    return values[i if len(values) > 1 else 0]
+def each(values: Sequence, n: int) -> list:
+    """n values, of one for all or one a tensor."""
+    return [values[i if len(values) > 1 else 0] for i in range(n)]
+
+
+def flags(*lists: Sequence[int], n: int) -> list[int]:
+    """Bit i of a tensor's number is set where the i-th list is not 0 for it."""
+    return [sum((flag != 0) << i for i, flag in enumerate(own)) for own in zip(*(each(values, n) for values in lists), strict=True)]
 
 
 _constants: OrderedDict[Any, Any] = OrderedDict()  # key -> device tensors that depend on nothing but the key
@@ -158,6 +163,13 @@ class Table:
             chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, units)
             for own, table in chunks.items():
                 yield Kind(dtype, master, own), table
+
+    def launch(
+        self, kernel: Any, *arguments: Any, among: Callable[[int], bool] = lambda i: True, by: Tuning | None = None, **constants: Any
+    ) -> None:
+        """A pass over all elements of the tensors in `among`; `by`: the tuning whatever the dtype."""
+        for kind, chunks in self.chunks(among, block=lambda kind: (by or kind.tuning).block):
+            kernel[(len(chunks),)](self.rows, chunks, *arguments, **constants, **kind.constants, **(by or kind.tuning).options)
 
 
 @triton.jit

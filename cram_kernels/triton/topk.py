@@ -70,8 +70,10 @@ def stream_kernel(
     else:
         wide = weight_at(row, start, i, valid, PARAM, T, False, ALIGNED)
     key = magnitude_key(wide)
-    tl.atomic_add(state + ABOVE, tl.sum(tl.sum((valid & (key > high)).to(tl.int32), 1), 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state + NANS, tl.sum(tl.sum((valid & (key == NAN_KEY)).to(tl.int32), 1), 0).to(tl.int64), sem="relaxed")
+    two = (valid & (key > high)).to(tl.int32) + ((valid & (key == NAN_KEY)).to(tl.int32) << 16)
+    two = tl.sum(tl.sum(two, 1), 0)  # both sums at once: a chunk has at most 2 ** 15 elements
+    tl.atomic_add(state + ABOVE, (two & 0xFFFF).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state + NANS, ((two >> 16) & 0xFFFF).to(tl.int64), sem="relaxed")
 
     candidate = valid & (key > low) & (key <= high)
     in_row = tl.sum(candidate.to(tl.int32), 1)
@@ -165,8 +167,8 @@ def solve(
             kernel[(len(chunks),)](table.rows, chunks, span, candidates, *arguments, **constants)
 
     for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind: STRATA):
-        options = kind.tuning.options | {"BLOCK": STRATA}
-        sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **kind.constants, **options)
+        options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
+        sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **options)
     bracket_kernel[(num_sets + 1,)](fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False)
     each(stream_kernel, places, fields, state, found_inf=found_inf)
     if num_sets > 0:

@@ -108,10 +108,9 @@ def sample_kernel(
 
 
 @triton.jit
-def bin_at(larger, count, position):
-    """The bin of the sample at a position, the largest being 0; `larger`: samples in the bins above."""
-    hit = (larger <= position) & (position < larger + count)
-    return tl.sum(tl.where(hit, tl.arange(0, SAMPLE_BINS), 0), 0).to(tl.int64)
+def bin_at(larger, position):
+    """The bin of the sample at a position, the largest being 0; `larger`: of each bin, the samples in the bins above it."""
+    return tl.sum((larger > position).to(tl.int32), 0).to(tl.int64)
 
 
 @triton.jit
@@ -131,11 +130,11 @@ def bracket_kernel(sets, k, histogram, state, num_sets):
         width = DEVIATIONS * tl.sqrt(tl.maximum(middle * (1 - share), 0.0)) + 1
         upper, lower = tl.floor(middle - width).to(tl.int32) - 1, tl.ceil(middle + width).to(tl.int32)
         if upper >= 0:
-            high = tl.minimum(high, ((bin_at(larger, count, upper) + 1) << BIN_SHIFT) - 1)
+            high = tl.minimum(high, ((bin_at(larger, upper) + 1) << BIN_SHIFT) - 1)
         if lower < total:
-            low = (bin_at(larger, count, lower) << BIN_SHIFT) - 1
+            low = (bin_at(larger, lower) << BIN_SHIFT) - 1
         guess = tl.minimum(tl.maximum(middle.to(tl.int32) - 1, 0), total - 1)
-        cut = (bin_at(larger, count, guess) << BIN_SHIFT) + HALF_BIN
+        cut = (bin_at(larger, guess) << BIN_SHIFT) + HALF_BIN
     none, all = rank < 1, rank > numel
     low = tl.where(none, NAN_KEY, tl.where(all, KEEP_ALL, low))
     high = tl.where(none, NAN_KEY, tl.where(all, KEEP_ALL, high))

@@ -7,8 +7,10 @@ from .number import NAN_KEY, magnitude_key, widen
 from .perturb import rho_of, uphill, weight_at
 from .table import PARAM, PLACE, SAVED, chunk_of, elements_of
 from .topk_bracket import ABOVE, CAPACITY, FALLBACK, FIELDS, FOUND, HIGH, LOW, NANS, RANK, STATES
+from .topk_histogram import count_bins
 
-SEARCH_BINS = tl.constexpr(1 << 11)
+SEARCH_BITS = tl.constexpr(11)
+SEARCH_BINS = tl.constexpr(1 << SEARCH_BITS.value)
 ROUNDS = 3  # of 11 bits: every key
 
 
@@ -56,8 +58,7 @@ def count_kernel(
             u = widen(uphill(u, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED))
         key = tl.reshape(magnitude_key(u), [BLOCK])
         inside = tl.reshape(valid, [BLOCK]) & (key > low) & (key <= high)
-        bins = tl.histogram(tl.where(inside, key - low - 1, 0) >> shift, SEARCH_BINS, mask=inside)
-        tl.atomic_add(histogram + tl.arange(0, SEARCH_BINS), bins, mask=bins > 0, sem="relaxed")
+        count_bins(histogram, (key - low - 1) >> shift, inside, SEARCH_BITS)
     else:
         span = spans + tl.program_id(0).to(tl.int64) * 2
         first, count = tl.load(span), tl.load(span + 1)

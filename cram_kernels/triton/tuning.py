@@ -16,17 +16,13 @@ class Tuning(NamedTuple):
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
-# 8 elements, two or one 16-byte accesses, a thread and turn; two turns for 16-bit numbers to keep as many bytes in flight.
-BY_DTYPE = {
-    torch.float32: Tuning(1024, 4),
-    torch.bfloat16: Tuning(2048, 4),
-    torch.float16: Tuning(2048, 4),
-}
+# By bytes a number. 8 elements, two or one 16-byte accesses, a thread and turn; more turns for smaller numbers: as many bytes in flight.
+BY_SIZE = {4: Tuning(1024, 4), 2: Tuning(2048, 4), 1: Tuning(4096, 4)}
 INTERPRETED = Tuning(32768, 1)  # a program costs the interpreter about as much whatever its size
 
 
 def tuning(dtype: torch.dtype) -> Tuning:
-    return INTERPRETED if knobs.runtime.interpret else BY_DTYPE[dtype]
+    return INTERPRETED if knobs.runtime.interpret else BY_SIZE[dtype.itemsize]
 
 
 def records() -> int:
