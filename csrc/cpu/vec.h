@@ -80,9 +80,8 @@ CRAM_INLINE I less(I a, I b) {
   return a;
 }
 
-// a where mask is -1, b where it is 0.
-CRAM_INLINE I choose(I mask, I a, I b) {
-  CRAM_PARTS a.v[part] = mask.v[part] ? a.v[part] : b.v[part];
+CRAM_INLINE I shifted(I a, int right) {
+  CRAM_PARTS a.v[part] = a.v[part] >> right;
   return a;
 }
 
@@ -247,6 +246,8 @@ CRAM_INLINE void store_half(uint16_t* p, F a) {
 }
 
 #endif
+
+CRAM_INLINE Bits equal_bits(I a, I b) { return ((1u << kBlock) - 1) & ~(greater_bits(a, b) | greater_bits(b, a)); }
 
 CRAM_INLINE F load(const Float16* p) { return widen_half(&p->bits); }
 CRAM_INLINE F load(const BFloat16* p) {
