@@ -1,5 +1,6 @@
 """The backends under test, as one fixture. For one that cannot run here, one test of test_install.py is skipped in the name of all."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,17 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name == "cpu" or why_missing(name) is None])
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU.
+EXECUTED = ["executed"] if os.environ.get("CRAM_KERNELS_ALL_EXECUTED_TESTS") == "1" and why_not_executed() is None else []
+
+
+@pytest.fixture(params=[*(name for name in BACKENDS if name == "cpu" or why_missing(name) is None), *EXECUTED])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend | Executor]:
     """Compare with `compare.check`, which runs every variant; a bare call runs the one that a user gets."""
     name = request.param
+    if name == "executed":
+        yield request.getfixturevalue("executed")
+        return
     assert why_missing(name) is None
     if name != "cpu":
         yield Backend(name, BACKENDS[name], ("default",))
