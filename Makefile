@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-triton cuda-static triton-static clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,8 @@ lint: setup
 # The op tests on a library built with a sanitizer. Leaks of Python and torch themselves are not ours to count.
 OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_pack.py tests/test_schema.py tests/test_threads.py tests/test_bad_input.py
 
+EXECUTED_TESTS := $(filter-out tests/test_schema.py tests/test_threads.py tests/test_bad_input.py,$(OP_TESTS)) tests/test_histogram.py
+
 test-asan: setup
 	$(BIN)/python native_build.py build/asan address
 	CRAM_KERNELS_LIBRARIES=build/asan ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
@@ -57,6 +59,11 @@ test-ubsan: setup
 test-tsan: setup
 	$(BIN)/python native_build.py --harness build/tsan thread
 	build/tsan/harness
+
+# All op tests on the CUDA library, whose device code an executor of PTX runs on the CPU (CRAM_KERNELS_PTXEMU); `make test` runs some, in more ways.
+test-executed: setup
+	@test -n "$$CRAM_KERNELS_PTXEMU" || { echo "CRAM_KERNELS_PTXEMU does not name a PTX executor"; exit 1; }
+	CRAM_KERNELS_ALL_EXECUTED_TESTS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -k cuda_executed $(EXECUTED_TESTS) $(ARGS)
 
 # What nvcc makes of the kernels, for every arch; no GPU needed. The machine code is read with cuobjdump: the toolkit's, or the one in triton's wheel.
 cuda-static: setup

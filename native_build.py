@@ -210,7 +210,7 @@ def build(package: Path, sanitize: str = "") -> None:
 
 def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str) -> str:
     """Kernels and launchers, their registration, and the checks that every backend shares."""
-    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp"]
+    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp", CSRC / "check_pack.cpp"]
     objects = [ninja.compile(source) for source in cuda_sources()] + [ninja.compile(source, stable_abi) for source in glue]
     # A torch without CUDA has nothing in libtorch.so, which the linker would leave out; in one with CUDA it brings libtorch_cuda.so.
     return ninja.link(folder / "libcram_kernels_cuda.so", objects, f"-Xlinker --no-as-needed {libtorch}", rule="link_cuda")

@@ -40,15 +40,20 @@ def check_captured(executed: Executor, op: str, arguments: dict[str, Any]) -> No
 
 def launches(executed: Executor, op: str, arguments: dict[str, Any]) -> int:
     """The nodes of the graph that op becomes."""
-    graph, count = ctypes.c_void_p(), ctypes.c_size_t()
-    runtime = executed.cudart
+    graph, runtime = ctypes.c_void_p(), executed.cudart
     with executed.stream() as stream, executed.known(arguments):
         try:
             runtime.check(runtime.lib.cudaStreamBeginCapture(stream, THREAD_LOCAL))
             executed.enqueue(op, arguments)
             runtime.check(runtime.lib.cudaStreamEndCapture(stream, ctypes.byref(graph)))
-            runtime.check(runtime.lib.cudaGraphGetNodes(graph, None, ctypes.byref(count)))
         finally:
             executed.memory.forget()
-    runtime.check(runtime.lib.cudaGraphDestroy(graph))
+    return nodes(executed, graph)
+
+
+def nodes(executed: Executor, graph: ctypes.c_void_p) -> int:
+    """How many nodes a graph has; ends it."""
+    count = ctypes.c_size_t()
+    executed.cudart.check(executed.cudart.lib.cudaGraphGetNodes(graph, None, ctypes.byref(count)))
+    executed.cudart.check(executed.cudart.lib.cudaGraphDestroy(graph))
     return count.value

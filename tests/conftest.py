@@ -47,12 +47,20 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-@pytest.fixture(params=["executed"] if TRITON_EXECUTED else [name for name in BACKENDS if name == "cpu" or why_missing(name) is None])
+# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU.
+CUDA_EXECUTED = os.environ.get("CRAM_KERNELS_ALL_EXECUTED_TESTS") == "1" and why_not_executed() is None
+RUNNABLE = [name for name in BACKENDS if name == "cpu" or why_missing(name) is None]
+
+
+@pytest.fixture(params=["triton_executed"] if TRITON_EXECUTED else RUNNABLE + ["cuda_executed"] * CUDA_EXECUTED)
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Compare with `compare.check`, which runs every variant; a bare call runs the one that a user gets."""
     name = request.param
-    if name == "executed":
+    if name == "triton_executed":
         yield Compiled(("plain",))
+        return
+    if name == "cuda_executed":
+        yield request.getfixturevalue("executed")
         return
     assert why_missing(name) is None
     if name != "cpu":

@@ -16,6 +16,7 @@ from benchmarks.cuda_static import __main__ as command  # noqa: E402
 from benchmarks.cuda_static import compile as compiling  # noqa: E402
 from benchmarks.cuda_static import cubin, gpus, report  # noqa: E402
 from benchmarks.cuda_static.traffic import OPS, Op  # noqa: E402
+from cram_kernels import _native  # noqa: E402
 
 SOURCE = ROOT / "tests" / "native" / "static.cu"
 COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1, accesses=1)
@@ -79,6 +80,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sidecar.write_text(json.dumps({"origin": "triton", "arch": "90", "source": "static", "kernels": {}}))
     from_code = {k.name: k for k in cubin.read(others)}
     assert from_code["spills"].spill_bytes > 0 == from_code["copy16"].spill_bytes and from_code["copy16"].threads is None
+
+
+def test_the_library_that_was_built() -> None:
+    """The kernels themselves, for the archs that the library has: no spills, no vector access lost. `make cuda-static` does it for all."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    library = Path(_native.__file__).parent / "libcram_kernels_cuda.so"
+    archs = [arch.removeprefix("sm_") for arch in _native.host.gpu_archs.split()]
+    assert library.exists() and archs, "nvcc is on PATH, but the CUDA library was not built: `make setup` does"
+    kernels = cubin.read_library(library, archs[0])
+    assert len(kernels) > len(OPS) and report.faults(kernels, OPS) == []
+
+
+def test_in_flight() -> None:
+    """Little's law, by hand: 1 TB/s and 0.8 us on 100 SMs are 8 kB each; half of 2048 threads with two vectors on their way are 32 KiB."""
+    card = gpus.Card("80", 100, 1000)
+    assert gpus.needed_in_flight(card, 1.0) == pytest.approx(8000)
+    kernel = cubin.Kernel("f", "copy16", "cuda", "f.cu", "80", 64, 0, 0, 256, 0)
+    assert report.in_flight(replace(COPY, ahead=2), [kernel], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
+    assert report.in_flight(COPY, [replace(kernel, threads=None)], card) is None
 
 
 def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

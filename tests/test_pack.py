@@ -188,13 +188,17 @@ def test_nm_violations_drawn(backend, data: st.DataObject, m: int) -> None:
     check(backend, "nm_violations", {"weights": case.tensors("weights"), "n": data.draw(st.integers(1, m - 1)), "m": m})
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_bytes(backend, dtype: torch.dtype) -> None:
-    """Every byte; the second half of the rows is 2:4."""
+def violations_of_bytes(backend, dtype: torch.dtype) -> torch.Tensor:
+    """Every byte; the second half of the rows is 2:4, whose weights are returned."""
     w = torch.arange(256).to(torch.uint8).repeat(8).view(32, 64)
     w[16:, ::2] = 0
     check(backend, "nm_violations", {"weights": [w.view(dtype), w.view(dtype).t()], "n": 2, "m": 4})
-    found = ops.nm_violations([w.view(dtype)[16:]], 2, 4)
+    return w.view(dtype)[16:]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_bytes(backend, dtype: torch.dtype) -> None:
+    found = ops.nm_violations([violations_of_bytes(backend, dtype)], 2, 4)
     assert found[0, :2].tolist() == [0, -1]
 
 

@@ -69,7 +69,7 @@ def test_compiled_code_executed() -> None:
 @pytest.mark.parametrize("file", OPS, ids=lambda file: file.stem)
 def test_all_compiled_code_executed(file: Path) -> None:
     """The contract's adversarial cases, to the bit."""
-    assert " passed" in run(file, "-k", "executed", CRAM_KERNELS_TRITON_EXECUTED="1")
+    assert " passed" in run(file, "-k", "triton_executed", CRAM_KERNELS_TRITON_EXECUTED="1")
 
 
 @needs_triton

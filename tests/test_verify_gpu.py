@@ -11,6 +11,8 @@ from cram_kernels import cli
 from cram_kernels.verify import bandwidth, checks, command, machine, problems, programs, report
 from cram_kernels.verify.report import FAILED, NOT_RUN, PASSED, Report, Section
 
+ALL_BUT_TESTS = ["--only", *(step for step in command.STEPS if step != "tests")]
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: verify-gpu verifies it")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
@@ -19,10 +21,10 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["verify-gpu", "--dry-run", "--skip-tests", "--out", str(tmp_path)]) == command.OK, capsys.readouterr().out
+    assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.OK, capsys.readouterr().out
     assert "DRY RUN: no GPU was used" in capsys.readouterr().out
     record = json.loads((tmp_path / "dry_run.json").read_text())
-    assert record["dry_run"] and len(record["sections"]) == 11
+    assert record["dry_run"] and len(record["sections"]) == 14
     assert not [s for s in record["sections"] if s["status"] in (PASSED, FAILED)]  # nothing passed on a GPU, nothing broke
     commands = [s["why"] for s in record["sections"] if s["name"].startswith("compute-sanitizer")]
     assert [tool in line for tool, line in zip(programs.TOOLS, commands, strict=True)] == [True] * 4
@@ -63,9 +65,41 @@ def test_a_section_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(checks, "bits", lambda machine: 1 / 0)
     monkeypatch.setattr(programs, "sanitizers", lambda out, dry_run: [])
     monkeypatch.setattr(command, "bandwidth", lambda machine: Section("bandwidth"))
-    assert cli.main(["verify-gpu", "--dry-run", "--skip-tests", "--out", str(tmp_path)]) == command.NOT_VERIFIED
-    first, *others = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
+    monkeypatch.setattr(command, "launches", lambda machine: Section("launches"))
+    assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.NOT_VERIFIED
+    sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
+    (first,) = [s for s in sections if s["step"] == "bits"]
+    others = [s for s in sections if s["step"] != "bits"]
     assert first["status"] == FAILED and "ZeroDivisionError" in first["why"] and FAILED not in [s["status"] for s in others]
+
+
+def test_steps_of_several_runs_make_one_report(tmp_path: Path) -> None:
+    """For a machine that stops a command after some minutes. What never ran is no success."""
+
+    def run(*steps: str) -> dict[str, str]:
+        cli.main(["verify-gpu", "--dry-run", "--out", str(tmp_path), "--only", *steps])
+        return {s["step"]: s["status"] for s in json.loads((tmp_path / "dry_run.json").read_text())["sections"]}
+
+    assert run("devices")["devices"] == report.DRY
+    both = run("streams")
+    assert set(both) == set(command.STEPS) and [step for step, status in both.items() if status == NOT_RUN] == [
+        step for step in command.STEPS if step not in ("devices", "streams")
+    ]
+    made = Report(False, [{"GPU": "another"}])
+    made.put("bits", [Section("bits")])
+    made.write(tmp_path)
+    other = Report(False, [{"GPU": "imagined"}])
+    other.take_over(tmp_path)  # of another machine
+    assert other.sections == []
+    made.take_over(tmp_path)
+    assert [s.step for s in made.sections] == ["bits"]
+
+
+def test_a_backend_that_is_missing_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.backend, "why_missing", lambda name: "not built" if name == "cuda" else None)
+    section = checks.backends(machine.Dry())
+    assert section.status == NOT_RUN and section.why == "cuda: not built"
+    assert section.shown() == [{"backend": "cuda", "": "not built"}, {"backend": "triton", "": "available"}]
 
 
 @pytest.mark.parametrize("status, verdict", [(PASSED, "VERIFIED"), (FAILED, "NOT VERIFIED: tests"), (NOT_RUN, "NOT VERIFIED: tests")])
@@ -88,7 +122,12 @@ def test_the_tests_are_run(tmp_path: Path) -> None:
     assert programs.tests(folder, tmp_path / "out", True).why == "dry run: collected only"
     (folder / "test_it.py").write_text("def test_bad(): assert False\n")
     section = programs.tests(folder, tmp_path / "out", False)
-    assert section.status == FAILED and "tests.log" in section.why and section.rows[0]["failures"] == 1
+    assert (
+        section.status == FAILED
+        and "tests.log, which ends: " in section.why
+        and "1 failed" in section.why
+        and section.rows[0]["failures"] == 1
+    )
 
 
 def test_sanitizers_are_judged_by_their_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

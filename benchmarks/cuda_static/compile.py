@@ -34,7 +34,7 @@ def compile_one(source: Path, arch: str, folder: Path) -> None:
     ptx, cubin = folder / f"{stem}.ptx", folder / f"{stem}.cubin"
     flags = [*native_build.CUDA_FLAGS.split(), f"-arch=sm_{arch}"]
     nvcc(*flags, "-ptx", source, "-o", ptx)
-    report = nvcc(*flags, "-cubin", "-Xptxas", "-v", source, "-o", cubin)
+    report = nvcc(*flags, "-cubin", "-Xptxas", "-v", ptx, "-o", cubin)
     sidecar = {"origin": "cuda", "arch": arch, "source": source.name, "kernels": facts(ptx.read_text(), report)}
     cubin.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
 

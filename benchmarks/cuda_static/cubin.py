@@ -71,11 +71,11 @@ def tool(name: str) -> str:
     raise ToolMissing(f"{name} is neither on PATH (CUDA toolkit) nor in an installed triton: `pip install triton` brings it")
 
 
-def dump(cubin: Path, option: str) -> list[str]:
+def dump(binary: Path, *options: str) -> list[str]:
     # nvdisasm, which cuobjdump starts, lies beside it
     objdump = tool("cuobjdump")
     path = os.pathsep.join([str(Path(objdump).parent), os.environ.get("PATH", "")])
-    command = [objdump, option, str(cubin)]
+    command = [objdump, *options, str(binary)]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": path}).stdout.splitlines()
 
 
@@ -137,9 +137,17 @@ def read(folder: Path) -> list[Kernel]:
 
 
 def read_cubin(cubin: Path) -> list[Kernel]:
-    sidecar = json.loads(cubin.with_suffix(".json").read_text())
-    counts = instructions(dump(cubin, "-sass"))
-    resources = {s: found for s, line in functions(dump(cubin, "-res-usage")) if (found := RESOURCES.search(line))}
+    return kernels_of(cubin, json.loads(cubin.with_suffix(".json").read_text()))
+
+
+def read_library(library: Path, arch: str) -> list[Kernel]:
+    """All kernels of a built library that it has for this arch. Local loads and stores count as spills: there is no compiler's report."""
+    return kernels_of(library, {"origin": "cuda", "arch": arch, "source": library.name, "kernels": {}}, "-arch", f"sm_{arch}")
+
+
+def kernels_of(binary: Path, sidecar: dict[str, Any], *options: str) -> list[Kernel]:
+    counts = instructions(dump(binary, "-sass", *options))
+    resources = {s: found for s, line in functions(dump(binary, "-res-usage", *options)) if (found := RESOURCES.search(line))}
     symbols = sorted(resources)
     pairs = zip(symbols, demangled(symbols), strict=True)
     return [kernel(symbol, name, sidecar, resources[symbol], counts.get(symbol, Counter())) for symbol, name in pairs]

@@ -25,12 +25,24 @@ ARCHS = {
     "100": Arch(64, 32, 228 * 1024),
     "120": Arch(48, 24, 100 * 1024),
 }
-CARDS = {  # GB/s as published
-    "A100 80GB SXM": 2039,
-    "H100 SXM": 3350,
-    "RTX 3090": 936,
-    "RTX 4090": 1008,
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is published of it."""
+
+    arch: str
+    multiprocessors: int
+    gigabytes: int  # a second
+
+
+CARDS = {
+    "A100 80GB SXM": Card("80", 108, 2039),
+    "H100 SXM": Card("90", 132, 3350),
+    "RTX 3090": Card("86", 82, 936),
+    "RTX 4090": Card("89", 128, 1008),
 }
+LATENCY = 800e-9  # seconds from a load to its data under full load; an assumption: 300 to 600 are measured on idle memory
 
 
 def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
@@ -41,3 +53,8 @@ def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
     by_registers = QUARTERS * (REGISTERS // QUARTERS // a_warp) // (-(-warps // QUARTERS) * QUARTERS)
     by_shared = limits.shared // (shared + SHARED_RESERVED)
     return min(limits.blocks, limits.warps // warps, by_registers, by_shared) * warps / limits.warps
+
+
+def needed_in_flight(card: Card, share: float) -> float:
+    """Bytes that an SM must have asked for and not yet got, at this share of the card's bandwidth: Little's law."""
+    return share * card.gigabytes * 1e9 * LATENCY / card.multiprocessors

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .cubin import Kernel
-from .gpus import ARCHS, CARDS, occupancy
+from .gpus import ARCHS, CARDS, Card, needed_in_flight, occupancy
 from .traffic import Op
 
 RESNET50 = 25_557_032  # weights
@@ -50,14 +50,24 @@ def faults(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
 
 def op_rows(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[Row]:
     """One row an op that was compiled: bytes a weight, launches, and the time that the bytes alone would take; no GPU measured it."""
-    return [op_row(op) for op in ops if streams(op, kernels)]
+    return [op_row(op, own) for op in ops if (own := streams(op, kernels))]
 
 
-def op_row(op: Op) -> Row:
+def op_row(op: Op, kernels: list[Kernel]) -> Row:
     row: Row = {"name": op.name, "origin": op.origin, "bytes a weight": op.bytes, "launches": op.launches, "formula": op.formula}
-    for card, gigabytes in CARDS.items():
-        row[f"predicted us, {card}"] = round(predicted_us(op, RESNET50, gigabytes), 1)
+    for name, card in CARDS.items():
+        row[f"predicted us, {name}"] = round(predicted_us(op, RESNET50, card.gigabytes), 1)
+        row[f"in flight / needed, {name}"] = in_flight(op, [k for k in kernels if k.arch == card.arch], card)
     return row
+
+
+def in_flight(op: Op, kernels: list[Kernel], card: Card) -> str | None:
+    """Bytes that the threads of an SM ask for at a time, and what the loads' share of GOAL needs; None: the occupancy is not known."""
+    if not kernels or any(k.threads is None for k in kernels):
+        return None
+    resident = min(occupancy(k.arch, k.threads, k.registers, k.shared) for k in kernels if k.threads) * ARCHS[card.arch].warps * 32
+    loads = len(op.loads) / (len(op.loads) + len(op.stores))
+    return f"{resident * op.in_flight / 1024:.0f} / {needed_in_flight(card, loads * GOAL) / 1024:.0f} KiB"
 
 
 def predicted_us(op: Op, weights: int, gigabytes: float) -> float:

@@ -31,7 +31,7 @@ TRAFFIC: dict[str, int] = {
     "grad_norm": 1,
 }
 MASKED = set(TRAFFIC) - {"restore_", "grad_norm"}
-FLAG = {op: 0 if op.startswith("perturb_") else 1 for op in TRAFFIC if op != "grad_norm"}
+MANY: Shapes = [(8, 8)] * 161  # as many tensors as ResNet-50 has
 
 
 def bandwidth(machine: Machine) -> Section:
@@ -50,28 +50,48 @@ def row(machine: Machine, name: str, op: str, dtype: torch.dtype, shapes: Shapes
     moved = weights * TRAFFIC[op] * dtype.itemsize + (weights // 8 if op in MASKED else 0)
     copies = max(1, -(-L2_TIMES * machine.l2_bytes() // moved))
     sets = [PROBLEMS[op](Lists(shapes, dtype, machine.device, seed)) for seed in range(copies)]
-    resets = [partial(set_flag, op, a) for a in sets]
-    runs = [partial(problems.call, op, a, name) for a in sets]
-    eager = timed(machine, runs, resets)
-    replays: list[Callable[[], Any]] = []
-    for run, reset in zip(runs, resets, strict=True):
-        reset()
-        replays.append(machine.capture(run))
-    graph = timed(machine, replays, resets)
+    resets = [partial(reset, machine, op, a, name) for a in sets]
+    eager, graph = in_both_ways(machine, [partial(problems.call, op, a, name) for a in sets], resets)
     copy = timed(machine, *copying(machine, moved, copies))
     return cells(machine.dry, op, name, dtype, moved / weights, moved, eager, graph, copy)
 
 
-def set_flag(op: str, arguments: problems.Arguments) -> None:
-    """As the op expects it, so that every round does the whole work."""
-    if op in FLAG:
-        arguments["perturbed"].fill_(FLAG[op])
+def launches(machine: Machine) -> Section:
+    """What launches cost where there is next to nothing to move: kernels' starts, gaps between them, and without a graph the host."""
+    shapes = MANY[:3] if machine.dry else MANY
+    section = Section(f"launches for {len(shapes)} tensors of 64 weights on {machine.device}")
+    for name in machine.backends:
+        for op in TRAFFIC:
+            arguments = PROBLEMS[op](Lists(shapes, torch.float32, machine.device))
+            times = in_both_ways(machine, [partial(problems.call, op, arguments, name)], [partial(reset, machine, op, arguments, name)])
+            shown = ["dry run" if machine.dry else f"{1e3 * statistics.median(t):.1f}" for t in times]
+            section.rows.append({"op": op, "backend": name, "us": shown[0], "us, graph": shown[1]})
+    return section
+
+
+def in_both_ways(machine: Machine, runs: Runs, resets: Runs) -> tuple[list[float], list[float]]:
+    """Called one after the other, and as replays of captured graphs."""
+    eager = timed(machine, runs, resets)
+    replays: list[Callable[[], Any]] = []
+    for run, again in zip(runs, resets, strict=True):
+        again()
+        replays.append(machine.capture(run))
+    return eager, timed(machine, replays, resets)
+
+
+def reset(machine: Machine, op: str, arguments: problems.Arguments, name: str) -> None:
+    """So that every round does the whole work: what was perturbed is restored, as between two steps, or the flag is raised; an empty L2."""
+    if op.startswith("perturb_"):
+        problems.call("restore_", {role: arguments[role] for role in ("params", "saved", "perturbed")}, name)
+    elif op != "grad_norm":
+        arguments["perturbed"].fill_(1)
+    machine.flush_l2()
 
 
 def copying(machine: Machine, moved: int, copies: int) -> tuple[Runs, Runs]:
     """copy_ of half as many bytes: read once, written once."""
     pairs = [torch.zeros(2, moved // 2, dtype=torch.uint8, device=machine.device) for _ in range(copies)]
-    return [partial(p[0].copy_, p[1]) for p in pairs], [lambda: None] * copies
+    return [partial(p[0].copy_, p[1]) for p in pairs], [machine.flush_l2] * copies
 
 
 def timed(machine: Machine, runs: Runs, resets: Runs) -> list[float]:

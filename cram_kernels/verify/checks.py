@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .. import backend
 from . import problems
 from .machine import Machine
 from .problems import PROBLEMS, SMALL, Lists
@@ -12,6 +13,16 @@ from .report import Section
 REPLAYS = 3
 ROUNDS = 10
 Calls = list[tuple[str, problems.Arguments]]  # on shared tensors, one after the other
+
+
+def backends(machine: Machine) -> Section:
+    """One that cannot run is not verified, whatever the other one does."""
+    section = Section(f"backends of {machine.device}")
+    missing = {name: backend.why_missing(name) for name in ("cuda", "triton")}
+    section.rows = [{"backend": name, "": reason or "available"} for name, reason in missing.items()]
+    if reasons := [f"{name}: {reason}" for name, reason in missing.items() if reason is not None]:
+        section.not_run("; ".join(reasons))
+    return section
 
 
 def bits(machine: Machine) -> Section:

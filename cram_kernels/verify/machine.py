@@ -24,6 +24,7 @@ class Machine(Protocol):
     def facts(self) -> dict[str, Any]: ...
     def current(self) -> Any: ...  # a context manager in which this device is torch's current one
     def l2_bytes(self) -> int: ...
+    def flush_l2(self) -> None: ...  # puts work on the stream that leaves nothing else in the L2
     def event(self) -> Event: ...
     def synchronize(self) -> None: ...
     def new_stream(self) -> Callable[[], Any]: ...  # a stream behind what was queued so far -> a context manager, as often as wanted
@@ -40,6 +41,7 @@ class Gpu:
         self.device = torch.device("cuda", index)
         self.backends = [name for name in ("cuda", "triton") if backend.why_missing(name) is None]
         self.properties = torch.cuda.get_device_properties(self.device)
+        self.scratch: torch.Tensor | None = None
 
     def facts(self) -> dict[str, Any]:
         p = self.properties
@@ -57,6 +59,11 @@ class Gpu:
 
     def l2_bytes(self) -> int:
         return self.properties.L2_cache_size
+
+    def flush_l2(self) -> None:
+        if self.scratch is None:
+            self.scratch = torch.empty(2 * self.l2_bytes(), dtype=torch.uint8, device=self.device)
+        self.scratch.zero_()
 
     def event(self) -> Event:
         return torch.cuda.Event(enable_timing=True)
@@ -116,6 +123,9 @@ class Dry:
 
     def l2_bytes(self) -> int:
         return 2**16
+
+    def flush_l2(self) -> None:
+        pass
 
     def event(self) -> Event:
         return FakeEvent()

@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from importlib.util import find_spec
 from pathlib import Path
 
 from .report import Section
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ERROR = 86  # exit status where a tool found something
+LAST_LINES = 15  # of a log, in the report
+MOST_WORKERS = 8  # processes of tests, each with its share of the GPU's memory
 SELECTION = [sys.executable, "-m", "cram_kernels.verify.selection"]
 
 
@@ -30,12 +33,22 @@ def tests(folder: Path | None, out: Path, dry_run: bool) -> Section:
     out.mkdir(parents=True, exist_ok=True)
     results = out / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", str(found)]
-    result = run([*command, "--collect-only"] if dry_run else command, found.parent, out / "tests.log")
-    section.require(result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}; see {out / 'tests.log'}")
+    if find_spec("xdist") is not None:
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+    log = out / "tests.log"
+    result = run([*command, "--collect-only"] if dry_run else command, found.parent, log)
+    section.require(result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}; {end_of(log)}")
     if dry_run:
         return section if section.status == "FAILED" else section.not_run("dry run: collected only")
-    section.rows.append(counts(results))
+    if results.exists():
+        section.rows.append(counts(results))
     return section
+
+
+def end_of(log: Path) -> str:
+    """Where the log is, and its last lines: often they are all that is left of a machine."""
+    lines = log.read_text(errors="replace").splitlines()
+    return f"see {log}, which ends: {' / '.join(line.strip() for line in lines[-LAST_LINES:])}"
 
 
 def counts(junit: Path) -> dict[str, object]:
@@ -69,7 +82,7 @@ def sanitizers(out: Path, dry_run: bool) -> list[Section]:
         if dry_run:
             command = [*sanitizer_command(program or "compute-sanitizer", tool)[-len(SELECTION) :], "--dry-run"]
             result = run(command, Path.cwd(), log)
-            section.require(result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}; see {log}")
+            section.require(result.returncode == 0, f"{' '.join(command)} ended with {result.returncode}; {end_of(log)}")
             if section.status != "FAILED":
                 section.not_run(f"dry run: {' '.join(sanitizer_command(program or 'compute-sanitizer', tool))}")
         elif program is None:
@@ -77,7 +90,7 @@ def sanitizers(out: Path, dry_run: bool) -> list[Section]:
         else:
             result = run(sanitizer_command(program, tool), Path.cwd(), log)
             section.require(
-                result.returncode == 0, f"{tool} ended with {result.returncode} ({SANITIZER_ERROR}: it found something); see {log}"
+                result.returncode == 0, f"{tool} ended with {result.returncode} ({SANITIZER_ERROR}: it found something); {end_of(log)}"
             )
         sections.append(section)
     return sections

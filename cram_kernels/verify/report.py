@@ -22,6 +22,7 @@ class Section:
     status: str = PASSED
     why: str = ""
     rows: list[Row] = field(default_factory=list)
+    step: str = ""  # of the command, which made it
 
     def compare(self, what: str, wrong: int) -> None:
         """A comparison with the reference in which `wrong` elements differ."""
@@ -32,6 +33,10 @@ class Section:
     def require(self, holds: bool, why: str) -> None:
         if not holds:
             self.status, self.why = FAILED, why
+
+    def shown(self) -> list[Row]:
+        """The rows for a terminal: of comparisons those that differ."""
+        return [row for row in self.rows if row.get("elements that differ", 1)]
 
     def absent(self, why: str) -> "Section":
         self.status, self.why = ABSENT, why
@@ -70,19 +75,37 @@ class Report:
                 lines += ["", f"## {section.name}", "", *table(section.rows)]
         return "\n".join([*lines, ""])
 
+    def put(self, step: str, sections: list[Section]) -> None:
+        """In place of what the report has of this step."""
+        for section in sections:
+            section.step = step
+        self.sections = [*(s for s in self.sections if s.step != step), *sections]
+
+    def take_over(self, folder: Path) -> None:
+        """The sections of an earlier run, by the same software on the same machines: what runs now replaces its own."""
+        record = self.paths(folder)[1]
+        if not record.exists():
+            return
+        earlier = json.loads(record.read_text())
+        if all(earlier[name] == value for name, value in self.head().items()):
+            self.sections = [Section(**section) for section in earlier["sections"]]
+
+    def head(self) -> Row:
+        return {"dry_run": self.dry_run, "cram_kernels": __version__, "torch": torch.__version__, "machines": self.facts}
+
+    def paths(self, folder: Path) -> list[Path]:
+        stem = folder / ("dry_run" if self.dry_run else "verify_gpu")
+        return [stem.with_suffix(".md"), stem.with_suffix(".json")]
+
     def write(self, folder: Path) -> list[Path]:
         """Both files; their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / ("dry_run" if self.dry_run else "verify_gpu")
         record = {
             "verdict": self.verdict,
-            "dry_run": self.dry_run,
-            "cram_kernels": __version__,
-            "torch": torch.__version__,
-            "machines": self.facts,
+            **self.head(),
             "sections": [vars(section) for section in self.sections],
         }
-        paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
+        paths = self.paths(folder)
         paths[0].write_text(self.markdown())
         paths[1].write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         return paths

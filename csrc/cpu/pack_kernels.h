@@ -8,35 +8,14 @@
 namespace cram {
 namespace CRAM_ISA {
 
-template <int bytes>
-struct Word;  // a group of four slots of `bytes` bytes, the two that stay, and one slot
-template <>
-struct Word<1> {
-  using Slot = uint8_t;
-  using Group = uint32_t;
-  using Pair = uint16_t;
-};
-template <>
-struct Word<2> {
-  using Slot = uint16_t;
-  using Group = uint64_t;
-  using Pair = uint32_t;
-};
-
 // A row of `groups` groups: the numbers that stay, and the 4 bits of each group.
 template <int bytes>
 CRAM_INLINE void pack_row(const char* dense, int64_t groups, uint32_t magnitude, char* packed, uint8_t* places) {
-  using W = Word<bytes>;
-  using Group = typename W::Group;
-  constexpr int bits = 8 * bytes;
-  const Group one = static_cast<typename W::Slot>(magnitude);
   for (int64_t i = 0; i < groups; ++i) {
-    Group x;
+    typename Word<bytes>::Group x;
     memcpy(&x, dense + i * sizeof x, sizeof x);
-    const Group m0 = (x & one) != 0, m1 = (x >> bits & one) != 0, m3 = (x >> 3 * bits & one) != 0;
-    const uint32_t place = group_places(m0, m1, m3);
-    const Group first = x >> (place & 3) * bits, second = x >> (place >> 2) * bits;
-    const auto pair = static_cast<typename W::Pair>(static_cast<typename W::Slot>(first) | second << bits);
+    uint32_t place;
+    const auto pair = pack_group<bytes>(x, magnitude, &place);
     memcpy(packed + i * sizeof pair, &pair, sizeof pair);
     places[i] = static_cast<uint8_t>(place);
   }
@@ -44,14 +23,10 @@ CRAM_INLINE void pack_row(const char* dense, int64_t groups, uint32_t magnitude,
 
 template <int bytes>
 CRAM_INLINE void unpack_row(const char* packed, int64_t groups, const uint8_t* places, char* dense) {
-  using W = Word<bytes>;
-  using Group = typename W::Group;
-  constexpr int bits = 8 * bytes;
   for (int64_t i = 0; i < groups; ++i) {
-    typename W::Pair pair;
+    typename Word<bytes>::Pair pair;
     memcpy(&pair, packed + i * sizeof pair, sizeof pair);
-    const Group first = static_cast<typename W::Slot>(pair), second = static_cast<Group>(pair) >> bits;
-    const Group x = first << (places[i] & 3) * bits | second << (places[i] >> 2) * bits;
+    const auto x = unpack_group<bytes>(pair, places[i]);
     memcpy(dense + i * sizeof x, &x, sizeof x);
   }
 }
@@ -60,10 +35,10 @@ CRAM_INLINE void pack_pairs(const char* dense, int64_t pairs, char* packed, uint
   for (int64_t i = 0; i < pairs; ++i) {
     uint32_t x[2];
     memcpy(x, dense + i * sizeof x, sizeof x);
-    const bool first = (x[0] & 0x7fffffffu) != 0;
-    const uint32_t kept = first ? x[0] : x[1];
+    uint32_t place;
+    const uint32_t kept = pack_pair(x[0], x[1], &place);
     memcpy(packed + i * sizeof kept, &kept, sizeof kept);
-    places[i] = first ? kFirstOfPair : kSecondOfPair;
+    places[i] = static_cast<uint8_t>(place);
   }
 }
 
@@ -71,7 +46,7 @@ CRAM_INLINE void unpack_pairs(const char* packed, int64_t pairs, const uint8_t* 
   for (int64_t i = 0; i < pairs; ++i) {
     uint32_t kept;
     memcpy(&kept, packed + i * sizeof kept, sizeof kept);
-    const bool first = (places[i] & 3) < 2;
+    const bool first = is_first_of_pair(places[i]);
     const uint32_t x[2] = {first ? kept : 0, first ? 0 : kept};
     memcpy(dense + i * sizeof x, x, sizeof x);
   }

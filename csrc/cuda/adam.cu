@@ -11,15 +11,15 @@ struct AdamSetting {
 
   bool operator==(const AdamSetting& other) const {
     const AdamOptions &a = options, &b = other.options;  // the rest follows from hyper and from the device's numbers
-    return a.eps == b.eps && a.decoupled == b.decoupled && a.amsgrad == b.amsgrad && a.maximize == b.maximize &&
-           hyper.beta1 == other.hyper.beta1 && hyper.beta2 == other.hyper.beta2 && hyper.weight_decay == other.hyper.weight_decay;
+    return a.eps == b.eps && a.decoupled == b.decoupled && a.amsgrad == b.amsgrad && a.maximize == b.maximize && hyper.beta1 == other.hyper.beta1 &&
+           hyper.beta2 == other.hyper.beta2 && hyper.weight_decay == other.hyper.weight_decay;
   }
 };
 
 struct AdamStep {
   using Setting = AdamSetting;
   static constexpr int kStates = 3;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 3;
   AdamOptions options;
   bool decays;
 
@@ -29,7 +29,8 @@ struct AdamStep {
     options = setting.options;
     decays = setting.hyper.weight_decay != 0;
     const float step = add(*entry.step.as<float>(), 1.0f);
-    set_step(options, setting.hyper.beta1, setting.hyper.beta2, learning_rate(entry, call.lr), setting.hyper.weight_decay, static_cast<int64_t>(step));
+    set_step(options, setting.hyper.beta1, setting.hyper.beta2, learning_rate(entry, call.lr), setting.hyper.weight_decay,
+             static_cast<int64_t>(step));
   }
   __device__ bool loads(int s) const { return s < 2 || options.amsgrad; }
   __device__ bool stores(int s) const { return loads(s); }

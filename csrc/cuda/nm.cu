@@ -112,7 +112,7 @@ __device__ __forceinline__ void nm_panel(const PerturbEntry& entry, uint32_t num
   const int64_t inner = entry.extra, width = panel_width(inner, pattern.m), panels = (inner + width - 1) / width;
   const int64_t column = number % panels * width, begin = number / panels * inner * pattern.m + column;
   const int columns = static_cast<int>(min(width, inner - column)), size = columns * pattern.m;
-  float u[kOwn];
+  float u[kOwn] = {};
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     const int e = j * kThreads + static_cast<int>(threadIdx.x);
@@ -137,7 +137,8 @@ __device__ __forceinline__ void nm_panel(const PerturbEntry& entry, uint32_t num
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads, 4) nm_panel_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const Pattern pattern) {
+__global__ void __launch_bounds__(kThreads, 4)
+    nm_panel_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const Pattern pattern) {
   __shared__ int32_t keys[kChunk];
   bool nonfinite = false;
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {

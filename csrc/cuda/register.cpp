@@ -149,7 +149,8 @@ void restore_sgd_cuda(CRAM_SGD_ARGUMENTS) {
 
 void restore_adam_cuda(CRAM_ADAM_ARGUMENTS) {
   const UpdateArguments arguments = CRAM_UPDATE_ARGUMENTS;
-  const Adam adam = adam_of(arguments, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize);
+  const Adam adam =
+      adam_of(arguments, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize);
   const Device device(perturbed);
   cuda::restore_adam(adam.items, update_of(arguments), learning_rate(lr), adam.options, adam.hyper, device.stream());
 }
@@ -160,6 +161,30 @@ Tensor grad_norm_cuda(const Tensors& grads, const MaybeTensor& inv_scale) {
   Tensor sums = torch::stable::new_empty(grads[0], {cuda::norm_sums(items)}, torch::headeronly::ScalarType::Double);
   Tensor result = torch::stable::new_empty(grads[0], {}, torch::headeronly::ScalarType::Float);
   cuda::grad_norm(items, float_or_null(inv_scale), static_cast<double*>(sums.data_ptr()), static_cast<float*>(result.data_ptr()), device.stream());
+  return result;
+}
+
+// ---- Packed 2:4 ----
+
+void pack_24_cuda(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
+  const std::vector<PackItem> items = pack_items(weights, packed, metas);
+  if (items.empty()) return;
+  const Device device(weights[0]);
+  cuda::pack_24(items, device.stream());
+}
+
+void unpack_24_cuda(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
+  const std::vector<PackItem> items = unpack_items(weights, packed, metas);
+  if (items.empty()) return;
+  const Device device(weights[0]);
+  cuda::unpack_24(items, device.stream());
+}
+
+Tensor nm_violations_cuda(const Tensors& weights, int64_t n, int64_t m) {
+  const std::vector<GroupItem> items = violation_items(weights, n, m);
+  const Device device(weights[0]);
+  Tensor result = torch::stable::new_empty(weights[0], {static_cast<int64_t>(items.size()), 3}, ScalarType::Long);
+  cuda::nm_violations(items, static_cast<int>(n), static_cast<int>(m), result.mutable_data_ptr<int64_t>(), device.stream());
   return result;
 }
 
@@ -178,5 +203,8 @@ STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
   m.impl("restore_combine_", TORCH_BOX(&cram::restore_combine_cuda));
   m.impl("restore_sgd_", TORCH_BOX(&cram::restore_sgd_cuda));
   m.impl("restore_adam_", TORCH_BOX(&cram::restore_adam_cuda));
+  m.impl("pack_24_", TORCH_BOX(&cram::pack_24_cuda));
+  m.impl("unpack_24_", TORCH_BOX(&cram::unpack_24_cuda));
+  m.impl("nm_violations", TORCH_BOX(&cram::nm_violations_cuda));
   m.impl("grad_norm", TORCH_BOX(&cram::grad_norm_cuda));
 }

@@ -14,16 +14,17 @@ __device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, uint32_t
   constexpr int kLanes = Vector<T>::kLanes;
   const T* const param = entry.param.as<T>();
   for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
-    const Gradient<T, kLanes> gradient(entry, span);
-    Pack<T, kLanes> out;
+    const Gradient<T> gradient(entry, span);
+    Vector<T> out = {};
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) out.set(i, gradient.at(i, scales));
-    out.store(entry.grad.as<T>(), span);
+    for (int i = 0; i < kLanes; ++i) set_number(out, i, gradient.at(i, scales));
+    store(entry.grad.as<T>(), out, span);
   });
 }
 
 template <bool kCombine>
-__global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<NoSetting> call) {
+__global__ void __launch_bounds__(kThreads)
+    restore_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<NoSetting> call) {
   const bool perturbed = is_raised(call.update.perturbed), skipped = !kCombine || is_skipped(call.update);
   const Scales scales = scales_of(call.update);
   for_own_chunks(table, [&](const UpdateEntry& entry, int, uint32_t number) {

@@ -18,7 +18,7 @@ struct SgdSetting {
 struct SgdStep {
   using Setting = SgdSetting;
   static constexpr int kStates = 1;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = 5;
   SgdOptions options;
 
   SgdStep() = default;
@@ -33,7 +33,8 @@ struct SgdStep {
 
 }  // namespace
 
-void restore_sgd(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<SgdOptions>& options, Stream stream) {
+void restore_sgd(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<SgdOptions>& options,
+                 Stream stream) {
   std::vector<SgdSetting> settings;
   for (const SgdOptions& o : options) settings.push_back({o});
   launch_all("restore_sgd_", update_kernel<SgdStep>, update_launches(items, update, lr, settings), stream);

@@ -72,8 +72,8 @@ struct Source {
 template <class T, class W>
 struct MovedVectors {
   static constexpr int kLanes = Vector<T>::kLanes;
-  Vector<T> raw[kVectors<T>];
-  Lanes<kLanes> u[kVectors<T>];
+  Vector<T> raw[kVectors<T>] = {};
+  Lanes<kLanes> u[kVectors<T>] = {};
 
   __device__ __forceinline__ void load(const Source<T, W>& source, const T* param, const Chunk& chunk, bool* nonfinite) {
     for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {

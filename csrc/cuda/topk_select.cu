@@ -33,7 +33,7 @@ __device__ Ranked last_digit(SetState& state, const TopkMemory& memory, int32_t 
   return find_rank<kDigitBins>(state.digits, rank);
 }
 
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SetTable table, const TopkMemory memory) {
+__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ SetTable table, const TopkMemory memory) {
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     SetState& state = memory.sets[table.entries[found.entry].index];

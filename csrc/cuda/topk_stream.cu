@@ -9,12 +9,12 @@ namespace cram {
 namespace cuda {
 namespace {
 
-// The counters of one set, kept while a block stays in it.
+// The counters of one set, kept while a block stays in it: a thread sees one weight in 256, so that 32 bits are enough for 2^40.
 struct Counts {
-  int64_t above = 0, nans = 0;
+  uint32_t above = 0, nans = 0;
 
   __device__ __forceinline__ void flush(SetState& state) {
-    const int64_t all_above = warp_inclusive_sum(above), all_nans = warp_inclusive_sum(nans);
+    const int64_t all_above = warp_inclusive_sum(int64_t{above}), all_nans = warp_inclusive_sum(int64_t{nans});
     if (lane_of() == 31 && all_above > 0) atomicAdd(&state.above, static_cast<unsigned long long>(all_above));
     if (lane_of() == 31 && all_nans > 0) atomicAdd(&state.nans, static_cast<unsigned long long>(all_nans));
     above = nans = 0;
@@ -30,7 +30,7 @@ struct Shared {
 // The candidates of a chunk, `flags` of this thread's, in the order of its threads: one atomic a chunk gives them their place in the set's list.
 template <class T, class W>
 __device__ __forceinline__ void append(const MovedVectors<T, W>& moved, const uint32_t (&flags)[kVectors<T>], int32_t inclusive, const Chunk& chunk,
-                                       const T* param, SetState& state, const TopkMemory& memory, CandidateRecord& record, Shared& shared) {
+                                       const T* param, SetState& state, const TopkMemory& memory, int64_t record, Shared& shared) {
   int32_t count = 0, total;
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) count += __popc(flags[j]);
@@ -39,7 +39,7 @@ __device__ __forceinline__ void append(const MovedVectors<T, W>& moved, const ui
   __syncthreads();
   const int64_t first = shared.first;
   const bool fits = state.append && first + total <= state.capacity;
-  if (threadIdx.x == 0) record = {first, fits ? total : 0};
+  if (threadIdx.x == 0) memory.records[record] = {first, fits ? total : 0};
   if (!fits || total == 0) return;
   int32_t* const keys = memory.keys + state.first + first;
   uint16_t* const offsets = memory.offsets + state.first + first;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void append(const MovedVectors<T, W>& moved, const ui
 
 template <bool kWrite, class T, class W>
 __device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t number, const TopkMemory& memory, const Perturbation& p,
-                                             CandidateRecord& record, Counts& counts, bool* nonfinite, Shared& shared) {
+                                             int64_t record, Counts& counts, bool* nonfinite, Shared& shared) {
   constexpr int kLanes = Vector<T>::kLanes;
   T* const param = static_cast<T*>(entry.param);
   const Chunk chunk(param, entry.numel, number);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t
   const bool dense = entry.set < 0;
   SetState* const state = dense ? nullptr : memory.sets + entry.set;
   const int32_t low = dense ? kNanKey : state->low, high = dense ? kNanKey : state->high, cut = dense ? kKeepAll : state->cut;
-  uint32_t flags[kVectors<T>];
+  uint32_t flags[kVectors<T>] = {};
   int32_t candidates = 0;
   for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
     uint32_t kept = 0, over = 0, inside = 0, nan = 0;
@@ -100,7 +100,8 @@ __device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t
 }
 
 template <bool kWrite>
-__global__ void __launch_bounds__(kThreads, 3) stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
+__global__ void __launch_bounds__(kThreads, 4)
+    stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Shared shared;
   if (kWrite && blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
   bool nonfinite = false;
@@ -113,9 +114,8 @@ __global__ void __launch_bounds__(kThreads, 3) stream_kernel(const __grid_consta
       if (set >= 0) counts.flush(memory.sets[set]);
       set = entry.set;
     }
-    CandidateRecord& record = memory.records[table.tasks_before + task];
     with_types(entry, [&](auto t, auto w) {
-      stream_chunk<kWrite, decltype(t), decltype(w)>(entry, found.number, memory, p, record, counts, &nonfinite, shared);
+      stream_chunk<kWrite, decltype(t), decltype(w)>(entry, found.number, memory, p, table.tasks_before + task, counts, &nonfinite, shared);
     });
   }
   if (set >= 0) counts.flush(memory.sets[set]);

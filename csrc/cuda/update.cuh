@@ -10,8 +10,8 @@ namespace cram {
 namespace cuda {
 
 // ---- The flag ----
-// While a launch runs, the flag in memory holds in its lower half what it held before, in its upper half how many blocks are through: the last one knows
-// that it is the last, and lowers the flag, without another launch and without memory of its own.
+// While a launch runs, the flag in memory holds in its lower half what it held before, in its upper half how many blocks are through: the last one
+// knows that it is the last, and lowers the flag, without another launch and without memory of its own.
 
 constexpr int kMaxBlocks = 0xffff;
 
@@ -56,98 +56,96 @@ __device__ __forceinline__ Scales scales_of(const Update& update) {
   return scales;
 }
 
-// The numbers of a span as they lie in memory: half the registers of floats where they have 16 bits.
-template <class T, int kLanes>
-struct Pack {
-  static constexpr int kPart = Vector<T>::kLanes;
-  Vector<T> parts[kLanes / kPart];
-
-  __device__ __forceinline__ float operator[](int i) const { return widen(parts[i / kPart].get(i % kPart)); }
-  __device__ __forceinline__ void set(int i, float x) { parts[i / kPart].set(i % kPart, narrowed(rounded(x, T{}), T{})); }
-  __device__ __forceinline__ void load(const T* p, const Span<kLanes>& span) {
-#pragma unroll
-    for (int part = 0; part < kLanes / kPart; ++part) parts[part] = cuda::load(p, part_of<kPart>(span, part));
-  }
-  __device__ __forceinline__ void store(T* p, const Span<kLanes>& span) const {
-#pragma unroll
-    for (int part = 0; part < kLanes / kPart; ++part) cuda::store(p, parts[part], part_of<kPart>(span, part));
-  }
-};
+// Number i of a vector: as a float; x, rounded.
+template <class T>
+__device__ __forceinline__ float number(const Vector<T>& v, int i) {
+  return widen(v.get(i));
+}
+template <class T>
+__device__ __forceinline__ void set_number(Vector<T>& v, int i, float x) {
+  v.set(i, narrowed(rounded(x, T{}), T{}));
+}
 
 // g1 + (M ? g2 : +0) of a tensor that has a gradient.
-template <class T, int kLanes>
+template <class T>
 struct Gradient {
-  Pack<T, kLanes> first, second;
+  Vector<T> first = {}, second = {};  // what no branch sets must be set here: else it lives on from chunk to chunk, in registers of its own
   uint32_t kept = 0;
   bool has_first, has_second;
 
-  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span<kLanes>& span)
+  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span<Vector<T>::kLanes>& span)
       : has_first(entry.first_grad.value() != 0), has_second(entry.grad.value() != 0) {
-    if (has_first) first.load(entry.first_grad.as<T>(), span);
+    if (has_first) first = load(entry.first_grad.as<T>(), span);
     if (!has_second) return;
-    second.load(entry.grad.as<T>(), span);
+    second = load(entry.grad.as<T>(), span);
     kept = entry.mask.value() != 0 ? load_mask(entry.mask.as<uint8_t>(), span) : ~0u;
   }
   __device__ __forceinline__ float at(int i, const Scales& scales) const {
-    const float g2 = (kept >> i & 1) != 0 ? unscaled(second[i], scales.grad, scales.has_grad) : 0.0f;
+    const float g2 = (kept >> i & 1) != 0 ? unscaled(number(second, i), scales.grad, scales.has_grad) : 0.0f;
     if (!has_first) return g2;
-    const float g1 = unscaled(first[i], scales.first_grad, scales.has_first_grad);
+    const float g1 = unscaled(number(first, i), scales.first_grad, scales.has_first_grad);
     return has_second ? add(g1, g2) : g1;
   }
 };
 
-// The parameter from its master weight, rounded, or from its saved copy, bit for bit.
+// The parameter from its master weight, rounded, or from its saved copy, bit for bit. A vector of the parameter is one or two of S.
 template <class T, class S>
-__device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, uint32_t number) {
+__device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, uint32_t number_of_chunk) {
   if (entry.origin.value() == 0) return;
-  constexpr int kLanes = Vector<T>::kLanes;
+  constexpr int kLanes = Vector<T>::kLanes, kPart = Vector<S>::kLanes;
   T* const param = entry.param.as<T>();
-  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
-    Pack<S, kLanes> w;
-    w.load(entry.origin.as<S>(), span);
+  for_vectors(Chunk(param, entry.numel.value(), number_of_chunk), param, [&](int, const Span<kLanes>& span) {
     if constexpr (sizeof(T) == sizeof(S)) {
-      w.store(param, span);
+      store(param, load(entry.origin.as<T>(), span), span);
     } else {
-      Pack<T, kLanes> out;
+      Vector<T> out = {};
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) out.set(i, w[i]);
-      out.store(param, span);
+      for (int part = 0; part < kLanes / kPart; ++part) {
+        const Vector<S> w = load(entry.origin.as<S>(), part_of<kPart>(span, part));
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) set_number(out, part * kPart + i, number(w, i));
+      }
+      store(param, out, span);
     }
   });
 }
 
-// One step of an optimizer for a chunk; the loads of a vector come before its stores.
+// One step of an optimizer for a chunk; the loads of a vector of weights and state come before its stores.
 template <class T, class S, class Step>
-__device__ __forceinline__ void update_chunk(const UpdateEntry& entry, uint32_t number, bool perturbed, const Scales& scales, const Step& step) {
-  constexpr int kLanes = Vector<T>::kLanes;
+__device__ __forceinline__ void update_chunk(const UpdateEntry& entry, uint32_t number_of_chunk, bool perturbed, const Scales& scales,
+                                             const Step& step) {
+  constexpr int kLanes = Vector<T>::kLanes, kPart = Vector<S>::kLanes;
   T* const param = entry.param.as<T>();
   const bool from_origin = entry.has_master || (perturbed && entry.origin.value() != 0);
-  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
-    Pack<S, kLanes> w, state[Step::kStates];
-    w.load(from_origin ? entry.origin.as<S>() : entry.param.as<S>(), span);
+  for_vectors<1>(Chunk(param, entry.numel.value(), number_of_chunk), param, [&](int, const Span<kLanes>& span) {
+    const Gradient<T> gradient(entry, span);
+    Vector<T> out = {};
 #pragma unroll
-    for (int s = 0; s < Step::kStates; ++s) {
-      state[s] = {};
-      if (step.loads(s)) state[s].load(entry.state[s].as<S>(), span);
+    for (int part = 0; part < kLanes / kPart; ++part) {
+      const Span<kPart> own = part_of<kPart>(span, part);
+      Vector<S> w = load(from_origin ? entry.origin.as<S>() : entry.param.as<S>(), own), state[Step::kStates];
+#pragma unroll
+      for (int s = 0; s < Step::kStates; ++s) {
+        state[s] = {};
+        if (step.loads(s)) state[s] = load(entry.state[s].as<S>(), own);
+      }
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        float weight = number(w, i), x[Step::kStates];
+#pragma unroll
+        for (int s = 0; s < Step::kStates; ++s) x[s] = number(state[s], i);
+        step(weight, x, gradient.at(part * kPart + i, scales));
+#pragma unroll
+        for (int s = 0; s < Step::kStates; ++s) set_number(state[s], i, x[s]);
+        set_number(w, i, weight);
+        set_number(out, part * kPart + i, weight);
+      }
+#pragma unroll
+      for (int s = 0; s < Step::kStates; ++s)
+        if (step.stores(s)) store(entry.state[s].as<S>(), state[s], own);
+      if (entry.has_master) store(entry.origin.as<S>(), w, own);
     }
-    const Gradient<T, kLanes> gradient(entry, span);
-    Pack<T, kLanes> out;
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      float weight = w[i], x[Step::kStates];
-#pragma unroll
-      for (int s = 0; s < Step::kStates; ++s) x[s] = state[s][i];
-      step(weight, x, gradient.at(i, scales));
-#pragma unroll
-      for (int s = 0; s < Step::kStates; ++s) state[s].set(i, x[s]);
-      w.set(i, weight);
-      out.set(i, weight);
-    }
-#pragma unroll
-    for (int s = 0; s < Step::kStates; ++s)
-      if (step.stores(s)) state[s].store(entry.state[s].as<S>(), span);
-    if (entry.has_master) w.store(entry.origin.as<S>(), span);
-    out.store(param, span);
+    store(param, out, span);
   });
 }
 
@@ -168,10 +166,11 @@ __device__ __forceinline__ void for_own_chunks(const UpdateTable& table, Functio
 
 // Restores every tensor; those that have a gradient take a step of the optimizer, unless found_inf is set. Step: kStates; kBlocks, of an SM at
 // least; Setting; made from an entry, the
-// call and its setting; loads(s), stores(s): whether state s is; operator()(w, states, g): the step of one weight; done(entry): once all blocks are through.
+// call and its setting; loads(s), stores(s): whether state s is; operator()(w, states, g): the step of one weight; done(entry): once all blocks are
+// through.
 template <class Step>
-__global__ void __launch_bounds__(kThreads, Step::kBlocks) update_kernel(const __grid_constant__ UpdateTable table,
-                                                          const __grid_constant__ UpdateCall<typename Step::Setting> call) {
+__global__ void __launch_bounds__(kThreads, Step::kBlocks)
+    update_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<typename Step::Setting> call) {
   __shared__ Step step;
   const bool perturbed = is_raised(call.update.perturbed), skipped = is_skipped(call.update);
   const Scales scales = scales_of(call.update);
@@ -203,7 +202,8 @@ __device__ __forceinline__ float learning_rate(const UpdateEntry& entry, const L
 }
 
 template <class Setting>
-void launch_all(const char* name, void (*kernel)(UpdateTable, UpdateCall<Setting>), const std::vector<UpdateLaunch<Setting>>& launches, Stream stream) {
+void launch_all(const char* name, void (*kernel)(UpdateTable, UpdateCall<Setting>), const std::vector<UpdateLaunch<Setting>>& launches,
+                Stream stream) {
   for (const auto& one : launches) {
     const int64_t chunks = one.table.count > 0 ? one.table.ends[one.table.count - 1] : 1;
     launch(name, kernel, std::min<int64_t>(chunks, kMaxBlocks), stream, one.table, one.call);

@@ -6,24 +6,45 @@
 namespace cram {
 namespace cuda {
 
+struct Byte {  // a number of 8 bits: only moved
+  uint8_t bits;
+};
+
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(T x) {
+  if constexpr (sizeof(T) == 4)
+    return to_bits(x);
+  else
+    return x.bits;
+}
+
 template <class T>
 struct Vector {
-  static constexpr int kLanes = 16 / sizeof(T);
+  static constexpr int kLanes = 16 / sizeof(T), kBits = 8 * sizeof(T), kInWord = 4 / sizeof(T);
   uint32_t words[4];
 
   __device__ __forceinline__ T get(int lane) const {
     if constexpr (sizeof(T) == 4)
       return from_bits(words[lane]);
     else
-      return T{static_cast<uint16_t>(words[lane / 2] >> (lane % 2 * 16))};
+      return T{static_cast<decltype(T::bits)>(words[lane / kInWord] >> (lane % kInWord * kBits))};
+  }
+  // Lane 0 goes, the others move down, x becomes the last.
+  __device__ __forceinline__ void shift_in(T x) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t next = i < 3 ? words[i + 1] : bits_of(x);
+      words[i] = sizeof(T) == 4 ? next : __funnelshift_r(words[i], next, kBits);
+    }
   }
   __device__ __forceinline__ void set(int lane, T value) {
-    if constexpr (sizeof(T) == 4)
+    if constexpr (sizeof(T) == 4) {
       words[lane] = to_bits(value);
-    else if (lane % 2 == 0)
-      words[lane / 2] = (words[lane / 2] & 0xffff0000u) | value.bits;
-    else
-      words[lane / 2] = (words[lane / 2] & 0xffffu) | static_cast<uint32_t>(value.bits) << 16;
+    } else {
+      const int shift = lane % kInWord * kBits;
+      uint32_t& word = words[lane / kInWord];
+      word = (word & ~(((1u << kBits) - 1) << shift)) | static_cast<uint32_t>(value.bits) << shift;
+    }
   }
 };
 
@@ -53,10 +74,12 @@ __device__ __forceinline__ Vector<T> load(const T* p, const Span<kLanes>& span) 
   if (span.whole() && aligned(p)) {
     const uint4 words = *reinterpret_cast<const uint4*>(p);
     x.words[0] = words.x, x.words[1] = words.y, x.words[2] = words.z, x.words[3] = words.w;
-  } else {
+  } else if (span.whole()) {
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i)
-      if (span.has(i)) x.set(i, p[i]);
+    for (int i = 0; i < kLanes; ++i) x.set(i, p[i]);
+  } else {  // at an end: a loop needs fewer registers than the copies of its body
+#pragma unroll 1
+    for (int i = 0; i < kLanes; ++i) x.shift_in(span.has(i) ? p[i] : T{});
   }
   return x;
 }
@@ -70,10 +93,16 @@ __device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLane
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
                  "r"(x.words[3])
                  : "memory");
-  } else {
+  } else if (span.whole()) {
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i)
-      if (span.has(i)) p[i] = x.get(i);
+    for (int i = 0; i < kLanes; ++i) p[i] = x.get(i);
+  } else {
+    Vector<T> rest = x;
+#pragma unroll 1
+    for (int i = 0; i < kLanes; ++i) {
+      if (span.has(i)) p[i] = rest.get(0);
+      rest.shift_in(T{});
+    }
   }
 }
 
@@ -148,16 +177,16 @@ struct Chunk {
 };
 
 // Calls f(j, span) for each vector that this thread has of a chunk; j counts them, at most kVectors<T>. Vectors are dealt out so that a warp's
-// accesses are consecutive. Every thread calls f as often; a span may be empty.
+// accesses are consecutive. Every thread calls f as often; a span may be empty. kUnroll = 1 needs fewer registers, where f keeps nothing in arrays.
 template <class T>
 constexpr int kVectors = kChunk / kThreads / Vector<T>::kLanes;
 
-template <class T, class Function>
+template <int kUnroll = kChunk / kThreads, class T, class Function>
 __device__ __forceinline__ void for_vectors(const Chunk& chunk, const T* p, Function f) {
   constexpr int kLanes = Vector<T>::kLanes;
   const int shift = chunk.shift(p);
   const int size = static_cast<int>(chunk.end - chunk.begin);
-#pragma unroll
+#pragma unroll kUnroll
   for (int j = 0; j < kVectors<T>; ++j) {
     const int first = (j * kThreads + static_cast<int>(threadIdx.x)) * kLanes - shift;
     const int low = max(0, -first), high = max(low, min(kLanes, size - first));
