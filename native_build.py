@@ -28,7 +28,7 @@ ISA_FLAGS = {
 }
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
-TORCH_FREE = ("nm", "pack", "perturb", "simd", "topk", "update", *ISA_FLAGS)  # what the harness links
+TORCH_FREE = ("nm", "pack", "perturb", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)  # what the harness links
 
 
 class BuildError(Exception):

@@ -87,7 +87,7 @@ template <class T>
 CRAM_INLINE void stream_rounded(T* p, F a, Whole) {
   alignas(64) T block[kBlock];
   store_rounded(block, a);
-  stream<kBlock * static_cast<int>(sizeof(T))>(p, block);
+  stream<kBlock* static_cast<int>(sizeof(T))>(p, block);
 }
 template <class T>
 CRAM_INLINE void stream_rounded(T* p, F a, int lanes) {

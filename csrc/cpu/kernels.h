@@ -25,8 +25,8 @@ struct Source {
 struct Bracket {
   int32_t low;
   int32_t high;
-  int32_t cut;    // provisionally kept: key > cut
-  bool append;    // write the candidates down, not only count them
+  int32_t cut;  // provisionally kept: key > cut
+  bool append;  // write the candidates down, not only count them
 };
 
 struct Counts {
@@ -61,7 +61,8 @@ struct Kernels {
   void (*masked)(const Source&, DType, int64_t begin, int64_t end, void* out, void* saved, const uint8_t* mask, bool* nonfinite);
 
   // N:M on whole tiles of m * inner weights; scratch holds nm_scratch(end - begin) bytes.
-  void (*nm)(const Source&, DType, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask, char* scratch, bool* nonfinite);
+  void (*nm)(const Source&, DType, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask, char* scratch,
+             bool* nonfinite);
 
   void (*round_master)(const float* master, DType, int64_t begin, int64_t end, void* out);
   void (*combine)(const Item&, int64_t begin, int64_t end, const Scales&);
@@ -80,7 +81,7 @@ struct Kernels {
 };
 
 constexpr int64_t kNormChunk = 1024;
-constexpr int64_t kNmPadding = 256;  // numbers: two rows of lanes, and a tile of 8 rows of 16
+constexpr int64_t kNmPadding = 256;                                               // numbers: two rows of lanes, and a tile of 8 rows of 16
 constexpr int64_t nm_scratch(int64_t range) { return (range + kNmPadding) * 5; }  // bytes: u 4, a flag 1
 
 const Kernels& kernels_portable();

@@ -42,7 +42,8 @@ static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, in
   });
 }
 
-constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked, nm, round_master, combine, sgd, adam, pack_24, unpack_24, violations, norm};
+constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked,    nm,         round_master,
+                            combine,       sgd,         adam,       pack_24,        unpack_24, violations, norm};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

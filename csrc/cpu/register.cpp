@@ -42,8 +42,8 @@ Tensor topk_histogram_cpu(CRAM_HISTOGRAM_ARGUMENTS) {
   Perturbation p;
   p.inv_scale = float_or_null(inv_scale);
   Tensor bins = torch::stable::new_zeros(prefix, {prefix.numel(), int64_t{1} << bits}, ScalarType::Long);
-  topk_histogram(TorchContext().context, items, p, prefix.const_data_ptr<int64_t>(), prefix.numel(), static_cast<int>(shift),
-                 static_cast<int>(bits), bins.mutable_data_ptr<int64_t>());
+  topk_histogram(TorchContext().context, items, p, prefix.const_data_ptr<int64_t>(), prefix.numel(), static_cast<int>(shift), static_cast<int>(bits),
+                 bins.mutable_data_ptr<int64_t>());
   return bins;
 }
 
@@ -59,7 +59,8 @@ TopkResult prune_topk_cpu(const Tensors& weights, const Tensors& masks, const In
   Check check("prune_topk_");
   const std::vector<Item> items = topk_items(check, weights, masks, sets, k, true);
   TopkResult result = topk_result(k);
-  prune_topk(TorchContext().context, items, k.const_data_ptr<int64_t>(), k.numel(), std::get<0>(result).mutable_data_ptr<int32_t>(), stats_of(result));
+  prune_topk(TorchContext().context, items, k.const_data_ptr<int64_t>(), k.numel(), std::get<0>(result).mutable_data_ptr<int32_t>(),
+             stats_of(result));
   return result;
 }
 

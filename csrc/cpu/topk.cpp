@@ -1,57 +1,13 @@
 // Global top-k in one pass: sample a bracket around the threshold, perturb and prune on a guess while writing down what falls into the
-// bracket, select exactly among those, set right what the guess got wrong. Where the guess fails, a radix select over the saved weights: costs time, never exactness.
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <functional>
-#include <memory>
-#include <new>
+// bracket, select exactly among those, set right what the guess got wrong. Where the guess fails, a radix select over the saved weights: costs time,
+// never exactness.
+#include "topk.h"
 
-#include "../perturb.h"
-#include "drivers.h"
+#include <cstdlib>
+#include <new>
 
 namespace cram {
 namespace {
-
-constexpr int64_t kDirect = 2048;      // sets up to this size: every weight is a candidate
-constexpr int64_t kRun = 4;            // neighbours that are sampled together: they share their cache misses
-constexpr double kDeviations = 4;      // half width of the bracket; the guess fails about once in 16,000 steps
-constexpr int64_t kSampleTask = 1024;  // runs
-constexpr int64_t kLargeSample = 8192;  // runs: worth all threads
-
-struct Set {
-  std::vector<int32_t> items;
-  int64_t numel = 0;
-  int64_t k = 0;
-  int32_t step = 1 << 16;  // of its keys: those of 16-bit types have zeros at their end
-  Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
-  bool settled = false;  // the threshold is known without looking at a weight
-  bool fallback = false;
-  int32_t threshold = 0;
-  int64_t kept = 0;
-  std::atomic<int64_t> above{0}, candidates{0}, nans{0};
-  std::atomic<bool> overflow{false};
-
-  // By the width of the bracket in ranks, and a tenth more.
-  int64_t expected_candidates() const {
-    if (numel <= kDirect) return numel;
-    const double share = static_cast<double>(k) / static_cast<double>(numel);
-    return static_cast<int64_t>(2.2 * kDeviations * std::sqrt(share * (1 - share) / static_cast<double>(kRun * runs())) * static_cast<double>(numel));
-  }
-
-  // Of the sample; a power of two, so that strata are cut by a shift. A run costs two cache misses, and the fewer there are, the more
-  // candidates: 1 / sqrt(runs) of the weights. Their sum is least at a multiple of numel^(2/3).
-  int64_t runs() const {
-    const double best = std::min(0.19 * std::pow(static_cast<double>(numel), 2.0 / 3), static_cast<double>(numel / (16 * kRun)));
-    int64_t size = kDirect / 64;
-    while (1.5 * static_cast<double>(size) < best) size *= 2;
-    return size;
-  }
-
-  int64_t most_candidates() const { return std::max(2 * kDirect, numel / 16); }
-};
-
-using Sets = std::vector<std::unique_ptr<Set>>;
 
 Sets make_sets(const std::vector<Item>& items, const int64_t* k, int64_t num_sets) {
   Sets sets;
@@ -75,204 +31,7 @@ Sets make_sets(const std::vector<Item>& items, const int64_t* k, int64_t num_set
   return sets;
 }
 
-// ---- 1. Sample ----
-
-template <class T>
-float read(const void* p, int64_t i) {
-  return widen(static_cast<const T*>(p)[i]);
-}
-
-template <class T>
-int32_t key_at(const Source& s, int64_t i) {
-  float u = s.master ? static_cast<const float*>(s.weights)[i] : read<T>(s.weights, i);
-  if (s.grad != nullptr) {
-    float g = read<T>(s.grad, i);
-    if (s.scaled) g = mul(g, s.inv_scale);
-    u = rounded(uphill(u, g, s.rho), T{});
-  }
-  return magnitude_key(u);
-}
-
-int32_t key_at(const Source& source, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return key_at<BFloat16>(source, i);
-    case DType::kFloat16:
-      return key_at<Float16>(source, i);
-    default:
-      return key_at<float>(source, i);
-  }
-}
-
-uint64_t scramble(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// Keys of runs [begin, end) of `runs`, kRun each: one run at a hashed place of each of `runs` equal strata of the set. Each place is a cache
-// miss, so that a batch of them is on its way before the first is read.
-void sample_keys(const std::vector<Item>& items, const Set& set, const Perturbation& p, int64_t runs, int64_t begin, int64_t end, int32_t* keys) {
-  constexpr int kPlaces = 32;
-  const int shift = __builtin_ctzll(runs);  // runs * numel is below 2^63 for lists of 2^48 weights
-  size_t at = 0;
-  int64_t first = 0;  // of item `at`, among the set's weights
-  while (begin < end) {
-    std::pair<int32_t, int64_t> places[kPlaces];  // item, element
-    const int batch = static_cast<int>(std::min<int64_t>(kPlaces, end - begin));
-    for (int b = 0; b < batch; ++b) {
-      const int64_t j = begin + b;
-      const int64_t low = (j * set.numel) >> shift, width = ((j + 1) * set.numel >> shift) - low;
-      const int64_t place = low + static_cast<int64_t>(((scramble(j) >> 32) * width) >> 32);
-      while (place >= first + items[set.items[at]].numel) first += items[set.items[at++]].numel;
-      const Item& item = items[set.items[at]];
-      const int64_t i = (place - first) / kRun * kRun;  // in one cache line
-      places[b] = {set.items[at], i};
-      if (item.master != nullptr)
-        __builtin_prefetch(item.master + i);
-      else
-        __builtin_prefetch(static_cast<const char*>(item.param) + i * size_of(item.dtype));
-      if (item.grad != nullptr) __builtin_prefetch(static_cast<const char*>(item.grad) + i * size_of(item.dtype));
-    }
-    for (int b = 0; b < batch; ++b) {
-      const Item& item = items[places[b].first];
-      const Source source = source_of(item, p, false);
-      for (int64_t i = 0; i < kRun; ++i)
-        keys[(begin + b) * kRun + i] = key_at(source, item.dtype, std::min(places[b].second + i, item.numel - 1));
-    }
-    begin += batch;
-  }
-}
-
-struct Span {
-  const int32_t* bits;
-  int64_t count;
-};
-
-int32_t key_of(int32_t bits) { return bits & 0x7fffffff; }
-
-struct Selected {
-  int32_t key;
-  int64_t larger;  // of all keys
-};
-
-// The keys of 1-based `ranks` from the largest, of keys in (low, high]: by a histogram, then exactly in the bins that matter. `step`: all keys are multiples of it.
-std::vector<Selected> select(const Pool& pool, const std::vector<Span>& spans, int32_t low, int32_t high, const std::vector<int64_t>& ranks, int32_t step) {
-  constexpr int kBins = 2048;
-  int shift = 0;
-  while (((static_cast<int64_t>(high) - low) >> shift) >= kBins) ++shift;
-  const auto bin_of = [&](int32_t bits) { return (key_of(bits) - low - 1) >> shift; };
-
-  std::vector<std::vector<int64_t>> bins(pool.threads, std::vector<int64_t>(kBins, 0));
-  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
-    int64_t* own = bins[worker].data();
-    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits) ++own[bin_of(*bits)];
-  });
-  for (size_t worker = 1; worker < bins.size(); ++worker)
-    for (int bin = 0; bin < kBins; ++bin) bins[0][bin] += bins[worker][bin];
-
-  std::vector<Selected> selected;
-  std::vector<int> chosen;  // bin of each rank
-  std::vector<char> wanted(kBins, 0);
-  for (int64_t rank : ranks) {
-    int64_t larger = 0;
-    int bin = kBins - 1;
-    while (larger + bins[0][bin] < rank) larger += bins[0][bin--];
-    chosen.push_back(bin);
-    wanted[bin] = 1;
-    const int64_t from = static_cast<int64_t>(low) + 1 + (static_cast<int64_t>(bin) << shift);
-    selected.push_back({static_cast<int32_t>((from + step - 1) / step * step), larger});
-  }
-  if ((1 << shift) <= step) return selected;  // a bin has room for one key
-
-  std::vector<std::vector<int32_t>> found(pool.threads);
-  for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
-    for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits)
-      if (wanted[bin_of(*bits)]) found[worker].push_back(key_of(*bits));
-  });
-  std::vector<int32_t> keys;
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    keys.clear();
-    for (const auto& own : found)
-      for (int32_t key : own)
-        if (bin_of(key) == chosen[i]) keys.push_back(key);
-    const auto place = keys.begin() + (ranks[i] - selected[i].larger - 1);
-    std::nth_element(keys.begin(), place, keys.end(), std::greater<>());
-    selected[i].key = *place;
-    selected[i].larger += std::count_if(keys.begin(), place, [&](int32_t other) { return other > *place; });
-  }
-  return selected;
-}
-
-// The keys between which the k-th largest lies, but for bad luck. keys: [runs, kRun]
-Bracket bracket_of(const Pool& pool, const int32_t* keys, int64_t runs, const Set& set) {
-  const int64_t size = runs * kRun;
-  std::vector<Span> spans;
-  for (int64_t begin = 0; begin < size; begin += kSampleTask * kRun) spans.push_back({keys + begin, std::min(kSampleTask * kRun, size - begin)});
-  const double share = static_cast<double>(set.k) / static_cast<double>(set.numel), rank = share * static_cast<double>(size);
-  const int64_t middle = std::clamp<int64_t>(std::llround(rank), 1, size);
-  const int32_t cut = select(pool, spans, kKeepAll, kNanKey, {middle}, 1)[0].key;
-
-  // Neighbours resemble each other, in rows of an embedding much: the width comes from the variance between runs.
-  int64_t squares = 0, total = 0;
-  for (const int32_t *run = keys, *end = keys + size; run < end; run += kRun) {
-    int64_t larger = 0;
-    for (int i = 0; i < kRun; ++i) larger += run[i] >= cut;
-    total += larger;
-    squares += larger * larger;
-  }
-  const double mean = static_cast<double>(total) / static_cast<double>(runs);
-  const double independent = rank * (1 - share), between = static_cast<double>(squares) - static_cast<double>(total) * mean;
-  const double width = kDeviations * std::sqrt(std::max(independent, between)) + 1;
-  const int64_t upper = static_cast<int64_t>(std::floor(rank - width)), lower = static_cast<int64_t>(std::ceil(rank + width)) + 1;
-
-  Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
-  std::vector<int64_t> ranks;
-  if (upper >= 1) ranks.push_back(upper);
-  if (lower <= size) ranks.push_back(lower);
-  const std::vector<Selected> ends = select(pool, spans, kKeepAll, kNanKey, ranks, 1);
-  if (upper >= 1) bracket.high = ends.front().key;
-  if (lower <= size) bracket.low = ends.back().key - 1;
-  bracket.cut = std::clamp(cut, bracket.low, bracket.high);  // the best guess: few weights will have to be set right
-  // A bracket of one key (heavy ties): if the guess holds, that key is the threshold, and no list is needed.
-  bracket.append = bracket.high - bracket.low > 1;
-  if (!bracket.append) bracket.cut = bracket.high;
-  return bracket;
-}
-
-const Pool kAlone{1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }};
-
-void guess(const Context& c, const std::vector<Item>& items, const Perturbation& p, Sets& sets) {
-  struct Task {
-    Set* set;
-    int64_t begin, end;  // of the runs; begin is 0 for the first task of a set
-    int64_t place;       // of the set's first key among all keys
-  };
-  std::vector<Task> tasks;
-  int64_t size = 0;
-  for (auto& set : sets) {
-    if (set->settled || set->numel <= kDirect) continue;
-    for (int64_t begin = 0; begin < set->runs(); begin += kSampleTask) tasks.push_back({set.get(), begin, std::min(begin + kSampleTask, set->runs()), size});
-    size += set->runs() * kRun;
-  }
-  if (tasks.empty()) return;
-  const std::unique_ptr<int32_t[]> keys(new int32_t[size]);
-  for_tasks(c.pool, tasks.size(), [&](int, int64_t i) {
-    const Task& t = tasks[i];
-    sample_keys(items, *t.set, p, t.set->runs(), t.begin, t.end, keys.get() + t.place);
-  });
-  const auto bracket = [&](const Pool& pool, const Task& t) { t.set->bracket = bracket_of(pool, keys.get() + t.place, t.set->runs(), *t.set); };
-  // Large sets one after the other, each in parallel; small ones side by side.
-  const auto large = [](const Task& t) { return t.set->runs() >= kLargeSample; };
-  for (const Task& t : tasks)
-    if (t.begin == 0 && large(t)) bracket(c.pool, t);
-  for_tasks(c.pool, tasks.size(), [&](int, int64_t i) {
-    if (tasks[i].begin == 0 && !large(tasks[i])) bracket(kAlone, tasks[i]);
-  });
-}
-
-// ---- 2. One pass ----
+// ---- One pass ----
 
 // The candidates that one worker found, range by range.
 class CandidateList {
@@ -362,7 +121,7 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
   if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
 }
 
-// ---- 3. Finish ----
+// ---- Finish ----
 
 // The threshold of a set from its candidates, or the fallback mark.
 void settle(const Pool& pool, Set& set, const std::vector<Span>& spans) {
@@ -416,7 +175,8 @@ void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, 
     const uint16_t* offsets = found->offsets(*record);
     const bool keep = set.threshold < set.bracket.cut;
     const int64_t size = size_of(item.dtype);
-    for (int64_t first = 0; first < record->count; first += kBatch) {  // each of them is a cache miss: a batch is on its way before the first is written
+    for (int64_t first = 0; first < record->count;
+         first += kBatch) {  // each of them is a cache miss: a batch is on its way before the first is written
       int32_t wrong[kBatch];
       int count = 0;
       for (int64_t j = first; j < std::min(first + kBatch, record->count); ++j) {
@@ -441,32 +201,7 @@ void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, 
   });
 }
 
-// ---- 4. Fallback ----
-
-// Radix select over two digits of 15 and 16 bits.
-int32_t radix_select(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Set& set, const std::vector<Range>& ranges,
-                     bool from_saved) {
-  constexpr int kBits = 16, kBins = 1 << kBits;
-  std::vector<std::vector<int64_t>> bins(c.pool.threads, std::vector<int64_t>(kBins));
-  int64_t rank = set.k;
-  const auto digit = [&](int shift, int prefix_shift, int32_t prefix) {
-    for (auto& own : bins) std::fill(own.begin(), own.end(), 0);
-    for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
-      const Range& r = ranges[task];
-      const Item& item = items[r.item];
-      c.kernels.topk_histogram(source_of(item, p, from_saved), item.dtype, r.begin, r.end, shift, kBins, prefix_shift, prefix, bins[worker].data());
-    });
-    for (int bin = kBins - 1; bin > 0; --bin) {
-      int64_t count = 0;
-      for (const auto& own : bins) count += own[bin];
-      if (rank <= count) return bin;
-      rank -= count;
-    }
-    return 0;
-  };
-  const int32_t high = digit(kBits, 31, 0);
-  return (high << kBits) | digit(0, kBits, high);
-}
+// ---- Fallback ----
 
 std::vector<Range> ranges_of(const std::vector<Item>& items, const Sets& sets, const Set* only) {
   return cut(items, [&](const Item& item) { return item.set >= 0 && (only == nullptr || sets[item.set].get() == only) ? kChunk : 0; });
@@ -536,8 +271,7 @@ void prune_topk(const Context& c, const std::vector<Item>& items, const int64_t*
   for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
     const Range& r = ranges[task];
     const Item& item = items[r.item];
-    kept[item.set] +=
-        c.kernels.topk_apply(source_of(item, {}, false), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
+    kept[item.set] += c.kernels.topk_apply(source_of(item, {}, false), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
   });
   for (int64_t s = 0; s < num_sets; ++s) sets[s]->kept = kept[s];
   report(sets, thresholds, stats);

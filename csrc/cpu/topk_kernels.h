@@ -31,8 +31,8 @@ CRAM_INLINE uint32_t float_bits(int32_t bits, T) {
 }
 
 template <class T, class W>
-CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved,
-                                uint8_t* mask, Candidates found, Counts& counts) {
+CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
+                                Candidates found, Counts& counts) {
   const I low(bracket.low), high(bracket.high), cut(bracket.cut), largest(kInfKey);
   int64_t above = 0, candidates = 0, nans = 0;
   Uphill<T, W> source_u(source);

@@ -75,7 +75,7 @@ void restore_adam(const Context& c, const std::vector<Item>& items, const Update
 }
 
 float grad_norm(const Context& c, const std::vector<Item>& items, const float* inv_scale) {
-  constexpr int64_t kStep = 32;  // chunks a task
+  constexpr int64_t kStep = 32;      // chunks a task
   std::vector<Item> chunks = items;  // their numel counted in chunks
   std::vector<int64_t> first(items.size() + 1, 0);
   for (size_t i = 0; i < items.size(); ++i) {

@@ -87,7 +87,8 @@ static void sgd(const Item& item, const void* weights, bool past_cache, int64_t 
   });
 }
 
-static void adam(const Item& item, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options, bool decays) {
+static void adam(const Item& item, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales& scales, const AdamOptions& options,
+                 bool decays) {
   void* maximum = options.amsgrad ? item.state[2] : nullptr;
   with_types(item, [&](auto t, auto s) CRAM_MELT {
     using T = decltype(t);

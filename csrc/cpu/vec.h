@@ -35,23 +35,19 @@ typedef uint32_t Bits;  // one bit a lane, 16 lanes
 struct F {
   FloatVec v[kParts];
   F() = default;
-  CRAM_INLINE_MEMBER explicit F(float x) {
-    CRAM_PARTS v[part] = FloatVec{} + x;
-  }
+  CRAM_INLINE_MEMBER explicit F(float x) { CRAM_PARTS v[part] = FloatVec{} + x; }
 };
 
 struct I {
   IntVec v[kParts];
   I() = default;
-  CRAM_INLINE_MEMBER explicit I(int32_t x) {
-    CRAM_PARTS v[part] = IntVec{} + x;
-  }
+  CRAM_INLINE_MEMBER explicit I(int32_t x) { CRAM_PARTS v[part] = IntVec{} + x; }
 };
 
-#define CRAM_BINARY(name, type, op)         \
-  CRAM_INLINE type name(type a, type b) {   \
+#define CRAM_BINARY(name, type, op)                \
+  CRAM_INLINE type name(type a, type b) {          \
     CRAM_PARTS a.v[part] = a.v[part] op b.v[part]; \
-    return a;                               \
+    return a;                                      \
   }
 CRAM_BINARY(add, F, +)
 CRAM_BINARY(sub, F, -)
@@ -194,8 +190,7 @@ CRAM_INLINE F widen_half(const uint16_t* p) {
   return r;
 }
 CRAM_INLINE void store_half(uint16_t* p, F a) {
-  CRAM_PARTS _mm_storeu_si128((__m128i*)(p + kWidth * part),
-                              _mm256_cvtps_ph((__m256)a.v[part], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  CRAM_PARTS _mm_storeu_si128((__m128i*)(p + kWidth * part), _mm256_cvtps_ph((__m256)a.v[part], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #else

@@ -1,4 +1,5 @@
-// H: 32 numbers of 16 bits in as many registers as a block of 16 floats; what 16-bit types are compared, pruned and stored in. Included by vec.h's users.
+// H: 32 numbers of 16 bits in as many registers as a block of 16 floats; what 16-bit types are compared, pruned and stored in. Included by vec.h's
+// users.
 #pragma once
 
 #include "vec.h"
@@ -12,9 +13,7 @@ typedef int16_t HalfVec __attribute__((vector_size(4 * kWidth)));
 struct H {
   HalfVec v[kParts];
   H() = default;
-  CRAM_INLINE_MEMBER explicit H(int16_t x) {
-    CRAM_PARTS v[part] = HalfVec{} + x;
-  }
+  CRAM_INLINE_MEMBER explicit H(int16_t x) { CRAM_PARTS v[part] = HalfVec{} + x; }
 };
 
 CRAM_INLINE H add(H a, H b) {
