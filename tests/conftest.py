@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYOUTS, SHORTER
+from compare import map_tensors, named_tensors
 from executor import WAYS, Executor
 from executor import why_missing as why_not_executed
 
@@ -39,8 +40,16 @@ class Backend:
     variants: tuple[str, ...]
 
     def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
+        """Tensors of another device are copied there and back."""
+        given = [t for _, t in named_tensors(arguments)]
         with use_backend(self.name):
-            return getattr(ops, op)(**arguments)
+            if all(t.device.type == self.device for t in given):
+                return getattr(ops, op)(**arguments)
+            moved = map_tensors(arguments, lambda t: t.to(self.device))
+            result = getattr(ops, op)(**moved)
+        for t, (_, own) in zip(given, named_tensors(moved), strict=True):
+            t.copy_(own)
+        return map_tensors(result, lambda t: t.to(given[0].device))
 
     def select(self, variant: str) -> None:
         if self.name == "cpu":

@@ -62,6 +62,8 @@ def test_one_bad_gradient_is_found_wherever_it_is(backend, size: int, place: str
 
 
 def test_a_second_perturbation_is_refused(backend) -> None:
+    if backend.device == "cuda" or backend.name == "cuda executed":
+        pytest.skip("on a GPU the flag is not read, that would synchronise: the optimizer restores first; the CPU runs this")
     arguments = masked(Case("normal", "shapes", "mixed"), "plain")
     backend("perturb_masked_", arguments)
     before = clone(arguments)
