@@ -12,16 +12,16 @@ from .number import magnitude_key, widen
 from .perturb import rho_of, uphill, weight_at
 from .table import GRAD, MASTER, PARAM, PLACE, Table, chunk_of, elements_of
 
-BLOCK_BITS = tl.constexpr(11)  # digits of up to so many are counted within a program first
+BLOCK_BINS = tl.constexpr(2048)  # up to so many are counted within a program first
 
 
 @triton.jit
-def count_bins(histogram, bin, inside, BITS: tl.constexpr):
-    """Add to histogram [2 ** BITS], of int32 or int64, how many of bin [n] that are `inside` have each value."""
-    if BITS <= BLOCK_BITS:
-        counted = tl.histogram(tl.where(inside, bin, 0), 1 << BITS, mask=inside)
+def count_bins(histogram, bin, inside, BINS: tl.constexpr):
+    """Add to histogram [BINS], of int32 or int64, how many of bin [n] that are `inside` have each value."""
+    if BINS <= BLOCK_BINS:
+        counted = tl.histogram(tl.where(inside, bin, 0), BINS, mask=inside)
         counts = counted.to(histogram.dtype.element_ty)
-        tl.atomic_add(histogram + tl.arange(0, 1 << BITS), counts, mask=counted > 0, sem="relaxed")
+        tl.atomic_add(histogram + tl.arange(0, BINS), counts, mask=counted > 0, sem="relaxed")
     else:
         one = tl.full(bin.shape, 1, histogram.dtype.element_ty)
         tl.atomic_add(histogram + bin, one, mask=inside, sem="relaxed")
@@ -41,7 +41,7 @@ def histogram_kernel(
         u = widen(uphill(u, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED))
     key = tl.reshape(magnitude_key(u), [BLOCK])
     inside = tl.reshape(valid, [BLOCK]) & ((key >> (shift + BITS)).to(tl.int64) == tl.load(prefix + s))
-    count_bins(histogram + (s << BITS), (key >> shift) & ((1 << BITS) - 1), inside, BITS)
+    count_bins(histogram + (s << BITS), (key >> shift) & ((1 << BITS) - 1), inside, 1 << BITS)
 
 
 def topk_histogram(

@@ -58,7 +58,7 @@ def count_kernel(
             u = widen(uphill(u, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED))
         key = tl.reshape(magnitude_key(u), [BLOCK])
         inside = tl.reshape(valid, [BLOCK]) & (key > low) & (key <= high)
-        count_bins(histogram, (key - low - 1) >> shift, inside, SEARCH_BITS)
+        count_bins(histogram, (key - low - 1) >> shift, inside, SEARCH_BINS)
     else:
         span = spans + tl.program_id(0).to(tl.int64) * 2
         first, count = tl.load(span), tl.load(span + 1)

@@ -6,7 +6,7 @@
 namespace cram {
 namespace {
 
-constexpr int64_t kStrip = 2048;  // weights: their keys and their u stay in the first-level cache
+constexpr int64_t kStrip = 1024;  // weights: their keys and their u stay in the first-level cache
 
 // Whole tiles (m rows of `inner`) and whole mask bytes.
 int64_t unit(const Item& item, int m) { return std::lcm(m * item.inner, static_cast<int64_t>(8)); }
