@@ -118,8 +118,14 @@ def test_the_tests_are_run(tmp_path: Path) -> None:
     (folder / "conftest.py").touch()
     (folder / "test_it.py").write_text("import pytest\ndef test_good(): pass\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass\n")
     section = programs.tests(folder, tmp_path / "out", False)
-    assert section.status == PASSED and section.rows == [{"tests": 2, "failures": 0, "errors": 0, "skipped": 1}]
+    assert section.status == PASSED and section.rows == [
+        {"tests": 2, "failures": 0, "errors": 0, "skipped": 1},
+        {"skipped": "no", "tests": 1},
+    ]
     assert programs.tests(folder, tmp_path / "out", True).why == "dry run: collected only"
+    (folder / "test_it.py").write_text("import pytest\n@pytest.mark.skip(reason='no')\ndef test_on_a_gpu(): pass\n")
+    section = programs.tests(folder, tmp_path / "out", False)
+    assert section.status == NOT_RUN and "on_a_gpu was skipped" in section.why
     (folder / "test_it.py").write_text("def test_bad(): assert False\n")
     section = programs.tests(folder, tmp_path / "out", False)
     assert (

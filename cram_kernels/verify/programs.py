@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def tests(folder: Path | None, out: Path, dry_run: bool) -> Section:
         return section if section.status == "FAILED" else section.not_run("dry run: collected only")
     if results.exists():
         section.rows.append(counts(results))
+        section.rows += skips(results)
+        if section.status != "FAILED" and none_on_a_gpu(results):
+            section.not_run("every test that is named on_a_gpu was skipped; the reasons are below")
     return section
 
 
@@ -59,6 +63,18 @@ def counts(junit: Path) -> dict[str, object]:
         for name in totals:
             totals[name] += int(suite.get(name, 0))
     return dict(totals)
+
+
+def skips(junit: Path) -> list[dict[str, object]]:
+    """Why tests were skipped, and how many for each reason."""
+    reasons = Counter(str(skip.get("message")) for skip in ElementTree.parse(junit).getroot().iter("skipped"))
+    return [{"skipped": reason, "tests": number} for reason, number in reasons.most_common()]
+
+
+def none_on_a_gpu(junit: Path) -> bool:
+    """Whether the tests that only a GPU can run were there, and all of them were skipped."""
+    found = [case for case in ElementTree.parse(junit).getroot().iter("testcase") if "on_a_gpu" in str(case.get("name"))]
+    return bool(found) and all(case.find("skipped") is not None for case in found)
 
 
 def find_sanitizer() -> str | None:
