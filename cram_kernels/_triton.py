@@ -30,7 +30,7 @@ def _load() -> str | None:
     try:
         from . import triton as functions
     except ImportError as error:
-        return f"the kernels need triton 3.6 or later: {error}"
+        return f"the kernels need triton 3.6 or later, and its interpreter numpy: {error}"
     _register(functions)
     return None
 

@@ -75,7 +75,7 @@ std::optional<DType> dtype_of(int32_t number) {
 // Type and index.
 std::pair<int32_t, int32_t> device_of(const Tensor& t) {
   int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   return {type, type == kCpu ? 0 : t.get_device_index()};
 }
 
@@ -144,13 +144,13 @@ void Check::refuse(Place place, const std::string& wanted, const std::string& fo
 
 Facts Check::strided(Place place, const Tensor& t) const {
   int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   if (layout != kStrided) refuse(place, "be a dense (strided) tensor", "a sparse or other layout");
   Facts facts;
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &facts.dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &facts.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
   const size_t dim = t.dim();
   facts.sizes = {sizes, dim};
   facts.strides = {strides, dim};

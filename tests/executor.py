@@ -30,7 +30,7 @@ WAYS = {  # name -> environment of the executor
     "race": {"PTXEMU_FLAGS": CHECK | RACE},
     "weak": {"PTXEMU_FLAGS": CHECK | WEAK, "PTXEMU_SMS": 3},
     "shuffled": {"PTXEMU_FLAGS": CHECK | WEAK | SHUFFLE | PREEMPT_ALL, "PTXEMU_SEED": 1, "PTXEMU_THREADS": 2},
-    "one block": {"PTXEMU_FLAGS": CHECK | SHUFFLE | PREEMPT, "PTXEMU_SEED": 2, "PTXEMU_SMS": 1},
+    "one block": {"PTXEMU_FLAGS": CHECK | RACE | SHUFFLE | PREEMPT, "PTXEMU_SEED": 2, "PTXEMU_SMS": 1},
 }
 
 

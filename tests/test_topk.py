@@ -10,6 +10,8 @@ from calls import PERTURB_VARIANTS, SELECTIONS, perturb, poisoned_masks, selecti
 from cases import DTYPES, HOSTILE, LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
 from compare import assert_bitwise_equal, check
 
+from cram_kernels import ops
+from cram_kernels.backend import use_backend
 from cram_kernels.patterns import TopK
 
 CASE = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -82,6 +84,16 @@ def test_ordinary_weights_need_no_fallback(backend) -> None:
     _, stats = check(backend, "perturb_topk_", arguments | selection("half", arguments["params"]))
     assert stats.shape == (1, 3) and stats.dtype == torch.int64
     assert 0 < stats[0, 1] < 0.1 * sum(p.numel() for p in arguments["params"]) and stats[0, 2] == 0
+
+
+@pytest.mark.parametrize("numel", [5_000, 30_000, 100_000, 300_000, 700_000])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_sets_of_every_size_need_no_fallback_on_the_cpu(numel: int, sparsity: float) -> None:
+    """A sample of a small set is small, and the bracket wide: what falls into it has its place all the same."""
+    weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    with use_backend("cpu"):
+        _, stats = ops.prune_topk_([weight], [weight.new_empty(0, dtype=torch.uint8)], [0], torch.tensor([TopK(sparsity).k(numel)]))
+    assert stats[0, 2] == 0
 
 
 @pytest.mark.parametrize("rho", [0.0, math.inf, -math.inf, math.nan])

@@ -155,7 +155,7 @@ def solve(
     stats = torch.empty(num_sets, 3, dtype=torch.int64, device=device)
     state = torch.zeros(num_sets + 1, STATES.value, dtype=torch.int64, device=device)
     samples = torch.zeros(own.slots, SAMPLE_BINS.value, dtype=torch.int32, device=device)
-    histogram = torch.zeros(num_sets + 1, SEARCH_BINS.value, dtype=torch.int32, device=device)
+    histogram = torch.zeros(num_sets + 1, SEARCH_BINS.value, dtype=torch.int64, device=device)  # a fallback counts all weights
     candidates = torch.empty(own.candidates, dtype=torch.int32, device=device)
     places = torch.empty(own.candidates, dtype=torch.int16, device=device)
     served = list(table.chunks(lambda i: perturbation["PERTURB"] or sets[i] >= 0))

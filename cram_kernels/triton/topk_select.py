@@ -66,7 +66,8 @@ def count_kernel(
             j = at + tl.arange(0, RECORDS)
             key = tl.load(candidates + first + j, mask=j < count, other=0) & 0x7FFFFFFF
             inside = (j < count) & (key > low) & (key <= high)
-            tl.atomic_add(histogram + ((key - low - 1) >> shift), 1, mask=inside, sem="relaxed")
+            one = tl.full([RECORDS], 1, histogram.dtype.element_ty)
+            tl.atomic_add(histogram + ((key - low - 1) >> shift), one, mask=inside, sem="relaxed")
 
 
 @triton.jit

@@ -257,7 +257,7 @@ void topk_histogram(const Context& c, const std::vector<Item>& items, const Pert
     const Range& r = ranges[task];
     const Item& item = items[r.item];
     c.kernels.topk_histogram(source_of(item, p, false), item.dtype, r.begin, r.end, shift, 1 << bits, shift + bits,
-                             static_cast<int32_t>(prefix[item.set]), found[worker].data() + (item.set << bits));
+                             static_cast<int32_t>(std::min<int64_t>(prefix[item.set], INT32_MAX)), found[worker].data() + (item.set << bits));
   });
   for (const auto& own : found)
     for (int64_t i = 0; i < size; ++i) bins[i] += own[i];

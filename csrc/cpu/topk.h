@@ -44,7 +44,7 @@ struct Set {
     return size;
   }
 
-  int64_t most_candidates() const { return std::max(2 * kDirect, numel / 16); }
+  int64_t most_candidates() const { return std::max({2 * kDirect, numel / 16, 2 * expected_candidates()}); }
 };
 
 using Sets = std::vector<std::unique_ptr<Set>>;

@@ -105,7 +105,7 @@ void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* s
       items.size(), [&](size_t i) { return NormEntry{items[i].grad, items[i].numel, items[i].dtype}; },
       [&](size_t i) { return norm_chunks(items[i].numel); });
   for (const NormTable& table : tables) {
-    const int64_t chunks = table.ends[table.count - 1];
+    const int64_t chunks = tasks_in(table);
     launch("grad_norm", norm_kernel, (chunks + kWarps - 1) / kWarps, stream, table, inv_scale, sums);
   }
   const int64_t n = norm_sums(items);

@@ -18,7 +18,7 @@ class Device {
  public:
   explicit Device(const Tensor& like) : guard_(like.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     stream_ = static_cast<cuda::Stream>(stream);
   }
   cuda::Stream stream() const { return stream_; }

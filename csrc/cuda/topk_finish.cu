@@ -51,6 +51,7 @@ __device__ __forceinline__ void fix_up(const PerturbEntry& entry, uint32_t numbe
     const uint8_t turned = static_cast<uint8_t>(flips[b / 4] >> (b % 4 * 8));
     if (turned != 0) entry.mask[chunk.begin / 8 + b] ^= turned;
   }
+  __syncwarp();  // the warp's next chunk begins with new flips
 }
 
 template <class T, class W>
