@@ -7,7 +7,7 @@ import torch
 from .. import backend
 from . import problems
 from .machine import Machine
-from .problems import PROBLEMS, SMALL, Lists
+from .problems import LARGE, MANY, PROBLEMS, SMALL, Lists
 from .report import Section
 
 REPLAYS = 3
@@ -26,16 +26,23 @@ def backends(machine: Machine) -> Section:
 
 
 def bits(machine: Machine) -> Section:
-    """Every op, every dtype and mixed, equals the reference; torch synchronises nowhere in it."""
+    """Every op, every dtype and mixed, equals the reference; torch synchronises nowhere in it. Then with more chunks than a GPU has warps,
+    and with more tensors than a launch takes."""
     section = Section(f"bits of the reference on {machine.device}")
+    dtypes = [(SMALL, dtype, str(dtype or "mixed")) for dtype in (*problems.DTYPES, None)]
+    inputs = [
+        *dtypes,
+        (LARGE[:1] if machine.dry else LARGE, None, "large, mixed"),
+        (MANY[:60] if machine.dry else MANY, None, "many, mixed"),
+    ]
     for name in machine.backends:
         for op, make in PROBLEMS.items():
-            for dtype in (*problems.DTYPES, None):
-                arguments = make(Lists(SMALL, dtype, machine.device))
+            for shapes, dtype, what in inputs:
+                arguments = make(Lists(shapes, dtype, machine.device))
                 wanted = problems.expected(op, arguments)
                 with machine.no_sync():
                     result = problems.call(op, arguments, name)
-                section.compare(f"{op}, {name}, {dtype or 'mixed'}", problems.differences(together(arguments, result), wanted))
+                section.compare(f"{op}, {name}, {what}", problems.differences(together(arguments, result), wanted))
     return section
 
 

@@ -15,6 +15,8 @@ Arguments = dict[str, Any]
 Shapes = list[tuple[int, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL: Shapes = [(64, 32, 3, 3), (7,), (257, 129), (1,), (33, 64), (1000, 48), (2048,)]
+LARGE: Shapes = [(64, 32), (3000, 4096), (1000, 500, 3, 3), (4099,)]  # 16.8 M weights
+MANY: Shapes = [(8, 8), (3,)] * 500
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
