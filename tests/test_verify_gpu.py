@@ -53,7 +53,7 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     dry = machine.Dry()
     monkeypatch.setattr(problems, "call", wrong)
-    for check, names in ((checks.bits, 4), (checks.graphs, 2), (checks.streams, 1), (checks.selection, 1)):
+    for check, names in ((checks.bits, 6), (checks.graphs, 2), (checks.streams, 1), (checks.selection, 1)):
         section = check(dry)
         bad = [row["what"] for row in section.rows if row["elements that differ"]]
         assert section.status == FAILED and len(bad) == names and all("restore_sgd_" in what for what in bad), section

@@ -30,11 +30,8 @@ def bits(machine: Machine) -> Section:
     and with more tensors than a launch takes."""
     section = Section(f"bits of the reference on {machine.device}")
     dtypes = [(SMALL, dtype, str(dtype or "mixed")) for dtype in (*problems.DTYPES, None)]
-    inputs = [
-        *dtypes,
-        (LARGE[:1] if machine.dry else LARGE, None, "large, mixed"),
-        (MANY[:60] if machine.dry else MANY, None, "many, mixed"),
-    ]
+    large, many = (LARGE[::3], MANY[:60]) if machine.dry else (LARGE, MANY)
+    inputs = [*dtypes, (large, None, "large, mixed"), (many, None, "many, mixed")]
     for name in machine.backends:
         for op, make in PROBLEMS.items():
             for shapes, dtype, what in inputs:
