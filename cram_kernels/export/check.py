@@ -22,8 +22,8 @@ def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclu
     """Count, for every tensor, the groups of m input channels with more than n numbers that are not zero.
 
     Args:
-        model: a module or a state dict, on any device; it is only read. A state dict does not say what uses a matrix: embeddings are then
-            checked as if they were Linear layers.
+        model: a module or a state dict, on any device; it is only read. A state dict does not say what uses a matrix: embeddings and
+            buffers are then checked as if they were weights of Linear layers.
         n, m: 1 <= n < m <= 1024.
         exclude: patterns of names that may stay dense, as in `fnmatch`.
 
