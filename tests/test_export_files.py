@@ -371,6 +371,18 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"manifest must .*damaged"):
             read(damaged(fresh("safetensors"), change))
+    with pytest.raises(ValueError, match=r"must name every tensor, got 'more' beside it: the file is damaged"):
+        read(damaged(fresh("bitmask"), lambda tensors, own: tensors.update(more=torch.ones(4, 4))))
+    for format in FORMATS:
+        for reader in (read, read_cutlass) if format == "cutlass-sm80" else (read,):
+            for shape in ([-64, 128], [2**62, 128], [0, 2**70], [64], [], [64, 128, 2], [64, 129], ["64", 128], [64.0, 128], 8192, None):
+                with pytest.raises(ValueError, match=r"damaged|'w.*' must be"):
+                    reader(damaged(fresh(format), lambda tensors, own, shape=shape: own["tensors"]["w"].update(shape=shape)))
+            for key, value in (("dtype", "float"), ("dtype", "complex128"), ("dtype", "nn"), ("dtype", 3), ("stored", [1])):
+                with pytest.raises(ValueError, match=r"damaged|'w.*' must be"):
+                    reader(damaged(fresh(format), lambda tensors, own, new={key: value}: own["tensors"]["w"].update(new)))
+            with pytest.raises(ValueError, match="damaged"):
+                reader(damaged(fresh(format), lambda tensors, own: own.update(pattern={"n": 4, "m": 2})))
     for path, message in ((fresh("bitmask"), "must be a 'cutlass-sm80' file, got"), (tmp_path / "w.pt", "must be a safetensors file")):
         torch.save(state, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=f"read_cutlass: path {message}"):
@@ -413,6 +425,8 @@ def test_a_model_in_parts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     for wrong, message in (
         ("[]", "an index with a weight_map"),
         (json.dumps({"weight_map": places | {"d": places["a"]}}), "must have the tensor 'd'"),
+        (json.dumps({"weight_map": places | {"a": 3}}), "must name the file of 'a', with tensors, got 3"),
+        (json.dumps({"weight_map": places | {"a": index.name}}), "must name the file of 'a', with tensors, got 'model"),
     ):
         index.write_text(wrong)
         assert cli.main(["check", str(index)]) == 2

@@ -64,9 +64,9 @@ def _pattern(text: str) -> NM:
 def run_check(options: argparse.Namespace) -> int:
     try:
         report = check_weights(weights_in(options.file), options.pattern, options.exclude)
+        print(report.to_json() if options.json else report)
     except Exception as error:
         return _cannot("check", error)
-    print(report.to_json() if options.json else report)
     return OK if report.ok else VIOLATED
 
 
@@ -83,9 +83,9 @@ def run_export(options: argparse.Namespace) -> int:
         if options.format == "onnx":
             common["example_inputs"] = tuple(_input(text, source) for text in options.input)
         report = export(source, options.out, **common)
+        print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
     except Exception as error:
         return _cannot("export", error)
-    print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
 
 
