@@ -13,7 +13,7 @@ from torch import nn
 from ..patterns import NM
 from .check import check_weights
 from .files import read, weights_in
-from .load import under_names_of
+from .load import fitting
 from .weights import weights_of
 from .write import FORMATS, export
 
@@ -96,7 +96,7 @@ def _model(factory: str | None, weights: dict[str, Any]) -> nn.Module:
         raise ValueError(f"export: --model must be MODULE:FUNCTION for format 'onnx', got {factory!r}")
     sys.path.insert(0, "")  # as python -m does not everywhere
     model = getattr(importlib.import_module(module), function)()
-    weights = under_names_of(model, weights)
+    weights = fitting("export", model, weights)
     for name, p in model.named_parameters():
         p.data = p.data.to(weights[name].dtype) if name in weights else p.data
     model.load_state_dict(weights)
