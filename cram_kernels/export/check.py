@@ -61,6 +61,8 @@ def why_unchecked(weight: Weight, pattern: NM) -> str | None:
         return f"layout {t.layout}"
     if t.is_meta:
         return "a meta tensor"
+    if weight.why_dense is not None:
+        return weight.why_dense
     if weight.kind == "other" and t.dim() > 1:
         return "not the weight of a product"
     if weight.kind == "conv transpose":

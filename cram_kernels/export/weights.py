@@ -25,6 +25,7 @@ class Weight:
     kind: what uses it.
     axis: the input channels in the tensor as it is stored: 1, or 0 where an ONNX file has it transposed.
     groups: of the convolution, where known.
+    why_dense: why it cannot be checked, where its use says so.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Weight:
     axis: int = 1
     groups: int | None = None
     aliases: tuple[str, ...] = ()
+    why_dense: str | None = None
 
 
 def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
