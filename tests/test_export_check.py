@@ -14,7 +14,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from cram_kernels import NM, cli, prune
 from cram_kernels.export import check_nm, load
 from cram_kernels.export.consumers import CUSPARSELT, CUTLASS
-from cram_kernels.export.report import Row
+from cram_kernels.export.report import NMReport, Row
 
 
 def one(t: Tensor, **options) -> Row:
@@ -238,7 +238,7 @@ def test_command(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert cli.main(["check", str(path), "--pattern", "4:8", "--exclude", "*"]) == 1  # none is 4:8 ...
 
 
-def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content in (("a.pt", b"no"), ("a.safetensors", b"no"), ("a.onnx", b"no")):
         path = tmp_path / name
         path.write_bytes(content)
@@ -248,6 +248,7 @@ def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     contents = {
         "must hold a state dict, got .* of type list": [1, 2],
         "must hold a state dict, got .* an empty dict under 'model'": {"model": {}},
+        "whose entry 1 has no string for a name": {1: torch.zeros(4, 4)},
         "whose entry 'optimizer' is of type dict": {"optimizer": {"state": {}}, "epoch": 3},
         "whose entry 'extra' under 'model' is of type int": {"model": {"w": torch.zeros(4, 4), "extra": 1}},
         "torch.nn.modules.linear.Linear was not an allowed global by default; save model.state_dict()": nn.Linear(2, 2),
@@ -256,6 +257,11 @@ def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         torch.save(content, tmp_path / "w.pt")
         assert cli.main(["check", str(tmp_path / "w.pt")]) == 2
         assert re.search(message, error := capsys.readouterr().err) and "weights_only=False" not in error, error
+    torch.save({"w": torch.zeros(4, 4)}, tmp_path / "w.pt")
+    with monkeypatch.context() as patched:
+        patched.setattr(NMReport, "to_json", lambda self: 1 / 0)  # whatever it is: 1 would say that w violates the pattern
+        assert cli.main(["check", str(tmp_path / "w.pt"), "--json"]) == 2
+        assert "ZeroDivisionError" in capsys.readouterr().err
     assert cli.main(["check", str(tmp_path)]) == 2
     assert "which is a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Exported files: every format gives back every bit, a broken or unpruned tensor is refused, a killed export leaves the old file."""
 
+import copy
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from cram_kernels import NM, cli, reference
-from cram_kernels.export import check_nm, export, read, read_cutlass
+from cram_kernels import NM, cli, prune, reference
+from cram_kernels.export import check_nm, export, read, read_cutlass, weights_in
 from cram_kernels.export.container import read_manifest
 from cram_kernels.reference.key import pack_bits
 
@@ -185,6 +186,42 @@ def test_a_violation_is_refused_with_count_and_place(format: str, tmp_path: Path
         export({"w": torch.full((4, 4), float("nan"))}, path, format, prune=True)
 
 
+class Masked(nn.Module):
+    """A causal mask and a projection, both persistent buffers, beside a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mask", torch.ones(8, 8).tril())
+        self.register_buffer("basis", torch.arange(1.0, 65).view(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.mask) @ self.basis
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "onnx"])
+def test_buffers_of_a_module_are_neither_pruned_nor_refused(format: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'cram_kernels[onnx]'")
+    model = Masked().eval()
+    expected = copy.deepcopy(model)
+    prune(expected, NM(2, 4))
+    path = tmp_path / ("w.onnx" if format == "onnx" else "w.safetensors")
+    inputs = {"example_inputs": (torch.randn(8, 8),)} if format == "onnx" else {}
+    report = export(model, path, format, prune=True, **inputs)
+    assert {row.name for row in report.holding} == {"linear.weight"}
+    assert {row.name: row.why_dense for row in report.rows}["mask"] == "not the weight of a product"
+    if format == "onnx":
+        found = {w.name: w.tensor for w in weights_in(path)}
+        assert any(torch.equal(t, expected.linear.weight) for t in found.values())
+        assert_bitwise_equal(found["mask"], model.mask, "mask")
+        assert any(torch.equal(t, model.basis) or torch.equal(t.t(), model.basis) for t in found.values())
+    else:
+        assert_same(read(path), expected.state_dict())
+    assert check_nm(expected).ok and export(expected, path, format, **inputs).ok
+    assert [row.name for row in check_nm(expected.state_dict()).violating] == ["mask", "basis"]  # it does not say what they are
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     state = {"w": torch.zeros(4, 4)}
     with pytest.raises(ValueError, match=r"format must be one of .*, got 'cusparselt'"):
@@ -334,6 +371,18 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"manifest must .*damaged"):
             read(damaged(fresh("safetensors"), change))
+    with pytest.raises(ValueError, match=r"must name every tensor, got 'more' beside it: the file is damaged"):
+        read(damaged(fresh("bitmask"), lambda tensors, own: tensors.update(more=torch.ones(4, 4))))
+    for format in FORMATS:
+        for reader in (read, read_cutlass) if format == "cutlass-sm80" else (read,):
+            for shape in ([-64, 128], [2**62, 128], [0, 2**70], [64], [], [64, 128, 2], [64, 129], ["64", 128], [64.0, 128], 8192, None):
+                with pytest.raises(ValueError, match=r"damaged|'w.*' must be"):
+                    reader(damaged(fresh(format), lambda tensors, own, shape=shape: own["tensors"]["w"].update(shape=shape)))
+            for key, value in (("dtype", "float"), ("dtype", "complex128"), ("dtype", "nn"), ("dtype", 3), ("stored", [1])):
+                with pytest.raises(ValueError, match=r"damaged|'w.*' must be"):
+                    reader(damaged(fresh(format), lambda tensors, own, new={key: value}: own["tensors"]["w"].update(new)))
+            with pytest.raises(ValueError, match="damaged"):
+                reader(damaged(fresh(format), lambda tensors, own: own.update(pattern={"n": 4, "m": 2})))
     for path, message in ((fresh("bitmask"), "must be a 'cutlass-sm80' file, got"), (tmp_path / "w.pt", "must be a safetensors file")):
         torch.save(state, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=f"read_cutlass: path {message}"):
@@ -376,6 +425,8 @@ def test_a_model_in_parts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     for wrong, message in (
         ("[]", "an index with a weight_map"),
         (json.dumps({"weight_map": places | {"d": places["a"]}}), "must have the tensor 'd'"),
+        (json.dumps({"weight_map": places | {"a": 3}}), "must name the file of 'a', with tensors, got 3"),
+        (json.dumps({"weight_map": places | {"a": index.name}}), "must name the file of 'a', with tensors, got 'model"),
     ):
         index.write_text(wrong)
         assert cli.main(["check", str(index)]) == 2

@@ -46,8 +46,29 @@ def test_refused(tmp_path: Path) -> None:
             load_sparse(Transformer(), path, backend)
     with pytest.raises(ValueError, match="backend must be one of auto, cusparselt, cutlass, dense, got 'triton'"):
         load_sparse(Transformer(), path, "triton")
-    with pytest.raises(RuntimeError, match=r"Missing key|Unexpected key"):
+    with pytest.raises(
+        ValueError, match=r"must be the model's, got no 'weight' \(and 1 more\); '.*', which the model has not \(and \d+ more"
+    ):
         load_sparse(nn.Linear(4, 4), path)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    state = {name: torch.full_like(t, 3) for name, t in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
+    for wrong, message in (
+        (state | {"2.weight": torch.zeros(4, 8)}, r"got '2\.weight' of shape \[4, 8\] where the model has \[8, 8\]$"),
+        ({name: t for name, t in state.items() if name != "2.bias"}, r"got no '2\.bias'$"),
+        (state | {"3.weight": torch.zeros(4, 8)}, r"got '3\.weight', which the model has not$"),
+    ):
+        torch.save(wrong, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=message):
+            load_sparse(model, tmp_path / "w.pt")
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    del state["1.num_batches_tracked"]  # as checkpoints of old
+    torch.save(state, tmp_path / "w.pt")
+    load_sparse(model, tmp_path / "w.pt")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in state.items())
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])

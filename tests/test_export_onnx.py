@@ -265,6 +265,66 @@ def test_quantized_products(op: str, place: int, tmp_path: Path) -> None:
     assert row.holds and row.dtype == "int8" and (row.kind, row.axis) == (("linear", 0) if matrix else ("conv", 1))
 
 
+Node = tuple[str, list[str], list[str], dict]
+UNKNOWN: dict[str, tuple[list[Node], tuple[int, ...], str]] = {  # nodes (op, inputs, outputs, attributes), shape, why it is not checked
+    "fused": ([("FusedMatMul", ["x", "w"], ["y"], {"domain": "com.microsoft"})], (12, 8), "used by FusedMatMul, along an axis"),
+    "domain": ([("MatMul", ["x", "w"], ["y"], {"domain": "mine"})], (12, 8), "used by MatMul, along an axis"),
+    "left": ([("MatMul", ["w", "x"], ["y"], {})], (2, 8, 12), "used by MatMul, along an axis"),
+    "both axes": ([("MatMul", ["x", "w"], ["t"], {}), ("Gemm", ["t", "w"], ["y"], {"transB": 1})], (12, 12), "along both axes"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_axis_is_not_called_sparse(name: str, tmp_path: Path) -> None:
+    steps, shape, why = UNKNOWN[name]
+    weight = torch.zeros(shape)  # 2:4 along any axis
+    path = node_model(tmp_path, [onnx.helper.make_node(op, ins, outs, **more) for op, ins, outs, more in steps], weight, 12)
+    report = check_weights(weights_in(path), NM(2, 4))
+    assert not report.ok and report.rows[0].violations is None and why in str(report.rows[0].why_dense)
+
+
+@pytest.mark.parametrize("first", ["Mul", "Gather", "Shape", "FusedMatMul"])
+def test_a_product_counts_before_other_users(first: str, tmp_path: Path) -> None:
+    weight = torch.randn(8, 12)
+    prune(nn.ParameterList([weight]), NM(2, 4))
+    domain = "com.microsoft" if first == "FusedMatMul" else ""
+    nodes = [
+        onnx.helper.make_node(first, ["w"] if first == "Shape" else ["w", "x"], ["t"], domain=domain),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    (row,) = check_weights(weights_in(node_model(tmp_path, nodes, weight.t().contiguous(), 12)), NM(2, 4)).rows
+    assert row.holds and (row.kind, row.axis) == ("linear", 0)
+
+
+def test_weights_inside_of_branches(tmp_path: Path) -> None:
+    """Both branches call theirs v; one multiplies with a weight of the graph around it."""
+    weight = torch.randn(8, 12)
+    prune(nn.ParameterList([weight]), NM(2, 4))
+    right, out = weight.t().contiguous(), onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None)
+    branches = {}
+    for branch, v in (("then_branch", right), ("else_branch", torch.ones(12, 8))):
+        nodes = [onnx.helper.make_node("MatMul", ["x", "v"], ["u"]), onnx.helper.make_node("Gemm", ["x", "w", "u"], ["z"])]
+        branches[branch] = onnx.helper.make_graph(nodes, branch, [], [out], [onnx.numpy_helper.from_array(v.numpy(), "v")])
+    path = node_model(tmp_path, [onnx.helper.make_node("If", ["c"], ["y"], "if", **branches)], right, 12)
+    report = check_weights(weights_in(path), NM(2, 4))
+    assert {row.name: row.axis for row in report.holding} == {"w": 0, "if/then_branch/v": 0}
+    assert [row.name for row in report.violating] == ["if/else_branch/v"]
+
+
+@pytest.mark.parametrize("zero", [None, 0, 3, "input"])
+def test_zero_points(zero, tmp_path: Path) -> None:
+    weight = torch.zeros(12, 8, dtype=torch.int8)
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "s"] + (["z"] if zero is not None else []), ["t"]),
+        onnx.helper.make_node("MatMul", ["x", "t"], ["y"]),
+    ]
+    if isinstance(zero, int):
+        nodes.insert(0, onnx.helper.make_node("Constant", [], ["z"], value=onnx.helper.make_tensor("z", onnx.TensorProto.INT8, [], [zero])))
+    (row,) = check_weights(weights_in(node_model(tmp_path, nodes, weight, 12)), NM(2, 4)).rows
+    why = {3: "its zero point is not 0", "input": "its zero point is not a constant"}.get(zero)
+    assert row.holds == (why is None) and row.why_dense == why
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = make("resnet")
     torch.save(model.state_dict(), tmp_path / "w.pt")

@@ -5,6 +5,7 @@ uint8 [ceil(numel / 8)]: bit i % 8 of byte i // 8 is 1 where element i, in row-m
 NAME is stored dense.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -34,9 +35,12 @@ def decode(name: str, tensors: dict[str, Tensor], dtype: str, shape: tuple[int, 
     Raises:
         ValueError: values or bits are missing or do not fit each other.
     """
-    t = torch.zeros(shape, dtype=dtype_named(dtype))
-    kept = unpack_bits(take(f"{name}.bitmask", tensors, "uint8", (-(-t.numel() // 8),), path), t.numel())
+    if dtype_named(dtype).itemsize not in INTEGERS:
+        raise ValueError(f"{path}: {name!r} must be of a dtype of at most 8 bytes, got {dtype}: the file is damaged")
+    numel = math.prod(shape)
+    kept = unpack_bits(take(f"{name}.bitmask", tensors, "uint8", (-(-numel // 8),), path), numel)
     values = take(f"{name}.values", tensors, dtype, (int(kept.sum()),), path)
+    t = torch.zeros(shape, dtype=dtype_named(dtype))
     integer = INTEGERS[t.element_size()]
     t.view(-1).view(integer)[kept] = values.view(integer)
     return t

@@ -22,8 +22,8 @@ def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclu
     """Count, for every tensor, the groups of m input channels with more than n numbers that are not zero.
 
     Args:
-        model: a module or a state dict, on any device; it is only read. A state dict does not say what uses a matrix: embeddings are then
-            checked as if they were Linear layers.
+        model: a module or a state dict, on any device; it is only read. A state dict does not say what uses a matrix: embeddings and
+            buffers are then checked as if they were weights of Linear layers.
         n, m: 1 <= n < m <= 1024.
         exclude: patterns of names that may stay dense, as in `fnmatch`.
 
@@ -61,6 +61,8 @@ def why_unchecked(weight: Weight, pattern: NM) -> str | None:
         return f"layout {t.layout}"
     if t.is_meta:
         return "a meta tensor"
+    if weight.why_dense is not None:
+        return weight.why_dense
     if weight.kind == "other" and t.dim() > 1:
         return "not the weight of a product"
     if weight.kind == "conv transpose":

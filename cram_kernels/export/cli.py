@@ -13,7 +13,7 @@ from torch import nn
 from ..patterns import NM
 from .check import check_weights
 from .files import read, weights_in
-from .load import under_names_of
+from .load import fitting
 from .weights import weights_of
 from .write import FORMATS, export
 
@@ -64,9 +64,9 @@ def _pattern(text: str) -> NM:
 def run_check(options: argparse.Namespace) -> int:
     try:
         report = check_weights(weights_in(options.file), options.pattern, options.exclude)
+        print(report.to_json() if options.json else report)
     except Exception as error:
         return _cannot("check", error)
-    print(report.to_json() if options.json else report)
     return OK if report.ok else VIOLATED
 
 
@@ -83,9 +83,9 @@ def run_export(options: argparse.Namespace) -> int:
         if options.format == "onnx":
             common["example_inputs"] = tuple(_input(text, source) for text in options.input)
         report = export(source, options.out, **common)
+        print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
     except Exception as error:
         return _cannot("export", error)
-    print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
 
 
@@ -96,7 +96,7 @@ def _model(factory: str | None, weights: dict[str, Any]) -> nn.Module:
         raise ValueError(f"export: --model must be MODULE:FUNCTION for format 'onnx', got {factory!r}")
     sys.path.insert(0, "")  # as python -m does not everywhere
     model = getattr(importlib.import_module(module), function)()
-    weights = under_names_of(model, weights)
+    weights = fitting("export", model, weights)
     for name, p in model.named_parameters():
         p.data = p.data.to(weights[name].dtype) if name in weights else p.data
     model.load_state_dict(weights)

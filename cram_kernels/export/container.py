@@ -9,6 +9,7 @@ A format version that this package does not know is refused.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..patterns import NM
 from ..version import __version__
 from .consumers import dtype_name
 from .report import NMReport
@@ -23,6 +25,8 @@ from .report import NMReport
 KEY = "cram_kernels"
 VERSION = 1
 AXIS = 1
+PARTS = {"dense": ("",), "bitmask": (".values", ".bitmask"), "cutlass-sm80": (".packed", ".meta")}  # stored -> what follows NAME
+NUMEL = 2**48  # more elements, no tensor has
 
 
 def safetensors() -> Any:
@@ -96,7 +100,32 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: format_version must be {VERSION}, got {found!r}: written by another cram_kernels")
     if missing := {"format", "pattern", "aliases", "tensors"} - own.keys():
         raise ValueError(f"{path}: the manifest must have {', '.join(sorted(missing))}, got none: it is damaged")
+    if why := _damage(own):
+        raise ValueError(f"{path}: the manifest must describe each tensor, got {why}: it is damaged")
     return own
+
+
+def _damage(own: dict[str, Any]) -> str | None:
+    tensors, aliases = own["tensors"], own["aliases"]
+    try:
+        NM(**own["pattern"])
+    except (TypeError, ValueError) as error:
+        return f"pattern {own['pattern']!r} ({error})"
+    if not isinstance(tensors, dict) or not isinstance(aliases, dict):
+        return "no tensors or aliases by name"
+    for name, entry in tensors.items():
+        if not isinstance(entry, dict) or not {"shape", "dtype", "stored", "pattern"} <= entry.keys():
+            return f"{entry!r} for {name!r}"
+        stored, dtype, shape = entry["stored"], entry["dtype"], entry["shape"]
+        if not isinstance(stored, str) or stored not in PARTS:
+            return f"stored {stored!r} for {name!r}"
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            return f"dtype {dtype!r} for {name!r}"
+        sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not sizes or math.prod(max(size, 1) for size in shape) > NUMEL or (stored == "cutlass-sm80" and len(shape) != 2):
+            return f"shape {shape!r} for {name!r}"
+    wrong = next((alias for alias, name in aliases.items() if not isinstance(name, str) or name not in tensors), None)
+    return None if wrong is None else f"an alias {wrong!r} of {aliases[wrong]!r}"
 
 
 def opened(op: str, path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -110,9 +139,14 @@ def opened(op: str, path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor
     if not path.is_file():
         raise FileNotFoundError(f"{op}: path must be a file, got {str(path)!r}, which is {'a folder' if path.is_dir() else 'not there'}")
     try:
-        return read_manifest(path), load_file(str(path))
+        own, tensors = read_manifest(path), load_file(str(path))
     except Exception as error:  # safetensors has an exception of its own for a broken file
         raise ValueError(f"{op}: path must be a safetensors file that this version knows, got {str(path)!r}: {error}") from error
+    if own is not None:
+        named = {f"{name}{part}" for name, entry in own["tensors"].items() for part in PARTS[entry["stored"]]}
+        if more := sorted(tensors.keys() - named):
+            raise ValueError(f"{op}: {path}: the manifest must name every tensor, got {more[0]!r} beside it: the file is damaged")
+    return own, tensors
 
 
 def take(name: str, tensors: Mapping[str, Tensor], dtype: str, shape: tuple[int, ...], path: Path) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .consumers import CUTLASS
-from .container import take
+from .container import dtype_named, take
 from .report import Row
 
 NAME = "cutlass-sm80"
@@ -53,6 +53,9 @@ def parts(name: str, tensors: dict[str, Tensor], dtype: str, shape: tuple[int, .
     Raises:
         ValueError: they are missing, have other shapes, or are not what packing writes.
     """
+    rows, cols = CUTLASS.multiples.get(dtype_named(dtype), (0, 0))
+    if not rows or shape[0] % rows or shape[1] % cols:
+        raise ValueError(f"{path}: {name!r} must be of a dtype and shape that are packed, got {dtype} {list(shape)}: the file is damaged")
     packed = take(f"{name}.packed", tensors, dtype, (shape[0], shape[1] // 2), path)
     meta_dtype, width = META[packed.element_size()]
     meta = take(f"{name}.meta", tensors, str(meta_dtype).removeprefix("torch."), (shape[0], shape[1] // width), path)

@@ -40,22 +40,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     own, tensors = container.opened("read", path)
     if own is None:
         return tensors
-    state = {}
-    try:
-        for name, entry in own["tensors"].items():
-            decode = DECODERS[entry["stored"]]
-            state[name] = decode(name, tensors, entry["dtype"], tuple(entry["shape"]), path)
-        return state | {alias: state[name] for alias, name in own["aliases"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"read: {path}: the manifest must describe each tensor, got {error!r}: it is damaged") from error
+    state = {
+        name: DECODERS[entry["stored"]](name, tensors, entry["dtype"], tuple(entry["shape"]), path)
+        for name, entry in own["tensors"].items()
+    }
+    return state | {alias: state[name] for alias, name in own["aliases"].items()}
 
 
 def _parts(index: Path) -> dict[str, Tensor]:
     """A model in several files, as Hugging Face's libraries write it: the index says which tensor is where."""
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"read: path must be an index with a weight_map, got {str(index)!r}: {error!r}") from error
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).suffix == ".json":  # an index of indices could name itself
+            raise ValueError(f"read: the weight_map of {str(index)!r} must name the file of {name!r}, with tensors, got {file!r}")
     files = {name: read(index.parent / name) for name in sorted(set(places.values()))}
     if lost := [name for name, file in places.items() if name not in files[file]]:
         raise ValueError(f"read: {index.parent / places[lost[0]]} must have the tensor {lost[0]!r}, as {index.name} says, got none")
@@ -74,6 +74,10 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(state, dict) or not state:
         raise ValueError(f"read: path must hold a state dict, got {str(path)!r}, which holds {_kind(state)}{where}")
+    if unnamed := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(
+            f"read: path must hold a state dict, got {str(path)!r}, whose entry {unnamed[0]!r}{where} has no string for a name"
+        )
     if strange := [name for name, t in state.items() if not isinstance(t, Tensor)]:
         raise ValueError(
             f"read: path must hold a state dict (at the top, or under {', '.join(map(repr, NESTED))}), got {str(path)!r}, "

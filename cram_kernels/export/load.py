@@ -71,8 +71,7 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
 
     Raises:
         ValueError: an unknown backend, one that cannot run here, a model that has semi-structured weights already, or a file whose tensors
-            do not hold the pattern of its manifest.
-        RuntimeError: names or shapes are not the model's (from `load_state_dict`).
+            do not hold the pattern of its manifest, or whose names or shapes are not the model's. Nothing was changed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -82,7 +81,7 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
     chosen, why = _choose(backend, device)
     state = read(path)
     _recheck(Path(path), state)
-    model.load_state_dict(under_names_of(model, state))
+    model.load_state_dict(fitting("load_sparse", model, state))
     report = check_weights(weights_of(model), NM(2, 4))
     fused = fused_weights(model)
     rows = []
@@ -134,6 +133,34 @@ def under_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
         for name in names if given else ():
             state.setdefault(name, state[given[0]])
     return state
+
+
+def fitting(op: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`under_names_of`, of which every name and shape is the model's: load_state_dict finds that out when it has changed the others.
+
+    Raises:
+        ValueError: one is not; op names who asks.
+    """
+    state, own = under_names_of(model, state), model.state_dict()
+    # load_state_dict fills in batch norm's counters, which old checkpoints lack
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    more = [name for name in state if name not in own]
+    other = [name for name in state if name in own and state[name].shape != own[name].shape]
+    wrong = []
+    if missing:
+        wrong.append(f"no {missing[0]!r}" + _and_more(missing))
+    if more:
+        wrong.append(f"{more[0]!r}, which the model has not" + _and_more(more))
+    if other:
+        name = other[0]
+        wrong.append(f"{name!r} of shape {list(state[name].shape)} where the model has {list(own[name].shape)}" + _and_more(other))
+    if wrong:
+        raise ValueError(f"{op}: names and shapes in the file must be the model's, got {'; '.join(wrong)}")
+    return state
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _choose(backend: str, device: torch.device) -> tuple[str, str | None]:

@@ -25,6 +25,7 @@ class Weight:
     kind: what uses it.
     axis: the input channels in the tensor as it is stored: 1, or 0 where an ONNX file has it transposed.
     groups: of the convolution, where known.
+    why_dense: why it cannot be checked, where its use says so.
     """
 
     name: str
@@ -33,17 +34,19 @@ class Weight:
     axis: int = 1
     groups: int | None = None
     aliases: tuple[str, ...] = ()
+    why_dense: str | None = None
 
 
 def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
-    """Every tensor of a model or a state dict. A semi-structured one is unpacked.
+    """Every tensor of a model or a state dict. A semi-structured one is unpacked. Buffers, which a state dict does not tell, are "other".
 
     Raises:
         TypeError: neither, or a value of the state dict is no tensor.
         ValueError: a tensor is the shard of one rank.
     """
     if isinstance(source, nn.Module):
-        return _of_tensors(source.state_dict(), {name: use for name, use in _uses(source)}, unknown)
+        buffers: dict[str, tuple[Kind, int | None]] = {name: ("other", None) for name, _ in source.named_buffers(remove_duplicate=False)}
+        return _of_tensors(source.state_dict(), dict(_uses(source)) | buffers, unknown)
     if not isinstance(source, Mapping):
         raise TypeError(f"check_nm: model must be a torch.nn.Module or a state dict, got {type(source).__name__}")
     return _of_tensors(source, {}, guess)
@@ -63,7 +66,7 @@ def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | No
         t = t.to_dense() if isinstance(t, SparseSemiStructuredTensor) else t
         # a linear layer tied to an embedding is both: as an embedding it must stay what it is
         kinds = [uses.get(name, (otherwise(t), None)) for name in own]
-        kind, groups = next((use for use in kinds if use[0] == "embedding"), kinds[0])
+        kind, groups = next((use for use in kinds if use[0] == "embedding"), next((use for use in kinds if use[0] != "other"), kinds[0]))
         found.append(Weight(own[0], t, kind, groups=groups, aliases=tuple(own[1:])))
     return found
 

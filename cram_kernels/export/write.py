@@ -50,7 +50,8 @@ def export(
             SM 8.x. "onnx": the model with dense weights, run through ONNX Runtime and compared.
         pattern: what every tensor that is not excluded must hold, as far as its shape allows: see `check_nm`.
         exclude: patterns of names that may stay dense, as in `fnmatch`.
-        prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused.
+        prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused. Of a module no buffer is touched; a
+            state dict does not tell buffers from weights: exclude them.
         example_inputs: "onnx": what the model is traced and compared with.
         onnx_options: "onnx": more arguments of `torch.onnx.export`, such as kwargs, dynamic_shapes or opset_version.
 
