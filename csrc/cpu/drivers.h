@@ -1,5 +1,6 @@
 // The ops of the CPU backend on checked input, torch-free: each cuts its list into ranges and runs the kernels on them in parallel.
-// All memory is allocated before the first weight changes.
+// But for a top-k, which selects among what its pass found, all memory is allocated before the first weight changes; then the flag is set and the
+// weights are saved, so that they come back.
 #pragma once
 
 #include "kernels.h"
