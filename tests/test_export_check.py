@@ -138,6 +138,16 @@ def test_grouped_convolutions_are_no_stems() -> None:
     assert row.why_dense == "2 input channels are not a multiple of 4 (8 groups)"
 
 
+def test_one_input_channel_of_one_group_is_a_stem() -> None:
+    row = check_nm(nn.Conv2d(1, 16, 3)).rows[0]
+    assert row.why_dense == "1 input channels are not a multiple of 4 (a stem)"
+
+
+def test_nothing_checked_is_not_ok() -> None:
+    report = check_nm({"w": torch.zeros(0, 4)})
+    assert not report.ok and report.rows[0].why_dense == "empty" and report.summary() == "no tensor is 2:4"
+
+
 def test_parameters_of_unknown_use_are_not_called_convolutions() -> None:
     """A vision transformer's class token, position embedding, and an LSTM."""
     model = nn.Module()

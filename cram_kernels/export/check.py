@@ -69,10 +69,10 @@ def why_unchecked(weight: Weight, pattern: NM) -> str | None:
         return "axis 1 of a transposed convolution is the outputs"
     if weight.kind == "transposed linear":
         return "axis 1 of transformers' Conv1D is the outputs"
-    why = pattern.why_dense(t.shape)
+    why = pattern.why_dense(t.shape) or ("empty" if t.numel() == 0 else None)
     if why is None or weight.kind != "conv" or t.shape[1] >= pattern.m:
         return why
-    if t.shape[1] == 1:
+    if t.shape[1] == 1 and weight.groups != 1:
         return "depthwise: one input channel a group"
     return f"{why} (a stem)" if weight.groups in (None, 1) else f"{why} ({weight.groups} groups)"
 

@@ -37,7 +37,12 @@ def add_commands(commands: Any) -> None:
     )
     write.add_argument("file", type=Path, help=FILES)
     write.add_argument("out", type=Path, help="replaced in one step when all is written and checked")
-    write.add_argument("--format", choices=FORMATS, default="safetensors")
+    write.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="safetensors: dense with zeros; bitmask: smaller, for read(); cutlass-sm80: packed for SM 8.x; onnx: needs --model, --input. "
+        "Without it, onnx where OUT ends in .onnx, else safetensors",
+    )
     write.add_argument("--prune", action="store_true", help="prune what violates the pattern, instead of refusing it")
     write.add_argument("--model", metavar="MODULE:FUNCTION", help="for onnx: makes the model for the weights; the module is imported")
     write.add_argument(
@@ -49,7 +54,9 @@ def add_commands(commands: Any) -> None:
     )
     write.set_defaults(run=run_export)
     for command in (check, write):
-        command.add_argument("--pattern", type=_pattern, default=NM(2, 4), metavar="2:4")
+        command.add_argument(
+            "--pattern", type=_pattern, default=NM(2, 4), metavar="2:4", help="N:M, at most N of M input channels; 2:4 if absent"
+        )
         command.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="names that may stay dense; may be repeated")
 
 
@@ -71,6 +78,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    options.format = options.format or ("onnx" if options.out.suffix == ".onnx" else "safetensors")
     common: dict[str, Any] = {"pattern": options.pattern, "exclude": options.exclude}
     try:
         source: Any = read(options.file)
@@ -95,7 +103,12 @@ def _model(factory: str | None, weights: dict[str, Any]) -> nn.Module:
     if not module or not function:
         raise ValueError(f"export: --model must be MODULE:FUNCTION for format 'onnx', got {factory!r}")
     sys.path.insert(0, "")  # as python -m does not everywhere
-    model = getattr(importlib.import_module(module), function)()
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # the user's code
+        raise ValueError(f"export: --model {factory} must make a model, got {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"export: --model {factory} must make a torch.nn.Module, got {type(model).__name__}")
     weights = fitting("export", model, weights)
     for name, p in model.named_parameters():
         p.data = p.data.to(weights[name].dtype) if name in weights else p.data

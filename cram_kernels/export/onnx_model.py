@@ -30,6 +30,11 @@ def write_onnx(model: nn.Module, path: Path, report: NMReport, example_inputs: t
     onnx = onnx_package()
     runtime = _runtime()
     weights = weights_of(model)
+    if (half := next((weight for weight in weights if weight.tensor.dtype == torch.bfloat16), None)) is not None:
+        raise ValueError(
+            f"export: ONNX Runtime must be able to run the file on the CPU, so that it can be compared, got {half.name!r} in bfloat16: "
+            "convert the model to float16 or float32"
+        )
     if (size := sum(weight.tensor.nbytes for weight in weights)) > LIMIT:
         raise ValueError(
             f"export: model must have at most {LIMIT:,} bytes of weights for one ONNX file, got {size:,}: "
