@@ -74,6 +74,20 @@ void for_tasks(const Pool& pool, int64_t tasks, Body body) {
   });
 }
 
+// A count for each bin of a histogram.
+using Bins = std::vector<int64_t>;
+
+// Adds the bins of every worker up in the first one's.
+inline void add_up(const Pool& pool, std::vector<Bins>& bins) {
+  constexpr int64_t kSlice = 4096;
+  const int64_t size = static_cast<int64_t>(bins[0].size());
+  for_tasks(pool, (size + kSlice - 1) / kSlice, [&](int, int64_t slice) {
+    const int64_t begin = slice * kSlice, end = begin + kSlice < size ? begin + kSlice : size;
+    for (size_t worker = 1; worker < bins.size(); ++worker)
+      for (int64_t bin = begin; bin < end; ++bin) bins[0][bin] += bins[worker][bin];
+  });
+}
+
 struct Range {
   int32_t item;
   int64_t begin, end;

@@ -251,7 +251,7 @@ void topk_threshold(const Context& c, const std::vector<Item>& items, const int6
 void topk_histogram(const Context& c, const std::vector<Item>& items, const Perturbation& p, const int64_t* prefix, int64_t num_sets, int shift,
                     int bits, int64_t* bins) {
   const int64_t size = num_sets << bits;
-  std::vector<std::vector<int64_t>> found(c.pool.threads, std::vector<int64_t>(size));
+  std::vector<Bins> found(c.pool.threads, Bins(size));
   const std::vector<Range> ranges = cut(items, [](const Item& item) { return item.set >= 0 ? kChunk : 0; });
   for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
     const Range& r = ranges[task];
@@ -259,8 +259,8 @@ void topk_histogram(const Context& c, const std::vector<Item>& items, const Pert
     c.kernels.topk_histogram(source_of(item, p, false), item.dtype, r.begin, r.end, shift, 1 << bits, shift + bits,
                              static_cast<int32_t>(std::min<int64_t>(prefix[item.set], INT32_MAX)), found[worker].data() + (item.set << bits));
   });
-  for (const auto& own : found)
-    for (int64_t i = 0; i < size; ++i) bins[i] += own[i];
+  add_up(c.pool, found);
+  std::copy(found[0].begin(), found[0].end(), bins);
 }
 
 void prune_topk(const Context& c, const std::vector<Item>& items, const int64_t* k, int64_t num_sets, int32_t* thresholds, TopkStats* stats) {

@@ -13,13 +13,12 @@ std::vector<Selected> select(const Pool& pool, const std::vector<Span>& spans, i
   while (((static_cast<int64_t>(high) - low) >> shift) >= kBins) ++shift;
   const auto bin_of = [&](int32_t bits) { return (key_of(bits) - low - 1) >> shift; };
 
-  std::vector<std::vector<int64_t>> bins(pool.threads, std::vector<int64_t>(kBins, 0));
+  std::vector<Bins> bins(pool.threads, Bins(kBins));
   for_tasks(pool, spans.size(), [&](int worker, int64_t i) {
     int64_t* own = bins[worker].data();
     for (const int32_t *bits = spans[i].bits, *end = bits + spans[i].count; bits < end; ++bits) ++own[bin_of(*bits)];
   });
-  for (size_t worker = 1; worker < bins.size(); ++worker)
-    for (int bin = 0; bin < kBins; ++bin) bins[0][bin] += bins[worker][bin];
+  add_up(pool, bins);
 
   std::vector<Selected> selected;
   std::vector<int> chosen;  // bin of each rank
@@ -58,20 +57,19 @@ std::vector<Selected> select(const Pool& pool, const std::vector<Span>& spans, i
 int32_t radix_select(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Set& set, const std::vector<Range>& ranges,
                      bool from_saved) {
   constexpr int kBits = 16, kBins = 1 << kBits;
-  std::vector<std::vector<int64_t>> bins(c.pool.threads, std::vector<int64_t>(kBins));
+  std::vector<Bins> bins(std::max<size_t>(1, std::min<size_t>(c.pool.threads, ranges.size())), Bins(kBins));
   int64_t rank = set.k;
   const auto digit = [&](int shift, int prefix_shift, int32_t prefix) {
-    for (auto& own : bins) std::fill(own.begin(), own.end(), 0);
+    for_tasks(c.pool, bins.size(), [&](int, int64_t worker) { std::fill(bins[worker].begin(), bins[worker].end(), 0); });
     for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
       const Range& r = ranges[task];
       const Item& item = items[r.item];
       c.kernels.topk_histogram(source_of(item, p, from_saved), item.dtype, r.begin, r.end, shift, kBins, prefix_shift, prefix, bins[worker].data());
     });
+    add_up(c.pool, bins);
     for (int bin = kBins - 1; bin > 0; --bin) {
-      int64_t count = 0;
-      for (const auto& own : bins) count += own[bin];
-      if (rank <= count) return bin;
-      rank -= count;
+      if (rank <= bins[0][bin]) return bin;
+      rank -= bins[0][bin];
     }
     return 0;
   };

@@ -18,8 +18,7 @@ bool has_gradient(const Item& item) { return item.grad != nullptr || item.first_
 
 // Restores every range, and calls step(item index, range, where its weights are) for those with a gradient in place of the restore.
 template <class Step>
-void restore_and(const Context& c, const std::vector<Item>& items, const Update& update, Step step) {
-  const std::vector<Range> ranges = cut(items);
+void restore_and(const Context& c, const std::vector<Item>& items, const std::vector<Range>& ranges, const Update& update, Step step) {
   const bool perturbed = *update.perturbed != 0;
   for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
     const Range& r = ranges[task];
@@ -40,12 +39,12 @@ void restore(const Context& c, const std::vector<Item>& items, int32_t* perturbe
   Update update;
   update.skip = true;
   update.perturbed = perturbed;
-  restore_and(c, items, update, [](int32_t, const Range&, const void*) {});
+  restore_and(c, items, cut(items), update, [](int32_t, const Range&, const void*) {});
 }
 
 void restore_combine(const Context& c, const std::vector<Item>& items, const Update& update) {
   const bool perturbed = *update.perturbed != 0;
-  restore_and(c, items, update, [&](int32_t i, const Range& r, const void*) {
+  restore_and(c, items, cut(items), update, [&](int32_t i, const Range& r, const void*) {
     if (perturbed) restore_range(c, items[i], r);
     if (items[i].grad != nullptr) c.kernels.combine(items[i], r.begin, r.end, update.scales);
   });
@@ -53,13 +52,14 @@ void restore_combine(const Context& c, const std::vector<Item>& items, const Upd
 
 void restore_sgd(const Context& c, const std::vector<Item>& items, const Update& update, const std::vector<SgdOptions>& options) {
   const bool streamed = past_cache(items);
-  restore_and(c, items, update, [&](int32_t i, const Range& r, const void* weights) {
+  restore_and(c, items, cut(items), update, [&](int32_t i, const Range& r, const void* weights) {
     c.kernels.sgd(items[i], weights, streamed, r.begin, r.end, update.scales, options[i]);
   });
 }
 
 void restore_adam(const Context& c, const std::vector<Item>& items, const Update& update, std::vector<AdamOptions> options,
                   const std::vector<AdamHyper>& hyper) {
+  const std::vector<Range> ranges = cut(items);  // all that takes memory, before anything is counted
   {
     PlainArithmetic plain;
     for (size_t i = 0; i < items.size(); ++i) {
@@ -69,7 +69,7 @@ void restore_adam(const Context& c, const std::vector<Item>& items, const Update
     }
   }
   const bool streamed = past_cache(items);
-  restore_and(c, items, update, [&](int32_t i, const Range& r, const void* weights) {
+  restore_and(c, items, ranges, update, [&](int32_t i, const Range& r, const void* weights) {
     c.kernels.adam(items[i], weights, streamed, r.begin, r.end, update.scales, options[i], hyper[i].weight_decay != 0);
   });
 }
