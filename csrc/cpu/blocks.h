@@ -115,7 +115,8 @@ CRAM_INLINE void store_bits(uint8_t* mask, int64_t i, Bits bits, int lanes) {
 }
 
 CRAM_INLINE Bits load_bits(const uint8_t* mask, int64_t i, int lanes) {
-  return mask[i / 8] | (lanes > 8 ? static_cast<Bits>(mask[i / 8 + 1]) << 8 : 0);
+  const uint8_t* bytes = mask + (i >> 3);
+  return bytes[0] | (lanes > 8 ? static_cast<Bits>(bytes[1]) << 8 : 0);
 }
 
 CRAM_INLINE Bits nonfinite_bits(F g) { return greater_bits(both(as_int(g), I(0x7fffffff)), I(kInfKey - 1)); }

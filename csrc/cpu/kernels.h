@@ -65,10 +65,11 @@ struct Kernels {
              bool* nonfinite);
 
   void (*round_master)(const float* master, DType, int64_t begin, int64_t end, void* out);
-  void (*combine)(const Item&, int64_t begin, int64_t end, const Scales&);
+  // By value: through references, all of it would be read again after each store.
+  void (*combine)(Item, int64_t begin, int64_t end, Scales);
   // weights: where the unperturbed weights are (saved, master, or the parameter itself). past_cache: write the parameter past the caches.
-  void (*sgd)(const Item&, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales&, const SgdOptions&);
-  void (*adam)(const Item&, const void* weights, bool past_cache, int64_t begin, int64_t end, const Scales&, const AdamOptions&, bool decays);
+  void (*sgd)(Item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales, SgdOptions);
+  void (*adam)(Item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales, AdamOptions, bool decays);
 
   // 2:4 on a block of rows_multiple rows. places: one byte a group.
   void (*pack_24)(const PackItem&, int64_t begin, uint8_t* places);

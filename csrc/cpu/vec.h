@@ -35,7 +35,7 @@ typedef uint32_t Bits;  // one bit a lane, 16 lanes
 struct F {
   FloatVec v[kParts];
   F() = default;
-  CRAM_INLINE_MEMBER explicit F(float x) { CRAM_PARTS v[part] = FloatVec{} + x; }
+  CRAM_INLINE_MEMBER explicit F(float x) { CRAM_PARTS v[part] = x - FloatVec{}; }  // of +0: x itself, -0 too
 };
 
 struct I {
