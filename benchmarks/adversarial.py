@@ -23,11 +23,23 @@ SHAPES: dict[str, list[Shape]] = {
     GOOD: SQUARES,
     "all equal": SQUARES,
     "two values": SQUARES,
+    "half of them zero": SQUARES,  # a pruned model, trained on
+    "a fifth of them equal, at the threshold": SQUARES,
+    "a fifth of them equal, above the threshold": SQUARES,
     "sorted": SQUARES,
     "a million times larger numbers in one tensor": SQUARES,
     "a million times more numbers in one tensor": [*SMALL, (4096, 4096), *SMALL],
     "rows of very different scale": [(16384, 1024)],
 }
+
+
+def equalize(params: list[Tensor], k: int, *, above: bool) -> None:
+    """One magnitude for a fifth of the weights: the k-th largest is among their largest or, `above`, among their smallest."""
+    largest = torch.cat([p.flatten() for p in params]).abs().sort(descending=True).values
+    first = max(0, k - 5 - (len(largest) // 5 if above else 0))
+    low, high = largest[min(first + len(largest) // 5 + 10, len(largest) - 1)], largest[first]
+    for p in params:
+        p.copy_(torch.where((p.abs() >= low) & (p.abs() <= high), high.copysign(p), p))
 
 
 def fill(kind: str, arguments: Arguments) -> None:
@@ -39,6 +51,11 @@ def fill(kind: str, arguments: Arguments) -> None:
     elif kind == "two values":
         for p in params:
             p.copy_(torch.where(p > 0, 0.25, -0.5))
+    elif kind == "half of them zero":
+        for p in params:
+            p.mul_(p > 0)
+    elif kind.startswith("a fifth"):
+        equalize(params, int(arguments["k"][0]), above="above" in kind)
     elif kind == "sorted":
         ascending = torch.cat([p.flatten() for p in params]).sort().values
         for p, part in zip(params, ascending.split([p.numel() for p in params]), strict=True):
@@ -60,7 +77,7 @@ def noise(numel: int, device: str) -> Tensor:
 def advance(kind: str, arguments: Arguments, step: int) -> None:
     """Gradients of a step: of the weights' scale, and such that the perturbed weights are still of that kind."""
     for p, g in zip(arguments["params"], arguments["grads"], strict=True):
-        if kind in ("all equal", "two values"):
+        if kind in ("all equal", "two values") or kind.startswith("a fifth"):
             g.zero_()
         elif kind == "sorted":
             torch.mul(p, 0.1, out=g)

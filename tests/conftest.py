@@ -75,8 +75,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if name != "cpu":
         yield Backend(name, BACKENDS[name], ("default",))
         return
+    yield request.getfixturevalue("cpu")
+
+
+@pytest.fixture
+def cpu() -> Iterator[Backend]:
+    """The CPU backend, at every SIMD level, for what it alone promises."""
     chosen = _native.host.simd_level()
-    yield Backend(name, "cpu", tuple(_native.host.simd_levels()))
+    yield Backend("cpu", "cpu", tuple(_native.host.simd_levels()))
     _native.host.set_simd_level(chosen)
 
 

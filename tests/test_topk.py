@@ -1,14 +1,17 @@
 """Top-k: topk_threshold, prune_topk_, perturb_topk_ equal the reference to the bit."""
 
 import math
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 from calls import PERTURB_VARIANTS, SELECTIONS, perturb, poisoned_masks, selection, without
 from cases import DTYPES, HOSTILE, LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
 from compare import assert_bitwise_equal, check
+from torch import Tensor
 
 from cram_kernels import ops
 from cram_kernels.backend import use_backend
@@ -69,13 +72,79 @@ def test_large_selections(backend, name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case("two", "uneven", dtype) for dtype in DTYPES], ids=str)
 def test_a_threshold_between_heavy_ties_costs_time_and_no_bits(backend, case: Case) -> None:
-    """The k-th largest is the last of half a million equal ones: every bracket around it holds all weights, and the backend falls back."""
+    """The k-th largest is the last of half a million equal ones: every bracket around it holds all weights. The CPU counts them, the others fall back."""
     arguments = perturb(case, "amp" if case.dtype == "fp32" else "masters")
     for g in arguments["grads"]:
         g.zero_()
     weights = arguments["masters"] if "masters" in arguments else arguments["params"]
     k = sum(int((w.abs() > 0.3).sum()) for w in weights)
     _, stats = check(backend, "perturb_topk_", arguments | {"sets": [0] * len(weights), "k": torch.tensor([k])})
+    assert stats[0, 2] == (backend.name != "cpu"), f"statistics {stats.tolist()}"
+
+
+def without_fallback(cpu, weights: list[Tensor], k: int) -> None:
+    """perturb_topk_ of the CPU on weights that are not moved."""
+    arguments: dict[str, Any] = {
+        "params": weights,
+        "grads": [torch.zeros_like(w) for w in weights],
+        "saved": [torch.empty_like(w) for w in weights],
+        "masks": [torch.empty((w.numel() + 7) // 8, dtype=torch.uint8) for w in weights],
+        "perturbed": torch.zeros((), dtype=torch.int32),
+        "rho": torch.zeros(len(weights)),
+        "sets": [0] * len(weights),
+        "k": torch.tensor([k]),
+    }
+    _, stats = check(cpu, "perturb_topk_", arguments)
+    assert stats[0, 2] == 0 and stats[0, 1] <= 0.07 * sum(w.numel() for w in weights), f"statistics {stats.tolist()}"
+
+
+@pytest.mark.parametrize("place", [-20, -1, 0, 1, 2, 20])
+@pytest.mark.parametrize("edge", ["first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heavy_ties_need_no_fallback_on_the_cpu(cpu, dtype: str, edge: str, place: int) -> None:
+    """A fifth of the weights has one magnitude; k is around the first or the last of them."""
+    w = torch.randn(120_000, generator=torch.Generator().manual_seed(place)).to(DTYPES[dtype])
+    largest = w.abs().sort(descending=True).values
+    tie = largest[40_000]
+    w = torch.where((w.abs() <= tie) & (w.abs() > largest[64_000]), tie.copysign(w), w)
+    k = int((w.abs() > tie).sum()) + 1 if edge == "first" else int((w.abs() >= tie).sum())
+    without_fallback(cpu, list(w.split(50_000)), k + place)
+
+
+@pytest.mark.parametrize("place", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pruned_model_needs_no_fallback_on_the_cpu(cpu, dtype: str, place: int) -> None:
+    """Half of the weights are zero, and half are to be."""
+    w = torch.randn(120_000, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    w[torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
+    without_fallback(cpu, list(w.split(50_000)), int(w.count_nonzero()) + place)
+
+
+def sampled(numel: int) -> Tensor:
+    """Where topk_sample.cpp looks in one tensor: bool [numel]. Its strata and its hash, restated."""
+    runs, best = 32, min(0.19 * numel ** (2 / 3), numel // 64, 2.0**17)
+    while 1.5 * runs < best:
+        runs *= 2
+    j = numpy.arange(runs, dtype=numpy.uint64)
+    x = j + numpy.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> numpy.uint64(shift))) * numpy.uint64(factor)
+    x ^= x >> numpy.uint64(31)
+    bounds = numpy.arange(runs + 1, dtype=numpy.int64) * numel // runs
+    places = bounds[:-1] + ((x >> numpy.uint64(32)).astype(numpy.int64) * numpy.diff(bounds) >> 32)
+    seen = torch.zeros(numel, dtype=torch.bool)
+    for i in range(4):
+        seen[numpy.minimum(places // 4 * 4 + i, numel - 1)] = True
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [100, 0.01, 0])
+def test_a_sample_that_misleads_costs_time_and_no_bits_on_the_cpu(cpu, dtype: str, scale: float) -> None:
+    w = torch.randn(120_000, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    w[sampled(w.numel())] *= scale
+    masks = [torch.empty(15_000, dtype=torch.uint8)]
+    _, stats = check(cpu, "prune_topk_", {"weights": [w], "masks": masks, "sets": [0], "k": torch.tensor([60_000])})
     assert stats[0, 2] == 1, f"no fallback, statistics {stats.tolist()}"
 
 

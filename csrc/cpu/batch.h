@@ -115,7 +115,7 @@ class Uphill {
   const W* weights_;
   const T* grad_;
   const F rho_, inv_scale_;
-  const Source& source_;
+  const Source source_;
   I top_grad_{0};
 };
 
@@ -133,7 +133,7 @@ CRAM_INLINE void write(const Source& source, T* out, T* saved, const Batch<T>& u
 }
 
 CRAM_INLINE void store_bits64(uint8_t* mask, int64_t i, uint64_t bits) {  // i: a multiple of 8
-  for (int byte = 0; byte < 8; ++byte) mask[i / 8 + byte] = static_cast<uint8_t>(bits >> (8 * byte));
+  for (int byte = 0; byte < 8; ++byte) mask[(i >> 3) + byte] = static_cast<uint8_t>(bits >> (8 * byte));
 }
 
 }  // namespace CRAM_ISA

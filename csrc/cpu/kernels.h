@@ -21,17 +21,23 @@ struct Source {
   bool past_cache;  // what is saved will have left the caches before it is read
 };
 
-// The part of a selection set that is still open: keys in (low, high] are candidates; the k-th largest is among them, if the guess holds.
+// The part of a selection set that is still open: the k-th largest key is in (low, high], if the guess holds. Those in (tie_low, tie_high] are
+// candidates. Where many weights share the key `high` or `low + 1`, it is left out of them, and its weights are counted only.
 struct Bracket {
   int32_t low;
   int32_t high;
   int32_t cut;  // provisionally kept: key > cut
+  int32_t tie_low, tie_high;
   bool append;  // write the candidates down, not only count them
+
+  bool has_ties() const { return tie_low != low || tie_high != high; }
 };
 
 struct Counts {
-  int64_t above = 0;       // key > high
-  int64_t candidates = 0;  // low < key <= high
+  int64_t above = 0;           // key > high
+  int64_t at_high = 0;         // tie_high < key <= high
+  int64_t candidates = 0;      // tie_low < key <= tie_high
+  int64_t at_low = 0;          // low < key <= tie_low
   int64_t nans = 0;
   bool nonfinite = false;  // a gradient is Inf or NaN
 };
@@ -47,25 +53,25 @@ struct Violations {
   int64_t nonzeros = 0;       // in all groups
 };
 
+// Sources, items and options go by value: through references, all of them would be read again after each store.
 struct Kernels {
   const char* name;
 
   // Top-k. stream: counts and candidates; where out is given, saves w to `saved`, writes u and mask bits, provisionally pruned.
-  void (*topk_stream)(const Source&, DType, int64_t begin, int64_t end, const Bracket&, void* out, void* saved, uint8_t* mask, Candidates, Counts&);
+  void (*topk_stream)(Source, DType, int64_t begin, int64_t end, const Bracket&, void* out, void* saved, uint8_t* mask, Candidates, Counts&);
   // u, pruned to key > threshold, and its mask bits. Returns the number kept.
-  int64_t (*topk_apply)(const Source&, DType, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask);
+  int64_t (*topk_apply)(Source, DType, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask);
   // bins[(key >> shift) & (num_bins - 1)] += 1 for the keys with key >> prefix_shift == prefix.
-  void (*topk_histogram)(const Source&, DType, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix, int64_t* bins);
+  void (*topk_histogram)(Source, DType, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix, int64_t* bins);
 
   // u where no mask, else u under the mask. Saves w to `saved` where given.
-  void (*masked)(const Source&, DType, int64_t begin, int64_t end, void* out, void* saved, const uint8_t* mask, bool* nonfinite);
+  void (*masked)(Source, DType, int64_t begin, int64_t end, void* out, void* saved, const uint8_t* mask, bool* nonfinite);
 
   // N:M on whole tiles of m * inner weights; scratch holds nm_scratch(end - begin) bytes.
-  void (*nm)(const Source&, DType, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask, char* scratch,
+  void (*nm)(Source, DType, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask, char* scratch,
              bool* nonfinite);
 
   void (*round_master)(const float* master, DType, int64_t begin, int64_t end, void* out);
-  // By value: through references, all of it would be read again after each store.
   void (*combine)(Item, int64_t begin, int64_t end, Scales);
   // weights: where the unperturbed weights are (saved, master, or the parameter itself). past_cache: write the parameter past the caches.
   void (*sgd)(Item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales, SgdOptions);

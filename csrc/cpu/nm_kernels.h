@@ -112,7 +112,7 @@ static __attribute__((noinline)) void rank_tiles(const T* u, int64_t size, int64
 
 // Any N:M by way of memory that stays in the first-level cache: u, then flags, then what is written. scratch: nm_scratch(size) bytes.
 template <class T, class W>
-static __attribute__((noinline)) void nm_strip(const Source& source, Uphill<T, W>& source_u, int64_t begin, int64_t end, int64_t inner, int n, int m,
+static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& source_u, int64_t begin, int64_t end, int64_t inner, int n, int m,
                                                T* out, T* saved, uint8_t* mask, char* scratch, bool* nonfinite) {
   const int64_t size = end - begin;
   T* moved = reinterpret_cast<T*>(scratch);
@@ -153,7 +153,7 @@ static __attribute__((noinline)) void nm_strip(const Source& source, Uphill<T, W
 }
 
 template <class T, class W, int M>
-static __attribute__((noinline)) void nm_neighbours(const Source& source, int64_t begin, int64_t end, int n, T* out, T* saved, uint8_t* mask,
+static __attribute__((noinline)) void nm_neighbours(Source source, int64_t begin, int64_t end, int n, T* out, T* saved, uint8_t* mask,
                                                     char* scratch, bool* nonfinite) {
   const Neighbours<T, M> neighbours;
   Uphill<T, W> source_u(source);
@@ -184,7 +184,7 @@ CRAM_INLINE void nm_as(const Source& source, int64_t begin, int64_t end, int64_t
   if (source_u.nonfinite()) *nonfinite = true;
 }
 
-static void nm(const Source& source, DType dtype, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask,
+static void nm(Source source, DType dtype, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask,
                char* scratch, bool* nonfinite) {
   with_source(source, dtype, [&](auto t, auto w) CRAM_MELT {
     using T = decltype(t);

@@ -26,7 +26,7 @@ Sets make_sets(const std::vector<Item>& items, const int64_t* k, int64_t num_set
     set->settled = set->k < 1 || set->k > set->numel;
     if (!set->settled) continue;
     set->threshold = set->k < 1 ? kNanKey : kKeepAll;
-    set->bracket = {set->threshold, set->threshold, set->threshold, false};
+    set->bracket = {set->threshold, set->threshold, set->threshold, set->threshold, set->threshold, false};
   }
   return sets;
 }
@@ -113,6 +113,8 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
       c.kernels.topk_stream(source, item.dtype, r.begin, r.end, bracket, write ? item.param : nullptr, item.saved, item.mask, found.end(), counts);
       if (bracket.append) found.append(task, counts.candidates);
       set.above += counts.above;
+      set.at_high += counts.at_high;
+      set.at_low += counts.at_low;
       set.nans += counts.nans;
       if ((set.candidates += counts.candidates) > set.most_candidates()) set.overflow = true;
     }
@@ -123,17 +125,27 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
 
 // ---- Finish ----
 
-// The threshold of a set from its candidates, or the fallback mark.
+// The threshold of a set from its candidates and ties, or the fallback mark.
 void settle(const Pool& pool, Set& set, const std::vector<Span>& spans) {
   int64_t larger = set.above;
   if (!set.settled) {
-    const int64_t rank = set.k - set.above;
-    set.fallback = rank < 1 || rank > set.candidates || (set.bracket.append && set.overflow);
+    const Bracket& b = set.bracket;
+    const bool listed = !set.overflow;
+    const int64_t rank = set.k - set.above, below_high = rank - set.at_high, below_candidates = below_high - set.candidates;
+    set.fallback = rank < 1 || below_candidates > set.at_low || (below_high >= 1 && below_candidates < 1 && !listed);
     if (set.fallback) return;
-    const Selected selected =
-        set.bracket.append ? select(pool, spans, set.bracket.low, set.bracket.high, {rank}, set.step)[0] : Selected{set.bracket.high, 0};
-    set.threshold = selected.key;
-    larger += selected.larger;
+    if (below_high < 1) {
+      set.threshold = b.high;
+    } else if (below_candidates < 1) {
+      const Selected selected = select(pool, spans, b.tie_low, b.tie_high, {below_high}, set.step)[0];
+      set.threshold = selected.key;
+      larger += set.at_high + selected.larger;
+    } else {
+      set.threshold = b.low + 1;
+      larger += set.at_high + set.candidates;
+    }
+    const auto misplaced = [&](int32_t key) { return (key > b.cut) != (key > set.threshold); };
+    set.rewrite = !listed || (set.at_high > 0 && misplaced(b.high)) || (set.at_low > 0 && misplaced(b.low + 1));
   }
   set.kept = set.threshold == kNanKey ? 0 : larger - set.nans;
 }
@@ -170,7 +182,7 @@ void fix_up(const Context& c, const std::vector<Item>& items, const Sets& sets, 
     const Range& r = pass.ranges[record->range];
     const Item& item = items[r.item];
     const Set& set = *sets[item.set];
-    if (set.fallback) return;
+    if (set.fallback || set.rewrite) return;
     const int32_t *bits = found->bits(*record), low = std::min(set.bracket.cut, set.threshold), high = std::max(set.bracket.cut, set.threshold);
     const uint16_t* offsets = found->offsets(*record);
     const bool keep = set.threshold < set.bracket.cut;
@@ -227,9 +239,9 @@ Sets solve(const Context& c, const std::vector<Item>& items, const Perturbation&
   finish(c, items, sets, pass);
   if (write) fix_up(c, items, sets, pass);
   for (auto& set : sets) {
-    if (!set->fallback) continue;
+    if (!set->fallback && !(write && set->rewrite)) continue;
     const std::vector<Range> ranges = ranges_of(items, sets, set.get());
-    set->threshold = radix_select(c, items, p, *set, ranges, write);
+    if (set->fallback) set->threshold = radix_select(c, items, p, *set, ranges, write);
     if (write) set->kept = apply(c, items, p, sets, ranges, write);
   }
   return sets;

@@ -33,27 +33,32 @@ CRAM_INLINE uint32_t float_bits(int32_t bits, T) {
 template <class T, class W>
 CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
                                 Candidates found, Counts& counts) {
-  const I low(bracket.low), high(bracket.high), cut(bracket.cut), largest(kInfKey);
-  int64_t above = 0, candidates = 0, nans = 0;
+  const I low(bracket.low), high(bracket.high), tie_low(bracket.tie_low), tie_high(bracket.tie_high), cut(bracket.cut), largest(kInfKey);
+  const bool append_them = bracket.append, has_ties = bracket.has_ties();
+  int64_t above = 0, at_high = 0, candidates = 0, at_low = 0, nans = 0;
   Uphill<T, W> source_u(source);
   const auto note = [&](uint64_t candidate, int64_t first, auto bits) CRAM_MELT {
-    candidates = bracket.append ? append(found, candidates, candidate, first - begin, bits) : candidates + __builtin_popcountll(candidate);
+    candidates = append_them ? append(found, candidates, candidate, first - begin, bits) : candidates + __builtin_popcountll(candidate);
   };
   const auto block = [&](int64_t i, auto lanes, F u) CRAM_MELT {
     const I key = magnitude_key(u);
     const Bits real = lanes_below(lanes);
     const Bits nan = greater_bits(key, largest) & real;  // beyond the end, 0 * an infinite rho is one
-    const Bits over = greater_bits(key, high) & real;
+    const Bits over = greater_bits(key, high) & real, over_tie_high = greater_bits(key, tie_high) & real;
+    const Bits over_tie_low = greater_bits(key, tie_low) & real, over_low = greater_bits(key, low) & real;
     const Bits kept = greater_bits(key, cut) & ~nan & real;
     above += __builtin_popcount(over);
+    at_high += __builtin_popcount(over_tie_high & ~over);
+    at_low += __builtin_popcount(over_low & ~over_tie_low);
     nans += __builtin_popcount(nan);
-    note(greater_bits(key, low) & ~over & real, i, [&](int lane) CRAM_MELT { return source_u.one(i + lane); });
+    note(over_tie_low & ~over_tie_high, i, [&](int lane) CRAM_MELT { return source_u.one(i + lane); });
     if (out != nullptr) {
       write<T>(source, i, lanes, u, kept | nan, out, saved);
       if (mask != nullptr) store_bits(mask, i, kept, lanes);
     }
   };
   const auto batch_low = broadcast_key<T>(bracket.low), batch_high = broadcast_key<T>(bracket.high), batch_cut = broadcast_key<T>(bracket.cut);
+  const auto batch_tie_low = broadcast_key<T>(bracket.tie_low), batch_tie_high = broadcast_key<T>(bracket.tie_high);
   int64_t i = begin;
   for (; i + kBatch <= end; i += kBatch) {
     Batch<T> u;
@@ -64,7 +69,13 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
     const Batch<T> keys = keys_of(u);
     const uint64_t over = greater_bits<T>(keys, batch_high);
     above += __builtin_popcountll(over);
-    const uint64_t candidate = greater_bits<T>(keys, batch_low) & ~over;
+    uint64_t over_tie_high = over, over_tie_low = greater_bits<T>(keys, batch_tie_low);
+    if (__builtin_expect(has_ties, 0)) {
+      over_tie_high = greater_bits<T>(keys, batch_tie_high);
+      at_high += __builtin_popcountll(over_tie_high & ~over);
+      at_low += __builtin_popcountll(greater_bits<T>(keys, batch_low) & ~over_tie_low);
+    }
+    const uint64_t candidate = over_tie_low & ~over_tie_high;
     if constexpr (sizeof(T) == 2) {
       uint16_t bits[kBatch];
       memcpy(bits, &u, sizeof bits);
@@ -79,22 +90,24 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
     }
   }
   for_u<T, W>(source, i, end, &counts.nonfinite, block);
-  if (sizeof(T) == 2 && bracket.append)
+  if (sizeof(T) == 2 && append_them)
     for (int64_t j = 0; j < candidates; ++j) found.bits[j] = static_cast<int32_t>(float_bits(found.bits[j], T{}));
   if (source_u.nonfinite()) counts.nonfinite = true;
   counts.above += above;
+  counts.at_high += at_high;
+  counts.at_low += at_low;
   counts.candidates += candidates;
   counts.nans += nans;
 }
 
-static void topk_stream(const Source& source, DType dtype, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
+static void topk_stream(Source source, DType dtype, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
                         Candidates found, Counts& counts) {
   with_source(source, dtype, [&](auto t, auto w) CRAM_MELT {
     topk_stream_as<decltype(t), decltype(w)>(source, begin, end, bracket, out, saved, mask, found, counts);
   });
 }
 
-static int64_t topk_apply(const Source& source, DType dtype, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask) {
+static int64_t topk_apply(Source source, DType dtype, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask) {
   const I cut(threshold), largest(kInfKey);
   int64_t total = 0;
   with_u(source, dtype, begin, end, nullptr, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
@@ -110,7 +123,7 @@ static int64_t topk_apply(const Source& source, DType dtype, int64_t begin, int6
 
 // Data of few values would add one to the same bin again and again, each addition waiting for the one before: the two commonest digits of a
 // block, as a rule, are counted whole.
-static void topk_histogram(const Source& source, DType dtype, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix,
+static void topk_histogram(Source source, DType dtype, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix,
                            int64_t* bins) {
   with_u(source, dtype, begin, end, nullptr, [&](auto, int64_t, auto lanes, F u) CRAM_MELT {
     const I key = magnitude_key(u), digit = both(shifted(key, shift), I(num_bins - 1));

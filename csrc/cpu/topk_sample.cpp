@@ -97,7 +97,7 @@ Bracket bracket_of(const Pool& pool, const int32_t* keys, int64_t runs, const Se
   const double width = kDeviations * std::sqrt(std::max(independent, between)) + 1;
   const int64_t upper = static_cast<int64_t>(std::floor(rank - width)), lower = static_cast<int64_t>(std::ceil(rank + width)) + 1;
 
-  Bracket bracket = {kKeepAll, kNanKey, kKeepAll, true};
+  Bracket bracket = {kKeepAll, kNanKey, kKeepAll, kKeepAll, kNanKey, true};
   std::vector<int64_t> ranks;
   if (upper >= 1) ranks.push_back(upper);
   if (lower <= size) ranks.push_back(lower);
@@ -105,9 +105,13 @@ Bracket bracket_of(const Pool& pool, const int32_t* keys, int64_t runs, const Se
   if (upper >= 1) bracket.high = ends.front().key;
   if (lower <= size) bracket.low = ends.back().key - 1;
   bracket.cut = std::clamp(cut, bracket.low, bracket.high);  // the best guess: few weights will have to be set right
-  // A bracket of one key (heavy ties): if the guess holds, that key is the threshold, and no list is needed.
-  bracket.append = bracket.high - bracket.low > 1;
-  if (!bracket.append) bracket.cut = bracket.high;
+  // A key that many share reaches over an end of the bracket, since between the ends there are few.
+  const auto tied = [&](int32_t key) { return std::count(keys, keys + size, key) >= size / kTied; };
+  bracket.tie_low = bracket.low;
+  bracket.tie_high = bracket.high;
+  if (tied(bracket.high)) --bracket.tie_high;
+  if (bracket.tie_low < bracket.tie_high && tied(bracket.low + 1)) ++bracket.tie_low;
+  bracket.append = bracket.tie_low < bracket.tie_high;
   return bracket;
 }
 
