@@ -47,7 +47,7 @@ def test_in_all_ways(executed_in_all_ways, variant: str) -> None:
 
 def test_a_warp_of_many_chunks(executed_in_all_ways) -> None:
     """On a card of one SM, as on any with a large list, a warp that sets wrong guesses right goes from one chunk to the next."""
-    executed_in_all_ways.variants = ("one block",)
+    executed_in_all_ways.variants = ("one sm", "one block")
     case = Drawn("normal", [Spec((500, 700)), Spec((99,), torch.bfloat16)])
     check(executed_in_all_ways, "perturb_topk_", arguments_of(case, "half"))
 

@@ -9,7 +9,7 @@ namespace cram {
 namespace cuda {
 namespace {
 
-// The counters of one set, kept while a block stays in it: a thread sees one weight in 256, so that 32 bits are enough for 2^40.
+// The counters of one set, kept while a block stays in it: a thread sees one weight in kThreads, so that 32 bits are enough for 2^40.
 struct Counts {
   uint32_t above = 0, nans = 0;
 
