@@ -56,7 +56,7 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU in each of these ways ("plain, race").
+# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU in these ways ("plain, race").
 EXECUTED_WAYS = tuple(way for part in os.environ.get("CRAM_KERNELS_EXECUTED_WAYS", "").split(",") if (way := part.strip()))
 assert set(EXECUTED_WAYS) <= set(WAYS), f"CRAM_KERNELS_EXECUTED_WAYS: wanted some of {', '.join(WAYS)}; found {', '.join(EXECUTED_WAYS)}"
 CUDA_EXECUTED = bool(EXECUTED_WAYS) and why_not_executed() is None
@@ -108,7 +108,7 @@ def executed(cuda_library: Executor) -> Iterator[Executor]:
 
 @pytest.fixture
 def executed_in_all_ways(executed: Executor) -> Executor:
-    """`executed`, whose `compare.check` runs an op plainly, as a graph, with race detection, with weak memory, in other orders and on other grids."""
+    """`executed`, whose `compare.check` runs an op in all ways: as a graph, with race detection, weak memory, other orders and grids."""
     executed.variants = tuple(WAYS)
     return executed
 

@@ -13,7 +13,7 @@ from test_schema import SAMPLES
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.cuda_static.traffic import OPS  # noqa: E402
+from benchmarks.cuda_static.traffic import OPS
 
 
 def test_libtorch_is_needed(executed) -> None:
