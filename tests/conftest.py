@@ -28,6 +28,13 @@ if TRITON_EXECUTED:
     from triton_executor import Compiled
 
     LAYOUTS.update(SHORTER)
+# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU in these ways ("plain, race"):
+# plainly with the sizes that every backend gets, in other ways with shorter ones.
+EXECUTED_WAYS = tuple(way for part in os.environ.get("CRAM_KERNELS_EXECUTED_WAYS", "").split(",") if (way := part.strip()))
+assert set(EXECUTED_WAYS) <= set(WAYS), f"CRAM_KERNELS_EXECUTED_WAYS: wanted some of {', '.join(WAYS)}; found {', '.join(EXECUTED_WAYS)}"
+CUDA_EXECUTED = bool(EXECUTED_WAYS) and why_not_executed() is None
+if CUDA_EXECUTED and EXECUTED_WAYS != ("plain",):
+    LAYOUTS.update(SHORTER)
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 
@@ -56,10 +63,6 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU in these ways ("plain, race").
-EXECUTED_WAYS = tuple(way for part in os.environ.get("CRAM_KERNELS_EXECUTED_WAYS", "").split(",") if (way := part.strip()))
-assert set(EXECUTED_WAYS) <= set(WAYS), f"CRAM_KERNELS_EXECUTED_WAYS: wanted some of {', '.join(WAYS)}; found {', '.join(EXECUTED_WAYS)}"
-CUDA_EXECUTED = bool(EXECUTED_WAYS) and why_not_executed() is None
 RUNNABLE = [name for name in BACKENDS if name == "cpu" or why_missing(name) is None]
 
 
