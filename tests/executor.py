@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,15 @@ def why_missing() -> str | None:
         return "CRAM_KERNELS_PTXEMU does not name a PTX executor"
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
+    if torch.version.cuda is not None and f"release {torch.version.cuda.split('.')[0]}." in nvcc_version():
+        return "this torch has loaded the libcudart that the executor stands in for: a torch without CUDA executes device code"
     if not (ROOT / "native_build.py").exists():
         return "not run from a source checkout"
     return None
+
+
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
 
 
 class Memory(TorchDispatchMode):
