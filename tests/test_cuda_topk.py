@@ -52,6 +52,13 @@ def test_a_warp_of_many_chunks(executed_in_all_ways) -> None:
     check(executed_in_all_ways, "perturb_topk_", arguments_of(case, "half"))
 
 
+def test_nans_of_dense_tensors_are_their_own(executed) -> None:
+    """A block that goes from a dense tensor to one of a set leaves behind what it has counted there."""
+    executed.variants = ("one block",)
+    arguments = perturb(Drawn("nonfinite", [Spec((5000,)), Spec((3000,))]))
+    check(executed, "perturb_topk_", arguments | {"sets": [-1, 0], "k": torch.tensor([2000])})
+
+
 def test_fallback_in_all_ways(executed_in_all_ways) -> None:
     for variant in ("amp", "masters"):
         arguments = perturb(MEDIUM._replace(values="narrow"), variant)
