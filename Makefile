@@ -60,10 +60,13 @@ test-tsan: setup
 	$(BIN)/python native_build.py --harness build/tsan thread
 	build/tsan/harness
 
-# All op tests on the CUDA library, whose device code an executor of PTX runs on the CPU (CRAM_KERNELS_PTXEMU); `make test` runs some, in more ways.
+# All op tests on the CUDA library, whose device code an executor of PTX runs on the CPU (CRAM_KERNELS_PTXEMU), in some of the ways of
+# tests/executor.py: make test-executed WAYS='race, one block' THREADS=128. `make test` runs some of the tests, in all ways.
+WAYS ?= plain
+THREADS ?= 256
 test-executed: setup
 	@test -n "$$CRAM_KERNELS_PTXEMU" || { echo "CRAM_KERNELS_PTXEMU does not name a PTX executor"; exit 1; }
-	CRAM_KERNELS_ALL_EXECUTED_TESTS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -k cuda_executed $(EXECUTED_TESTS) $(ARGS)
+	CRAM_KERNELS_EXECUTED_WAYS='$(WAYS)' CRAM_KERNELS_EXECUTED_THREADS=$(THREADS) $(BIN)/python -m pytest -q -p no:cacheprovider -k cuda_executed $(EXECUTED_TESTS) $(ARGS)
 
 # What nvcc makes of the kernels, for every arch; no GPU needed. The machine code is read with cuobjdump: the toolkit's, or the one in triton's wheel.
 cuda-static: setup

@@ -1,7 +1,7 @@
 """Compiles the native libraries: writes a build.ninja and runs it. Used by setup.py; importable without torch.
 
 By hand: python native_build.py FOLDER [address | undefined | thread]; before FOLDER, --harness for tests/native/harness.cpp alone,
---executed for the CUDA library as an executor of PTX runs it.
+--executed for the CUDA library as an executor of PTX runs it; behind its FOLDER, threads of a block: 128 | 256 | 512.
 """
 
 import os
@@ -208,16 +208,20 @@ def build(package: Path, sanitize: str = "") -> None:
     ninja.run("native")
 
 
-def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str) -> str:
+def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str, defines: str = "") -> str:
     """Kernels and launchers, their registration, and the checks that every backend shares."""
     glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp", CSRC / "check_pack.cpp"]
-    objects = [ninja.compile(source) for source in cuda_sources()] + [ninja.compile(source, stable_abi) for source in glue]
+    objects = [ninja.compile(source, defines) for source in cuda_sources()] + [
+        ninja.compile(source, f"{stable_abi} {defines}") for source in glue
+    ]
     # A torch without CUDA has nothing in libtorch.so, which the linker would leave out; in one with CUDA it brings libtorch_cuda.so.
     return ninja.link(folder / "libcram_kernels_cuda.so", objects, f"-Xlinker --no-as-needed {libtorch}", rule="link_cuda")
 
 
-def build_executed(folder: Path) -> None:
+def build_executed(folder: Path, threads: str = "256") -> None:
     """Compile into `folder` the CUDA library as PTX alone and a stand-in for libtorch_cuda, for tests that execute the PTX on the CPU.
+
+    threads: of a block; other sizes than the package's are for tests alone.
 
     Raises:
         BuildError: torch, a compiler or nvcc is missing.
@@ -228,10 +232,10 @@ def build_executed(folder: Path) -> None:
     ninja = Ninja(compiler(), gpu="-arch=compute_80 -code=compute_80 --no-compress")
     torch = require_torch()
     folder.mkdir(parents=True, exist_ok=True)
-    link_cuda(ninja, folder, stable_abi_flags(torch), libtorch_flags(torch))
+    link_cuda(ninja, folder, stable_abi_flags(torch), libtorch_flags(torch), f"-DCRAM_BLOCK_THREADS={threads}")
     stand_in = ninja.compile(ROOT / "tests" / "native" / "libtorch_cuda.cpp", stable_abi_flags(torch))
     ninja.link(folder / "libtorch_cuda_stand_in.so", [stand_in], "-shared")
-    ninja.run("executed")
+    ninja.run(f"executed-{threads}")
 
 
 def build_harness(folder: Path, sanitize: str = "") -> None:

@@ -28,6 +28,13 @@ if TRITON_EXECUTED:
     from triton_executor import Compiled
 
     LAYOUTS.update(SHORTER)
+# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU in these ways ("plain, race"):
+# plainly with the sizes that every backend gets, in other ways with shorter ones.
+EXECUTED_WAYS = tuple(way for part in os.environ.get("CRAM_KERNELS_EXECUTED_WAYS", "").split(",") if (way := part.strip()))
+assert set(EXECUTED_WAYS) <= set(WAYS), f"CRAM_KERNELS_EXECUTED_WAYS: wanted some of {', '.join(WAYS)}; found {', '.join(EXECUTED_WAYS)}"
+CUDA_EXECUTED = bool(EXECUTED_WAYS) and why_not_executed() is None
+if CUDA_EXECUTED and EXECUTED_WAYS != ("plain",):
+    LAYOUTS.update(SHORTER)
 SIMD_LEVELS = ("portable", "avx2", "avx512")
 
 
@@ -56,8 +63,6 @@ class Backend:
             _native.host.set_simd_level(variant)
 
 
-# `make test-executed`: the CUDA library takes part in every op test, its device code executed on the CPU.
-CUDA_EXECUTED = os.environ.get("CRAM_KERNELS_ALL_EXECUTED_TESTS") == "1" and why_not_executed() is None
 RUNNABLE = [name for name in BACKENDS if name == "cpu" or why_missing(name) is None]
 
 
@@ -69,7 +74,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield Compiled(("plain",))
         return
     if name == "cuda_executed":
-        yield request.getfixturevalue("executed")
+        library = request.getfixturevalue("executed")
+        library.select(EXECUTED_WAYS[0])
+        library.variants = EXECUTED_WAYS
+        yield library
         return
     assert why_missing(name) is None
     if name != "cpu":
@@ -109,7 +117,7 @@ def executed(cuda_library: Executor) -> Iterator[Executor]:
 
 @pytest.fixture
 def executed_in_all_ways(executed: Executor) -> Executor:
-    """`executed`, whose `compare.check` runs an op plainly, with race detection, with weak memory, in other orders and on other grids."""
+    """`executed`, whose `compare.check` runs an op in all ways: as a graph, with race detection, weak memory, other orders and grids."""
     executed.variants = tuple(WAYS)
     return executed
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,19 @@ from cram_kernels import backend, ops
 FOLDER = os.environ.get("CRAM_KERNELS_PTXEMU")
 ROOT = Path(__file__).parent.parent
 
+BLOCK_THREADS = os.environ.get("CRAM_KERNELS_EXECUTED_THREADS", "256")  # of the library that is built and executed
+
 CHECK, RACE, PREEMPT, SHUFFLE, PREEMPT_ALL, WEAK = 1, 2, 4, 8, 32, 64
-WAYS = {  # name -> environment of the executor
+WAYS = {  # name -> environment of the executor; a card of no multiprocessor gets the smallest grid, of one block
     "plain": {"PTXEMU_FLAGS": CHECK},
+    "captured": {"PTXEMU_FLAGS": CHECK},  # each call into a graph, which is then replayed
     "race": {"PTXEMU_FLAGS": CHECK | RACE},
     "weak": {"PTXEMU_FLAGS": CHECK | WEAK, "PTXEMU_SMS": 3},
     "shuffled": {"PTXEMU_FLAGS": CHECK | WEAK | SHUFFLE | PREEMPT_ALL, "PTXEMU_SEED": 1, "PTXEMU_THREADS": 2},
-    "one block": {"PTXEMU_FLAGS": CHECK | RACE | SHUFFLE | PREEMPT, "PTXEMU_SEED": 2, "PTXEMU_SMS": 1},
+    "one sm": {"PTXEMU_FLAGS": CHECK | RACE | SHUFFLE | PREEMPT, "PTXEMU_SEED": 2, "PTXEMU_SMS": 1},
+    "one block": {"PTXEMU_FLAGS": CHECK | RACE, "PTXEMU_SMS": 0},
 }
+THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: what would synchronize, or allocate past torch, breaks the capture
 
 
 def why_missing() -> str | None:
@@ -40,9 +46,15 @@ def why_missing() -> str | None:
         return "CRAM_KERNELS_PTXEMU does not name a PTX executor"
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
+    if torch.version.cuda is not None and f"release {torch.version.cuda.split('.')[0]}." in nvcc_version():
+        return "this torch has loaded the libcudart that the executor stands in for: a torch without CUDA executes device code"
     if not (ROOT / "native_build.py").exists():
         return "not run from a source checkout"
     return None
+
+
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
 
 
 class Memory(TorchDispatchMode):
@@ -85,18 +97,21 @@ class Executor:
 
         import native_build
 
-        folder = ROOT / "build" / "executed"
+        folder = ROOT / "build" / f"executed-{BLOCK_THREADS}"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:  # for pytest's other workers
             fcntl.flock(lock, fcntl.LOCK_EX)
-            native_build.build_executed(folder)
+            native_build.build_executed(folder, BLOCK_THREADS)
+        self.library = folder / "libcram_kernels_cuda.so"
         self.cudart = ptxemu.Cudart()
         self.torch_cuda = ctypes.CDLL(str(folder / "libtorch_cuda_stand_in.so"), mode=ctypes.RTLD_GLOBAL)
-        torch.ops.load_library(str(folder / "libcram_kernels_cuda.so"))
+        torch.ops.load_library(str(self.library))
         self.memory = Memory(self)
         self.environment: dict[str, str] = {}
+        self.captures = False
 
     def select(self, way: str) -> None:
+        self.captures = way == "captured"
         for name in self.environment:
             del os.environ[name]
         self.environment = {name: str(value) for name, value in WAYS[way].items()}
@@ -131,11 +146,41 @@ class Executor:
     def __call__(self, op: str, arguments: dict[str, Any]) -> Any:
         try:
             with self.known(arguments):
-                result = self.enqueue(op, arguments)
+                result = self.replayed(op, arguments) if self.captures else self.enqueue(op, arguments)
                 self.cudart.synchronize()
                 return result
         finally:
             self.memory.forget()
+
+    def replayed(self, op: str, arguments: dict[str, Any]) -> Any:
+        """The op's result, from one launch of the graph that its call became."""
+        with self.stream() as stream:
+            with self.captured(stream) as graph:
+                result = self.enqueue(op, arguments)
+            with self.instance(graph) as ready:
+                self.cudart.check(self.cudart.lib.cudaGraphLaunch(ready, stream))
+        return result
+
+    @contextlib.contextmanager
+    def captured(self, stream: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
+        """What is put on the stream meanwhile is not done: it is the graph's, once this ends."""
+        graph, runtime = ctypes.c_void_p(), self.cudart
+        runtime.check(runtime.lib.cudaStreamBeginCapture(stream, THREAD_LOCAL))
+        try:
+            yield graph
+        finally:
+            runtime.check(runtime.lib.cudaStreamEndCapture(stream, ctypes.byref(graph)))
+
+    @contextlib.contextmanager
+    def instance(self, graph: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
+        """The graph, ready to launch; it ends with this."""
+        ready, runtime = ctypes.c_void_p(), self.cudart
+        runtime.check(runtime.lib.cudaGraphInstantiate(ctypes.byref(ready), graph, ctypes.c_ulonglong(0)))
+        try:
+            yield ready
+        finally:
+            runtime.check(runtime.lib.cudaGraphExecDestroy(ready))
+            runtime.check(runtime.lib.cudaGraphDestroy(graph))
 
     def reset(self) -> None:
         """After a fault, which sticks as on a device."""

@@ -1,9 +1,7 @@
 """Bad input to the CUDA library is refused by the checks that every backend shares, before anything is launched."""
 
-import ctypes
-
 import pytest
-from capture import THREAD_LOCAL, nodes
+from capture import nodes
 from compare import check
 from executor import CudaOps
 from test_bad_input import assert_refused, mistakes_of
@@ -16,14 +14,12 @@ from cram_kernels import backend
 def test_wrong(executed, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """Lengths, dtypes, shapes, strides, other devices ... of each argument in turn, while a stream is captured that stays empty."""
     monkeypatch.setattr(backend, "select", lambda tensors: CudaOps())
-    runtime, graph, tried = executed.cudart, ctypes.c_void_p(), 0
-    with executed.stream() as stream:
-        runtime.check(runtime.lib.cudaStreamBeginCapture(stream, THREAD_LOCAL))
+    tried = 0
+    with executed.stream() as stream, executed.captured(stream) as graph:
         for argument, value in SAMPLES[op]().items():
             for wrong in mistakes_of(op, argument, value).values():
                 assert_refused(op, argument, SAMPLES[op]() | {argument: wrong})
                 tried += 1
-        runtime.check(runtime.lib.cudaStreamEndCapture(stream, ctypes.byref(graph)))
     assert tried > 5 and nodes(executed, graph) == 0
 
 

@@ -64,12 +64,15 @@ def test_faults(kernels: dict[str, cubin.Kernel]) -> None:
     assert report.faults([kernels["copy4 80"]], (COPY,)) == ["copy: no kernel named copy16 was compiled"]
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Sabotaged kernels, one that spills and one whose accesses are narrow, make the command end with a fault that names them."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
+    monkeypatch.setattr(command, "OPS", (replace(COPY, kernels=("copy4",)),))
     assert command.main(["--archs", "90", "--sources", str(SOURCE), "--out", str(tmp_path)]) == command.FAULT
     printed = capsys.readouterr().out
-    assert "FAULT: spills on sm_90 spills" in printed and "PREDICTION, not a measurement" in printed
+    assert "FAULT: spills on sm_90 spills" in printed and "FAULT: copy4 on sm_90: copy wants 1 loads of 16 bytes" in printed
+    assert "PREDICTION, not a measurement" in printed
     record = json.loads((tmp_path / "cuda_static.json").read_text())
     assert {row["name"] for row in record["kernels"]} == {"copy16", "copy4", "spills"} and record["faults"]
 

@@ -47,9 +47,16 @@ def test_in_all_ways(executed_in_all_ways, variant: str) -> None:
 
 def test_a_warp_of_many_chunks(executed_in_all_ways) -> None:
     """On a card of one SM, as on any with a large list, a warp that sets wrong guesses right goes from one chunk to the next."""
-    executed_in_all_ways.variants = ("one block",)
+    executed_in_all_ways.variants = ("one sm", "one block")
     case = Drawn("normal", [Spec((500, 700)), Spec((99,), torch.bfloat16)])
     check(executed_in_all_ways, "perturb_topk_", arguments_of(case, "half"))
+
+
+def test_nans_of_dense_tensors_are_their_own(executed) -> None:
+    """A block that goes from a dense tensor to one of a set leaves behind what it has counted there."""
+    executed.variants = ("one block",)
+    arguments = perturb(Drawn("nonfinite", [Spec((5000,)), Spec((3000,))]))
+    check(executed, "perturb_topk_", arguments | {"sets": [-1, 0], "k": torch.tensor([2000])})
 
 
 def test_fallback_in_all_ways(executed_in_all_ways) -> None:

@@ -1,7 +1,10 @@
 """`python -m cram_kernels verify-gpu`, as far as it goes without a GPU: every line of it but those that talk to CUDA."""
 
+import argparse
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +17,37 @@ from cram_kernels.verify.report import FAILED, NOT_RUN, PASSED, Report, Section
 ALL_BUT_TESTS = ["--only", *(step for step in command.STEPS if step != "tests")]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: verify-gpu verifies it")
+REASON = "there is a GPU here: verify-gpu verifies it"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason=REASON)
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["verify-gpu"]) == command.CANNOT_RUN
     assert "finds no CUDA device; `--dry-run` executes what needs none" in capsys.readouterr().out
 
 
-def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that end at once; `test_the_command_of_the_selection_runs` starts a real one."""
+
+    def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
+        log.touch()
+        return 0
+
+    monkeypatch.setattr(programs, "run", run)
+
+
+def test_dry_run(quick, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.OK, capsys.readouterr().out
     assert "DRY RUN: no GPU was used" in capsys.readouterr().out
     record = json.loads((tmp_path / "dry_run.json").read_text())
-    assert record["dry_run"] and len(record["sections"]) == 14
+    sections = [s for s in record["sections"] if not s["step"].startswith("tests")]
+    watched = [s["why"] for s in sections if s["step"].startswith("sanitizers")]
+    assert record["dry_run"] and len(watched) == 4 * len(programs.OPS) and len(sections) - len(watched) == 17
     assert not [s for s in record["sections"] if s["status"] in (PASSED, FAILED)]  # nothing passed on a GPU, nothing broke
-    commands = [s["why"] for s in record["sections"] if s["name"].startswith("compute-sanitizer")]
-    assert [tool in line for tool, line in zip(programs.TOOLS, commands, strict=True)] == [True] * 4
+    for tool in programs.TOOLS:
+        lines = " ".join(line for line in watched if f"--tool {tool}" in line)
+        assert all(op in lines for op in problems.PROBLEMS)
     (times,) = [s["rows"] for s in record["sections"] if s["name"].startswith("bandwidth")]
     assert len(times) == len(bandwidth.TRAFFIC) * 3
     assert {row[column] for row in times for column in row if column not in ("op", "backend", "dtype", "bytes a weight")} == {"dry run"}
@@ -53,7 +73,7 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     dry = machine.Dry()
     monkeypatch.setattr(problems, "call", wrong)
-    for check, names in ((checks.bits, 6), (checks.graphs, 2), (checks.streams, 1), (checks.selection, 1)):
+    for check, names in ((checks.bits, 4), (checks.graphs, 2), (checks.streams, 1), (checks.selection, 1)):
         section = check(dry)
         bad = [row["what"] for row in section.rows if row["elements that differ"]]
         assert section.status == FAILED and len(bad) == names and all("restore_sgd_" in what for what in bad), section
@@ -61,38 +81,77 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.second_device([dry]).status == report.ABSENT
 
 
-def test_a_section_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checks, "bits", lambda machine: 1 / 0)
-    monkeypatch.setattr(programs, "sanitizers", lambda out, dry_run: [])
-    monkeypatch.setattr(command, "bandwidth", lambda machine: Section("bandwidth"))
-    monkeypatch.setattr(command, "launches", lambda machine: Section("launches"))
+def test_a_section_that_raises_fails_alone(quick, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checks, "bits", lambda machine, size: 1 / 0)
+    monkeypatch.setattr(checks, "SIZES", ("many",))
+    monkeypatch.setattr(command, "bandwidth", lambda machine, name: Section("bandwidth"))
+    monkeypatch.setattr(command, "launches", lambda machine, name: Section("launches"))
     assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.NOT_VERIFIED
     sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
-    (first,) = [s for s in sections if s["step"] == "bits"]
-    others = [s for s in sections if s["step"] != "bits"]
-    assert first["status"] == FAILED and "ZeroDivisionError" in first["why"] and FAILED not in [s["status"] for s in others]
+    (raised,) = [s for s in sections if s["step"].startswith("bits: ")]
+    assert raised["status"] == FAILED and "ZeroDivisionError" in raised["why"]
+    assert FAILED not in [s["status"] for s in sections if s is not raised]
 
 
-def test_steps_of_several_runs_make_one_report(tmp_path: Path) -> None:
+def test_steps_of_several_runs_make_one_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For a machine that stops a command after some minutes. What never ran is no success."""
 
-    def run(*steps: str) -> dict[str, str]:
-        cli.main(["verify-gpu", "--dry-run", "--out", str(tmp_path), "--only", *steps])
+    def run(*arguments: str) -> dict[str, str]:
+        cli.main(["verify-gpu", "--dry-run", "--out", str(tmp_path), *arguments])
         return {s["step"]: s["status"] for s in json.loads((tmp_path / "dry_run.json").read_text())["sections"]}
 
-    assert run("devices")["devices"] == report.DRY
-    both = run("streams")
-    assert set(both) == set(command.STEPS) and [step for step, status in both.items() if status == NOT_RUN] == [
-        step for step in command.STEPS if step not in ("devices", "streams")
-    ]
-    made = Report(False, [{"GPU": "another"}])
+    assert run("--only", "devices")["devices"] == report.DRY
+    both = run("--only", "launches")
+    assert {step.split(":")[0] for step in both} == set(command.STEPS)
+    assert {step for step, status in both.items() if status != NOT_RUN} == {"devices", "launches: cpu"}
+    monkeypatch.setattr(checks, "second_device", lambda found: 1 / 0)
+    assert run("--only", "devices", "launches", "--continue") == both  # nothing is left to do
+    monkeypatch.setattr(report, "hash_of_code", lambda: "of other code")
+    changed = run("--only", "devices", "--continue")
+    assert changed["devices"] == FAILED and changed["launches: cpu"] == NOT_RUN
+
+
+@pytest.mark.parametrize("gpu, code, taken", [("one", "this", ["bits"]), ("another", "this", []), ("one", "other", [])])
+def test_results_of_other_machines_and_code_are_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: str, code: str, taken: list
+) -> None:
+    monkeypatch.setattr(report, "hash_of_code", lambda: "this")
+    made = Report(False, [{"GPU": "one"}])
     made.put("bits", [Section("bits")])
     made.write(tmp_path)
-    other = Report(False, [{"GPU": "imagined"}])
-    other.take_over(tmp_path)  # of another machine
-    assert other.sections == []
-    made.take_over(tmp_path)
-    assert [s.step for s in made.sections] == ["bits"]
+    monkeypatch.setattr(report, "hash_of_code", lambda: code)
+    later = Report(False, [{"GPU": gpu}])
+    later.take_over(tmp_path)
+    assert [s.step for s in later.sections] == taken
+
+
+def test_the_hash_sees_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = [tmp_path / name for name in ("cram_kernels/verify/report.py", "csrc/cuda/a.cu", "tests/test_it.py")]
+    for path in [*sources, tmp_path / "docs" / "a.py"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    monkeypatch.setattr(report, "__file__", str(sources[0]))
+    seen = [report.hash_of_code()]
+    for path in sources:
+        path.write_text("after")
+        seen.append(report.hash_of_code())
+    (tmp_path / "docs" / "a.py").write_text("after")
+    assert len(set(seen)) == 4 and report.hash_of_code() == seen[-1]
+
+
+def test_a_report_is_written_after_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What stops the process in one part loses that part alone."""
+
+    def stopped(found: list) -> Section:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "second_device", stopped)
+    monkeypatch.setattr(checks, "SIZES", ("many",))
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["verify-gpu", "--dry-run", "--out", str(tmp_path), "--only", "streams", "devices", "bandwidth"])
+    sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
+    assert {s["step"]: s["status"] for s in sections if s["status"] != NOT_RUN} == {"streams: many": report.DRY}
+    assert "| two streams, many" in (tmp_path / "dry_run.md").read_text()
 
 
 def test_a_backend_that_is_missing_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,40 +170,75 @@ def test_verdict(tmp_path: Path, status: str, verdict: str) -> None:
     assert json.loads(record.read_text())["verdict"] == verdict
 
 
-def test_the_tests_are_run(tmp_path: Path) -> None:
-    folder = tmp_path / "tests"
-    assert "no tests in" in programs.tests(folder, tmp_path, False).why and programs.tests(folder, tmp_path, False).status == NOT_RUN
+def test_a_file_of_tests_is_run(tmp_path: Path) -> None:
+    folder, file = tmp_path / "tests", tmp_path / "tests" / "test_it.py"
     folder.mkdir()
     (folder / "conftest.py").touch()
-    (folder / "test_it.py").write_text("import pytest\ndef test_good(): pass\n@pytest.mark.skip(reason='no')\ndef test_skipped(): pass\n")
-    section = programs.tests(folder, tmp_path / "out", False)
+
+    def run(text: str, dry_run: bool = False) -> Section:
+        file.write_text(f"import pytest\n{text}\n")
+        return programs.tests(file, tmp_path / "out", dry_run, 100)
+
+    good = "def test_good(): pass"
+    section = run(f"{good}\n@pytest.mark.skip(reason='there is a GPU here: x')\ndef test_skipped(): pass")
     assert section.status == PASSED and section.rows == [
         {"tests": 2, "failures": 0, "errors": 0, "skipped": 1},
-        {"skipped": "no", "tests": 1},
+        {"skipped": "there is a GPU here: x", "tests": 1, "allowed": True},
     ]
-    assert programs.tests(folder, tmp_path / "out", True).why == "dry run: collected only"
-    (folder / "test_it.py").write_text("import pytest\n@pytest.mark.skip(reason='no')\ndef test_on_a_gpu(): pass\n")
-    section = programs.tests(folder, tmp_path / "out", False)
-    assert section.status == NOT_RUN and "on_a_gpu was skipped" in section.why
-    (folder / "test_it.py").write_text("def test_bad(): assert False\n")
-    section = programs.tests(folder, tmp_path / "out", False)
-    assert (
-        section.status == FAILED
-        and "tests.log, which ends: " in section.why
-        and "1 failed" in section.why
-        and section.rows[0]["failures"] == 1
-    )
+    assert run(good, dry_run=True).why == "dry run: collected only"
+    section = run(f"{good}\n@pytest.mark.skip(reason='no CUDA device')\ndef test_on_a_gpu(): pass")
+    assert section.status == NOT_RUN and "should run them: 1" in section.why and section.rows[1]["allowed"] is False
+    section = run("pytest.importorskip('no_such_package')")
+    assert section.status == NOT_RUN and "should run them: 1" in section.why
+    assert run("").status == NOT_RUN
+    section = run("def test_bad(): assert False")
+    assert section.status == FAILED and "test_it.log, which ends: " in section.why and "1 failed" in section.why
+    assert section.rows[0]["failures"] == 1
+
+
+def test_what_takes_too_long_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    sleeper = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    start = time.monotonic()
+    assert programs.run([sys.executable, "-c", sleeper], tmp_path, tmp_path / "log", 3.0) == programs.TIMED_OUT
+    assert time.monotonic() - start < 30
+    state = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat")
+    time.sleep(0.5)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_every_file_of_tests_is_a_part(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    parts = {name for name in command.steps(parser.parse_args(["--dry-run"]), [machine.Dry()], tmp_path) if name.startswith("tests: ")}
+    own = Path(__file__).parent
+    assert parts == {f"tests: {file.name}" for file in own.glob("test_*.py") if file not in own.glob("test_cuda_*.py")}
+    assert "tests: test_topk.py" in parts and len(list(own.glob(programs.ELSEWHERE))) > 5
+    (section,) = command.steps(parser.parse_args(["--tests", str(tmp_path)]), [machine.Dry()], tmp_path)["tests"]()
+    assert section.status == NOT_RUN and f"no tests in {tmp_path}" in section.why
+
+
+def test_skips_are_allowed_by_name() -> None:
+    """Every reason that is allowed is one that some test gives."""
+    given = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py") if path.name != Path(__file__).name) + REASON
+    assert [reason for reason in programs.ALLOWED_SKIPS if reason not in given] == []
+    assert not programs.is_allowed("no CUDA device: run these tests on a machine with an NVIDIA GPU")
 
 
 def test_sanitizers_are_judged_by_their_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(tool: str, limit: float = 100) -> str:
+        return programs.sanitizer(tool, ("restore_",), "other", tmp_path, False, limit).status
+
     monkeypatch.setattr(programs, "find_sanitizer", lambda: None)
-    assert {s.status for s in programs.sanitizers(tmp_path, False)} == {NOT_RUN}
+    assert run("memcheck") == NOT_RUN
     program = tmp_path / "compute-sanitizer"
-    program.write_text(f'#!/bin/sh\necho "$@"\n[ "$2" != racecheck ] || exit {programs.SANITIZER_ERROR}\n')
+    found, slow = f"[ $2 != racecheck ] || exit {programs.SANITIZER_ERROR}", "[ $2 != synccheck ] || sleep 60"
+    program.write_text(f'#!/bin/sh\necho "$@"\n{found}\n{slow}\n')
     program.chmod(0o755)
     monkeypatch.setattr(programs, "find_sanitizer", lambda: str(program))
-    assert [s.status for s in programs.sanitizers(tmp_path, False)] == [PASSED, FAILED, PASSED, PASSED]
-    assert "--tool initcheck --error-exitcode 86 --target-processes all" in (tmp_path / "initcheck.log").read_text()
+    assert [run(tool) for tool in ("memcheck", "racecheck", "initcheck")] == [PASSED, FAILED, PASSED]
+    assert run("synccheck", limit=1) == NOT_RUN
+    log = (tmp_path / "initcheck_other.log").read_text()
+    assert "--tool initcheck --error-exitcode 86 --target-processes all" in log and "cram_kernels.verify.selection restore_" in log
 
 
 def test_timing_takes_the_buffers_in_turn() -> None:
@@ -171,5 +265,5 @@ def test_the_names_that_a_gpu_is_asked_for_exist() -> None:
 
 
 def test_the_command_of_the_selection_runs(tmp_path: Path) -> None:
-    result = subprocess.run([*programs.SELECTION, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([*programs.SELECTION, "--dry-run", "perturb_topk_"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "perturb_topk_" in result.stdout, result.stderr

@@ -34,14 +34,13 @@ MASKED = set(TRAFFIC) - {"restore_", "grad_norm"}
 MANY: Shapes = [(8, 8)] * 161  # as many tensors as ResNet-50 has
 
 
-def bandwidth(machine: Machine) -> Section:
-    """A row an op, dtype and backend; launched one by one, and from a captured graph. A missed goal is said, and fails nothing."""
-    section = Section(f"bandwidth on {machine.device}")
+def bandwidth(machine: Machine, name: str) -> Section:
+    """Of a backend: a row an op and dtype; launched one by one, and from a captured graph. A missed goal is said, and fails nothing."""
+    section = Section(f"bandwidth of {name} on {machine.device}")
     shapes = TINY if machine.dry else LARGE
-    for name in machine.backends:
-        for op in TRAFFIC:
-            for dtype in problems.DTYPES:
-                section.rows.append(row(machine, name, op, dtype, shapes))
+    for op in TRAFFIC:
+        for dtype in problems.DTYPES:
+            section.rows.append(row(machine, name, op, dtype, shapes))
     return section
 
 
@@ -56,16 +55,15 @@ def row(machine: Machine, name: str, op: str, dtype: torch.dtype, shapes: Shapes
     return cells(machine.dry, op, name, dtype, moved / weights, moved, eager, graph, copy)
 
 
-def launches(machine: Machine) -> Section:
+def launches(machine: Machine, name: str) -> Section:
     """What launches cost where there is next to nothing to move: kernels' starts, gaps between them, and without a graph the host."""
     shapes = MANY[:3] if machine.dry else MANY
-    section = Section(f"launches for {len(shapes)} tensors of 64 weights on {machine.device}")
-    for name in machine.backends:
-        for op in TRAFFIC:
-            arguments = PROBLEMS[op](Lists(shapes, torch.float32, machine.device))
-            times = in_both_ways(machine, [partial(problems.call, op, arguments, name)], [partial(reset, machine, op, arguments, name)])
-            shown = ["dry run" if machine.dry else f"{1e3 * statistics.median(t):.1f}" for t in times]
-            section.rows.append({"op": op, "backend": name, "us": shown[0], "us, graph": shown[1]})
+    section = Section(f"launches of {name} for {len(shapes)} tensors of 64 weights on {machine.device}")
+    for op in TRAFFIC:
+        arguments = PROBLEMS[op](Lists(shapes, torch.float32, machine.device))
+        times = in_both_ways(machine, [partial(problems.call, op, arguments, name)], [partial(reset, machine, op, arguments, name)])
+        shown = ["dry run" if machine.dry else f"{1e3 * statistics.median(t):.1f}" for t in times]
+        section.rows.append({"op": op, "backend": name, "us": shown[0], "us, graph": shown[1]})
     return section
 
 

@@ -1,5 +1,7 @@
 """What runs in this process: every op against the reference, from a captured graph, on streams of its own, on a second device."""
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -7,11 +9,12 @@ import torch
 from .. import backend
 from . import problems
 from .machine import Machine
-from .problems import LARGE, MANY, PROBLEMS, SMALL, Lists
+from .problems import LARGE, MANY, PROBLEMS, SMALL, Lists, Shapes
 from .report import Section
 
 REPLAYS = 3
-ROUNDS = 10
+SIZES = ("small", "large", "many")
+ROUNDS = {"small": 10, "large": 3, "many": 10}
 Calls = list[tuple[str, problems.Arguments]]  # on shared tensors, one after the other
 
 
@@ -25,43 +28,47 @@ def backends(machine: Machine) -> Section:
     return section
 
 
-def bits(machine: Machine) -> Section:
-    """Every op, every dtype and mixed, equals the reference; torch synchronises nowhere in it. Then with more chunks than a GPU has warps,
-    and with more tensors than a launch takes."""
-    section = Section(f"bits of the reference on {machine.device}")
-    dtypes = [(SMALL, dtype, str(dtype or "mixed")) for dtype in (*problems.DTYPES, None)]
-    large, many = (LARGE[::3], MANY[:60]) if machine.dry else (LARGE, MANY)
-    inputs = [*dtypes, (large, None, "large, mixed"), (many, None, "many, mixed")]
+def bits(machine: Machine, size: str = "small") -> Section:
+    """Every op equals the reference; torch synchronises nowhere in it. Of the small inputs every dtype, and mixed."""
+    section = Section(f"bits of the reference, {size}, on {machine.device}")
     for name in machine.backends:
         for op, make in PROBLEMS.items():
-            for shapes, dtype, what in inputs:
-                arguments = make(Lists(shapes, dtype, machine.device))
+            for dtype in (*problems.DTYPES, None) if size == "small" else (None,):
+                arguments = make(Lists(shapes_of(machine, size), dtype, machine.device))
                 wanted = problems.expected(op, arguments)
                 with machine.no_sync():
                     result = problems.call(op, arguments, name)
+                what = str(dtype or "mixed") if size == "small" else f"{size}, mixed"
                 section.compare(f"{op}, {name}, {what}", problems.differences(together(arguments, result), wanted))
     return section
+
+
+def shapes_of(machine: Machine, size: str) -> Shapes:
+    """large: more chunks than a GPU has warps; many: more tensors than a launch takes. A dry run takes parts of both."""
+    large, many = (LARGE[::3], MANY[:60]) if machine.dry else (LARGE, MANY)
+    return {"small": SMALL, "large": large, "many": many}[size]
 
 
 def together(arguments: Any, result: Any) -> list[torch.Tensor]:
     return [*problems.tensors_of(arguments), *problems.tensors_of(result)]
 
 
-def step(machine: Machine, perturb: str, update: str, seed: int = 0) -> Calls:
+def step(machine: Machine, perturb: str, update: str, seed: int = 0, size: str = "small") -> Calls:
     """A perturb and an update of the same weights."""
-    first = PROBLEMS[perturb](Lists(SMALL, None, machine.device, seed))
-    second = PROBLEMS[update](Lists(SMALL, None, machine.device, seed + 100))
+    shapes = shapes_of(machine, size)
+    first = PROBLEMS[perturb](Lists(shapes, None, machine.device, seed))
+    second = PROBLEMS[update](Lists(shapes, None, machine.device, seed + 100))
     return [(perturb, first), (update, second | {role: first[role] for role in ("params", "saved", "masks", "perturbed")})]
 
 
-def graphs(machine: Machine) -> Section:
+def graphs(machine: Machine, size: str = "small") -> Section:
     """A captured perturb and update, replayed with new gradients: the bits of as many calls of the reference."""
-    section = Section(f"captured graphs on {machine.device}")
+    section = Section(f"captured graphs, {size}, on {machine.device}")
+    pairs = list(product(("perturb_topk_", "perturb_nm_"), ("restore_sgd_", "restore_adam_")))
     for name in machine.backends:
-        for update in ("restore_sgd_", "restore_adam_"):
-            for perturb in ("perturb_topk_", "perturb_nm_"):
-                wrong = replayed(machine, name, step(machine, perturb, update))
-                section.compare(f"{perturb} + {update}, {name}, {REPLAYS} replays", wrong)
+        for perturb, update in pairs if size == "small" else pairs[::3]:
+            wrong = replayed(machine, name, step(machine, perturb, update, size=size))
+            section.compare(f"{perturb} + {update}, {name}, {REPLAYS} replays", wrong)
     return section
 
 
@@ -123,23 +130,25 @@ def new_gradients(arguments: problems.Arguments, own: problems.Arguments, seed: 
         t.copy_(twin)
 
 
-def streams(machine: Machine) -> Section:
+def streams(machine: Machine, size: str = "small") -> Section:
     """Two steps on two streams at once, again and again: neither sees the other."""
-    section = Section(f"two streams on {machine.device}")
+    section = Section(f"two streams, {size}, on {machine.device}")
+    rounds = 2 if machine.dry else ROUNDS[size]
     for name in machine.backends:
-        pair = [step(machine, "perturb_topk_", "restore_sgd_", seed) for seed in (1, 2)]
+        pair = [step(machine, "perturb_topk_", "restore_sgd_", seed, size) for seed in (1, 2)]
         models = [reference_of(calls) for calls in pair]
         own = [machine.new_stream() for _ in pair]
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for calls, stream in zip(pair, own, strict=True):
                 with stream():
                     for op, arguments in calls:
                         problems.call(op, arguments, name)
+        for _ in range(rounds):  # once the GPU has all its work: between two of its rounds the CPU would leave it idle
             for model in models:
                 run_reference(model)
         machine.synchronize()
         wrong = sum(differences(calls, model) for calls, model in zip(pair, models, strict=True))
-        section.compare(f"perturb_topk_ + restore_sgd_, {name}, {ROUNDS} rounds", wrong)
+        section.compare(f"perturb_topk_ + restore_sgd_, {name}, {rounds} rounds", wrong)
     return section
 
 
@@ -158,12 +167,12 @@ def second_device(found: list[Machine]) -> Section:
     return section
 
 
-def selection(machine: Machine) -> Section:
-    """Short enough for compute-sanitizer: every op once, mixed dtypes."""
+def selection(machine: Machine, ops: Sequence[str] = tuple(PROBLEMS)) -> Section:
+    """Short enough for compute-sanitizer: each op once, mixed dtypes."""
     section = Section("a short selection")
     for name in machine.backends:
-        for op, make in PROBLEMS.items():
-            arguments = make(Lists(SMALL, None, machine.device))
+        for op in ops:
+            arguments = PROBLEMS[op](Lists(SMALL, None, machine.device))
             wanted = problems.expected(op, arguments)
             result = problems.call(op, arguments, name)
             machine.synchronize()

@@ -1,9 +1,12 @@
 """The command `verify-gpu`: its options, its order, its exit status."""
 
 import argparse
+import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 from .. import backend
@@ -24,6 +27,9 @@ STEPS = (
     "sanitizers",
     "tests",
 )  # what takes longest comes last
+LIMIT = 280.0  # seconds
+MOST_WORKERS = 8  # files of tests at a time, each with its share of the GPU's memory
+Runs = dict[str, Callable[[], list[Section]]]  # by the name of a step's part, "graphs: large", or of the step
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=STEPS,
         default=list(STEPS),
         help="some steps; those of an earlier run in the same folder stay in the report, and what never ran is NOT RUN there",
+    )
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="leave out what an earlier run of the same code in the same folder has passed"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="seconds that a process of the tests or of a sanitizer may take; default: %(default)g"
     )
     parser.add_argument("--out", type=Path, default=Path("build/verify_gpu"), help="folder of the report and the logs")
 
@@ -51,47 +63,74 @@ def main(options: argparse.Namespace) -> int:
         return CANNOT_RUN
     out = options.out.resolve()
     report = Report(options.dry_run, [machine.facts() for machine in found])
-    if set(options.only) != set(STEPS):
+    if options.go_on or set(options.only) != set(STEPS):
         report.take_over(out)
-    for step in STEPS:
+    runs = steps(options, found, out)
+    report.sections = [section for section in report.sections if section.step in runs]
+    for step in runs:
         if step not in {section.step for section in report.sections}:
             report.put(step, [Section(step).not_run("not yet, or left out by --only")])
-    runs = steps(options, found, out)
-    for step in (step for step in STEPS if step in options.only):
-        print(f"{step} ...", flush=True)
-        start = time.monotonic()
-        made = guarded(step, runs[step])
+    wanted = {name: run for name, run in runs.items() if name.split(":")[0] in options.only and not (options.go_on and report.done(name))}
+    for step, made, seconds in executed(wanted):
+        print(f"{step}: {seconds:.0f} s", flush=True)
         for section in made:
             if options.dry_run and section.status == PASSED:
                 section.status = DRY
             print(f"  {section.name}: {section.status}{f': {section.why}' if section.why else ''}", flush=True)
             if section.shown() and not options.dry_run:
                 print(*table(section.shown()), sep="\n", flush=True)
-        print(f"  {time.monotonic() - start:.0f} s", flush=True)
         report.put(step, made)
-        paths = report.write(out)  # after every step: a later one may take the process down
+        report.write(out)  # after every part: a later one may take the process down
+    paths = report.write(out)
     print(f"{report.verdict}\n{' '.join(map(str, paths))}")
     return OK if report.ok() else NOT_VERIFIED
 
 
-def steps(options: argparse.Namespace, found: list[Machine], out: Path) -> dict[str, Callable[[], list[Section]]]:
-    first, kinds = found[0], of_each_kind(found)
-    return {
-        "backends": lambda: [checks.backends(machine) for machine in found],
-        "bits": lambda: [on(machine, checks.bits) for machine in found],
-        "graphs": lambda: [on(first, checks.graphs)],
-        "streams": lambda: [on(first, checks.streams)],
-        "devices": lambda: [checks.second_device(found)],
-        "bandwidth": lambda: [on(machine, bandwidth) for machine in kinds],
-        "launches": lambda: [on(machine, launches) for machine in kinds],
-        "sanitizers": lambda: programs.sanitizers(out, options.dry_run),
-        "tests": lambda: [programs.tests(options.tests, out, options.dry_run)],
-    }
+def executed(runs: Runs) -> Iterator[tuple[str, list[Section], float]]:
+    """Each part's sections as soon as it is through, and the seconds it took; one after the other, but for the files of tests."""
+    beside = {name: run for name, run in runs.items() if name.startswith("tests: ")}
+    for name in runs:
+        if name not in beside:
+            print(f"{name} ...", flush=True)
+            yield guarded(name, runs[name])
+    with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+        for future in as_completed([pool.submit(guarded, name, run) for name, run in beside.items()]):
+            yield future.result()
 
 
-def on(machine: Machine, check: Callable[[Machine], Section]) -> Section:
-    with machine.current():
-        return check(machine)
+def steps(options: argparse.Namespace, found: list[Machine], out: Path) -> Runs:
+    first, kinds, dry = found[0], of_each_kind(found), options.dry_run
+    runs: Runs = {"backends": lambda: [checks.backends(machine) for machine in found]}
+    for name, check, under_test in (("bits", checks.bits, found), ("graphs", checks.graphs, [first]), ("streams", checks.streams, [first])):
+        for size in checks.SIZES:
+            runs[f"{name}: {size}"] = partial(on_each, under_test, check, size)
+    runs["devices"] = lambda: [checks.second_device(found)]
+    for name in first.backends:
+        runs[f"bandwidth: {name}"] = partial(on_each, kinds, bandwidth, name)
+    for name in first.backends:
+        runs[f"launches: {name}"] = partial(on_each, kinds, launches, name)
+    for tool in programs.TOOLS:
+        for name, ops in programs.OPS.items():
+            runs[f"sanitizers: {tool}, {name}"] = partial(alone, programs.sanitizer, tool, ops, name, out, dry, options.limit)
+    folder = programs.find_tests(options.tests)
+    for file in programs.test_files(folder):
+        runs[f"tests: {file.name}"] = partial(alone, programs.tests, file.resolve(), out, dry, options.limit)
+    if not any(name.startswith("tests: ") for name in runs):
+        why = f"no tests in {folder}: they come with a source checkout; name its tests folder with --tests"
+        runs["tests"] = lambda: [Section("tests").not_run(why)]
+    return runs
+
+
+def on_each(found: list[Machine], check: Callable[[Machine, str], Section], argument: str) -> list[Section]:
+    made = []
+    for machine in found:
+        with machine.current():
+            made.append(check(machine, argument))
+    return made
+
+
+def alone(run: Callable[..., Section], *arguments: object) -> list[Section]:
+    return [run(*arguments)]
 
 
 def of_each_kind(found: list[Machine]) -> list[Machine]:
@@ -99,10 +138,12 @@ def of_each_kind(found: list[Machine]) -> list[Machine]:
     return list({machine.facts()["GPU"]: machine for machine in reversed(found)}.values())[::-1]
 
 
-def guarded(name: str, run: Callable[[], list[Section]]) -> list[Section]:
-    """A section that raises is a failed one; the others still run."""
+def guarded(name: str, run: Callable[[], list[Section]]) -> tuple[str, list[Section], float]:
+    """A part that raises is a failed one; the others still run."""
+    start = time.monotonic()
     try:
-        return run()
+        made = run()
     except Exception as error:
         traceback.print_exc()
-        return [Section(name, FAILED, f"{type(error).__name__}: {error}")]
+        made = [Section(name, FAILED, f"{type(error).__name__}: {error}")]
+    return name, made, time.monotonic() - start

@@ -1,5 +1,6 @@
 """Sections and the report of them, as Markdown and JSON."""
 
+import hashlib
 import json
 import platform
 from dataclasses import dataclass, field
@@ -8,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ..atomic import replacing
 from ..version import __version__
 
 Row = dict[str, Any]
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 PASSED, FAILED, NOT_RUN, ABSENT, DRY = "passed", "FAILED", "NOT RUN", "absent", "dry run: the code ran, on the CPU"
 
 
@@ -22,7 +25,7 @@ class Section:
     status: str = PASSED
     why: str = ""
     rows: list[Row] = field(default_factory=list)
-    step: str = ""  # of the command, which made it
+    step: str = ""  # of the command, which made it: "graphs", "graphs: large"
 
     def compare(self, what: str, wrong: int) -> None:
         """A comparison with the reference in which `wrong` elements differ."""
@@ -66,7 +69,7 @@ class Report:
         return not any(s.status == FAILED or (s.status == NOT_RUN and not self.dry_run) for s in self.sections)
 
     def markdown(self) -> str:
-        facts = {"cram_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        facts = {name: self.head()[name] for name in ("cram_kernels", "code", "torch", "python")}
         lines = [f"# cram_kernels on a GPU: {self.verdict}", ""]
         lines += [", ".join(f"{name} {value}" for name, value in row.items()) for row in [facts, *self.facts]]
         lines += ["", *table([{"section": s.name, "": s.status, "why": s.why} for s in self.sections])]
@@ -75,6 +78,11 @@ class Report:
                 lines += ["", f"## {section.name}", "", *table(section.rows)]
         return "\n".join([*lines, ""])
 
+    def done(self, step: str) -> bool:
+        """Whether nothing of this step is left to be run: a failure is."""
+        own = [s.status for s in self.sections if s.step == step]
+        return bool(own) and set(own) <= {PASSED, ABSENT, DRY}
+
     def put(self, step: str, sections: list[Section]) -> None:
         """In place of what the report has of this step."""
         for section in sections:
@@ -82,16 +90,17 @@ class Report:
         self.sections = [*(s for s in self.sections if s.step != step), *sections]
 
     def take_over(self, folder: Path) -> None:
-        """The sections of an earlier run, by the same software on the same machines: what runs now replaces its own."""
+        """The sections of an earlier run, of the same code under the same torch on the same machines: what runs now replaces its own."""
         record = self.paths(folder)[1]
         if not record.exists():
             return
         earlier = json.loads(record.read_text())
-        if all(earlier[name] == value for name, value in self.head().items()):
+        if all(earlier.get(name) == value for name, value in self.head().items()):
             self.sections = [Section(**section) for section in earlier["sections"]]
 
     def head(self) -> Row:
-        return {"dry_run": self.dry_run, "cram_kernels": __version__, "torch": torch.__version__, "machines": self.facts}
+        software = {"cram_kernels": __version__, "code": hash_of_code(), "torch": torch.__version__, "python": platform.python_version()}
+        return {"dry_run": self.dry_run} | software | {"machines": self.facts}
 
     def paths(self, folder: Path) -> list[Path]:
         stem = folder / ("dry_run" if self.dry_run else "verify_gpu")
@@ -106,9 +115,20 @@ class Report:
             "sections": [vars(section) for section in self.sections],
         }
         paths = self.paths(folder)
-        paths[0].write_text(self.markdown())
-        paths[1].write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        for path, text in zip(paths, (self.markdown(), json.dumps(record, indent=1, allow_nan=False) + "\n"), strict=True):
+            with replacing("verify-gpu", path) as new:  # whatever stops the process, the last whole report stays
+                new.write_text(text)
         return paths
+
+
+def hash_of_code() -> str:
+    """Of every source of the package, its native code and its tests, as far as they are here: results of other code are not taken over."""
+    root = Path(__file__).parents[2]
+    files = [p for folder in ("cram_kernels", "csrc", "tests") for p in (root / folder).rglob("*") if p.suffix in SOURCES]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def table(rows: list[Row]) -> list[str]:

@@ -1,9 +1,13 @@
-"""Every op once, small, against the reference: what compute-sanitizer watches. `python -m cram_kernels.verify.selection [--dry-run]`."""
+"""Some ops, or all, once against the reference, small: what compute-sanitizer watches.
+
+python -m cram_kernels.verify.selection [--dry-run] [OP ...]
+"""
 
 import sys
 
 from . import checks
 from .machine import machines
+from .problems import PROBLEMS
 
 
 def main(argv: list[str]) -> int:
@@ -11,7 +15,7 @@ def main(argv: list[str]) -> int:
     if not found:
         print("no GPU")
         return 2
-    section = checks.selection(found[0])
+    section = checks.selection(found[0], [op for op in argv if op != "--dry-run"] or list(PROBLEMS))
     wrong = [row for row in section.rows if row["elements that differ"]]
     print(*section.rows, sep="\n")
     return 1 if wrong else 0

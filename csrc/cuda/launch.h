@@ -19,20 +19,18 @@ inline void require_success(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": CUDA says " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
 
-// Blocks of kThreads of this kernel that the current device runs at a time.
+// Blocks of kThreads of this kernel that the current device runs at a time. Only what takes time to find out is remembered: tests change the number
+// of multiprocessors.
 inline int64_t resident_blocks(const void* kernel, const char* name) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int64_t> known;
-  int device = 0, processors = 0, blocks = 0;
+  static std::map<std::pair<const void*, int>, int> known;  // blocks of a multiprocessor
+  int device = 0, processors = 0;
   require_success(cudaGetDevice(&device), name);
+  require_success(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name);
   const std::lock_guard<std::mutex> lock(mutex);
-  int64_t& resident = known[{kernel, device}];
-  if (resident == 0) {
-    require_success(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name);
-    require_success(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), name);
-    resident = std::max<int64_t>(1, static_cast<int64_t>(processors) * blocks);
-  }
-  return resident;
+  int& blocks = known[{kernel, device}];
+  if (blocks == 0) require_success(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0), name);
+  return std::max<int64_t>(1, static_cast<int64_t>(processors) * blocks);
 }
 
 // At most `tasks` blocks, which share the tasks out among themselves, and at least one: it raises the flag.

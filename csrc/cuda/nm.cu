@@ -20,11 +20,14 @@ CRAM_HOST_DEVICE inline int64_t nm_chunk_size(bool aligned, int64_t inner, int m
   return size / unit * unit;
 }
 
-// q / d for q < 2^11 and 0 < d <= 2^11.
+// q / d for q < kChunk and 0 < d <= kChunk.
 struct Divisor {
   uint32_t d, magic;
   __device__ __forceinline__ explicit Divisor(uint32_t d) : d(d), magic(((1u << 22) + d - 1) / d) {}
-  __device__ __forceinline__ uint32_t divide(uint32_t q) const { return d == 1 ? q : q * magic >> 22; }
+  __device__ __forceinline__ uint32_t divide(uint32_t q) const {
+    if constexpr (kChunk > 1 << 11) return q / d;  // the product would not fit into 32 bits
+    return d == 1 ? q : q * magic >> 22;
+  }
 };
 
 // Whether the weight in row `row` of a group is among the n largest, whose keys are `stride` apart: stable ascending, the first m - n go.

@@ -9,7 +9,7 @@ namespace cram {
 namespace cuda {
 namespace {
 
-// The counters of one set, kept while a block stays in it: a thread sees one weight in 256, so that 32 bits are enough for 2^40.
+// The counters of one set, kept while a block stays in it: a thread sees one weight in kThreads, so that 32 bits are enough for 2^40.
 struct Counts {
   uint32_t above = 0, nans = 0;
 
@@ -17,7 +17,6 @@ struct Counts {
     const int64_t all_above = warp_inclusive_sum(int64_t{above}), all_nans = warp_inclusive_sum(int64_t{nans});
     if (lane_of() == 31 && all_above > 0) atomicAdd(&state.above, static_cast<unsigned long long>(all_above));
     if (lane_of() == 31 && all_nans > 0) atomicAdd(&state.nans, static_cast<unsigned long long>(all_nans));
-    above = nans = 0;
   }
 };
 
@@ -112,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const PerturbEntry& entry = table.entries[found.entry];
     if (entry.set != set) {
       if (set >= 0) counts.flush(memory.sets[set]);
+      counts = {};  // what was counted in dense tensors too
       set = entry.set;
     }
     with_types(entry, [&](auto t, auto w) {
