@@ -41,10 +41,16 @@ def _load() -> str | None:
 def _too_old() -> str | None:
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= NEEDED:
-        return None
-    wanted = ".".join(map(str, NEEDED))
-    return f"the kernels need triton {wanted} or later, got {triton.__version__}: `pip install 'triton>={wanted}'`"
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < NEEDED:
+        wanted = ".".join(map(str, NEEDED))
+        return f"the kernels need triton {wanted} or later, got {triton.__version__}: `pip install 'triton>={wanted}'`"
+    if INTERPRETED and found == (3, 6):
+        import numpy
+
+        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):  # where int() of an array of one element is an error
+            return f"triton 3.6's interpreter needs numpy before 2.4, got {numpy.__version__}: `pip install 'numpy<2.4'` or a later triton"
+    return None
 
 
 def _register(functions: Any) -> None:

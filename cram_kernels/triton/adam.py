@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .number import rounded, skipped, widen
+from .number import negated, rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import FIRST_GRAD, GRAD, NUMBER, STATE, STEP, WIDTH, bits, chunk_of, column, elements_of, flags, number, only
 
@@ -72,7 +72,7 @@ def restore_adam_kernel(
     g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
     updated = there & (not skipped(found_inf))
     write = only(valid, updated)
-    g = tl.where((options & 2) != 0, -g, g)
+    g = tl.where((options & 2) != 0, negated(g), g)
     if DECOUPLED:
         rate = tl.load(lr + tensor) if LR_EACH else tl.load(lr)
         w = tl.where(wd != 0, w - (rate * wd) * w, w)
