@@ -25,8 +25,8 @@ ONE_BYTE = (torch.int8,)
 # for each other. The archs of a maker have the same rows as long as nobody has timed one; (maker, arch) would be looked up first.
 TABLE: dict[Any, dict[tuple[torch.dtype, ...], Tuning]] = {
     "cuda": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 8)},
-    # Warps of 64 threads; 4 elements of 4 bytes a thread: with 8 and master weights gfx90a spills.
-    "hip": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 4), ONE_BYTE: Tuning(4096, 4)},
+    # Warps of 64 threads; 4 elements a thread: with 8 gfx90a and gfx942 spill in some kernels.
+    "hip": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 4)},
     # A program costs the interpreter about as much whatever its size.
     "interpreter": {(*FOUR_BYTES, *TWO_BYTES, *ONE_BYTE): Tuning(32768, 1)},
 }
