@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 import cram_kernels.triton as kernels
 from cram_kernels.patterns import TopK
+from cram_kernels.triton import tuning
 
 from . import report
 from .cuda_static import cubin
@@ -46,9 +47,12 @@ STREAMS = {  # kernel -> what it reads and writes of each weight, in 16-byte acc
     "finish_kernel PERTURB=True": (2, 1),
     "finish_kernel PERTURB=False": (1, 1),
     "histogram_kernel PERTURB=True": (2, 0),
-    "nm_kernel ADJACENT=True": (2, 2),
-    "violations_kernel ADJACENT=True T=int16": (1, 0),  # a byte a number: 8 bytes at a time
-    "violations_kernel ADJACENT=True T=int32": (1, 0),
+    "nm_kernel FORM=rows": (2, 2),
+    "nm_kernel FORM=windows PERTURB=True": (2, 2),
+    "nm_kernel FORM=windows PERTURB=False": (1, 1),
+    "nm_kernel FORM=columns": (1, 1),
+    "violations_kernel FORM=rows T=int16": (1, 0),  # a byte a number: 8 bytes at a time
+    "violations_kernel FORM=rows T=int32": (1, 0),
     "restore_kernel": (1, 1),
     "restore_combine_kernel": (3, 2),
     "restore_sgd_kernel": (4, 2),
@@ -156,7 +160,7 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
     yield "restore_adam_", lambda: kernels.restore_adam_(*update(), *states, [one(0)], one(0.1), decoupled=True, **amp, **shared)
     if masters:
         return  # what has no masters is compiled without
-    convolution = [torch.zeros(8, 32, 3, 3, dtype=dtype)]
+    transposed, convolution = [make()[0].view(8, -1).t()], [make()[0][:, :288].reshape(64, 32, 3, 3)]
     yield "prune_topk_", lambda: kernels.prune_topk_(params, mask, *top)
     yield "grad_norm", lambda: kernels.grad_norm(params, inv_scale=one(1))
     yield "nm_violations", lambda: kernels.nm_violations(params, 2, 4)
@@ -165,7 +169,15 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
     if aligned:
         for n, m in ((4, 8), (16, 32)):
             yield f"perturb_nm_ {n}:{m}", lambda n=n, m=m: kernels.perturb_nm_(*perturbation(), [1], n, m, **amp, **shared)
-        yield "perturb_nm_ convolution", lambda: kernels.prune_nm_(convolution, [torch.zeros(288, dtype=torch.uint8)], [1], 2, 4)
+        flags = (one(0, torch.int32), one(0.05), [1], 2, 4)
+        yield (
+            "perturb_nm_ convolution",
+            lambda: kernels.perturb_nm_(
+                convolution, [w.clone() for w in convolution], [w.clone() for w in convolution], mask, *flags, **amp
+            ),
+        )
+        for name, weights in (("convolution", convolution), ("transposed", transposed)):
+            yield f"prune_nm_ {name}", lambda weights=weights: kernels.prune_nm_(weights, mask, [1], 2, 4)
         yield "nm_violations convolution", lambda: kernels.nm_violations(convolution, 2, 4)
 
 
@@ -200,6 +212,15 @@ def all_launches(dtypes: list[str]) -> list[Launch]:
     return list(found.values())
 
 
+def launches_for(maker: str, arch: Any, dtypes: list[str], only: str) -> list[Launch]:
+    """As `cram_kernels/triton/tuning.py` tunes them for an arch."""
+    chosen, tuning.target = tuning.target, lambda: (maker, arch)
+    try:
+        return [launch for launch in all_launches(dtypes) if only in launch.name]
+    finally:
+        tuning.target = chosen
+
+
 class Compiled(NamedTuple):
     """A launch on one arch."""
 
@@ -207,13 +228,13 @@ class Compiled(NamedTuple):
     faults: list[str]
 
 
-LAUNCHES: list[Launch] = []  # of this process, and of those that it forks
+LAUNCHES: dict[str, list[Launch]] = {}  # arch -> its kernels, of this process and of those that it forks
 
 
 def nvidia(job: tuple[int, str, Path]) -> Compiled:
     """A cubin and its sidecar, read."""
     number, arch, folder = job
-    launch = LAUNCHES[number]
+    launch = LAUNCHES[arch][number]
     compiled = launch.compile(GPUTarget("cuda", int(arch), 32))
     path = folder / f"{number:03}_{launch.kernel.__name__}_sm_{arch}.cubin"
     path.write_bytes(compiled.asm["cubin"])
@@ -231,7 +252,7 @@ def nvidia(job: tuple[int, str, Path]) -> Compiled:
 def amd(job: tuple[int, str, Path]) -> Compiled:
     """Assembly, searched. There is no machine code of a whole kernel to run or to check here."""
     number, arch, folder = job
-    launch = LAUNCHES[number]
+    launch = LAUNCHES[arch][number]
     text = launch.compile(GPUTarget("hip", arch, 64)).asm["amdgcn"]
     (folder / f"{number:03}_{launch.kernel.__name__}_{arch}.s").write_text(text)
     spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
@@ -267,16 +288,18 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for stale in (path for path in options.out.iterdir() if path.suffix in (".cubin", ".json", ".s")):
         stale.unlink()
-    LAUNCHES[:] = [launch for launch in all_launches(options.dtypes) if options.only in launch.name]
+    for maker, archs in (("cuda", options.archs), ("hip", options.amd)):
+        for arch in archs:
+            LAUNCHES[arch] = launches_for(maker, int(arch) if maker == "cuda" else arch, options.dtypes, options.only)
     faults: list[str] = []
     record: report.Row = {}
     with get_context("fork").Pool(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:
         for maker, compile_one, archs in (("nvidia", nvidia, options.archs), ("amd", amd, options.amd)):
-            jobs = [(number, arch, options.out) for number in range(len(LAUNCHES)) for arch in archs]
+            jobs = [(number, arch, options.out) for arch in archs for number in range(len(LAUNCHES[arch]))]
             done = list(map(compile_one, jobs)) if pool is None else pool.map(compile_one, jobs, chunksize=1)
             record[maker] = [compiled.row for compiled in done]
             if jobs:
-                print(f"{len(LAUNCHES)} kernels for {', '.join(archs)}:\n{report.table(spread(record[maker]))}\n", flush=True)
+                print(f"{len(LAUNCHES[archs[0]])} kernels for {', '.join(archs)}:\n{report.table(spread(record[maker]))}\n", flush=True)
             faults += [fault for compiled in done for fault in compiled.faults]
     for fault in faults:
         print(f"FAULT: {fault}")

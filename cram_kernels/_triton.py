@@ -14,6 +14,7 @@ from . import _native, _registration
 
 NAMESPACE = "cram_kernels_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
+NEEDED = (3, 6)  # triton's major and minor version
 DEVICE = "cpu" if INTERPRETED else "cuda"  # of the tensors that it serves
 
 
@@ -28,10 +29,27 @@ def _load() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: `pip install 'cram_kernels[triton]'`"
     try:
+        if (reason := _too_old()) is not None:
+            return reason
         from . import triton as functions
     except ImportError as error:
-        return f"the kernels need triton 3.6 or later, and its interpreter numpy: {error}"
+        return f"triton, or numpy for its interpreter, cannot be imported: {error}"
     _register(functions)
+    return None
+
+
+def _too_old() -> str | None:
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < NEEDED:
+        wanted = ".".join(map(str, NEEDED))
+        return f"the kernels need triton {wanted} or later, got {triton.__version__}: `pip install 'triton>={wanted}'`"
+    if INTERPRETED and found == (3, 6):
+        import numpy
+
+        if tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4):  # where int() of an array of one element is an error
+            return f"triton 3.6's interpreter needs numpy before 2.4, got {numpy.__version__}: `pip install 'numpy<2.4'` or a later triton"
     return None
 
 

@@ -104,7 +104,8 @@ def _require(name: str) -> None:
 def name_for(device_type: str) -> str:
     """The backend that serves tensors on this kind of device."""
     if _chosen is not None:
-        if _chosen in NAMES and _chosen != "reference" and device_type != DEVICES[_chosen]:
+        _require(_chosen)
+        if _chosen != "reference" and device_type != DEVICES[_chosen]:
             raise BackendUnavailable(f"backend {_chosen!r} was chosen ({ENVIRONMENT} or use_backend()), got tensors on {device_type!r}")
         return _chosen
     if device_type == "cpu":

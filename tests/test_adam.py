@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from calls import UPDATE_VARIANTS, adam, f32
-from cases import LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
+from cases import LARGE, MANY, SEARCH, SMALL, Case, Drawn, Spec, drawn_cases, mixed
 from compare import check
 
 CASE = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -33,6 +33,11 @@ def test_options_for_all(backend, decoupled: bool, amsgrad: int, maximize: int, 
 
 def test_without_amsgrad_no_maximum_is_needed(backend) -> None:
     check(backend, "restore_adam_", adam(Case("normal", "shapes", "mixed"), lr=f32(0.1)) | {"max_exp_avg_sqs": []})
+
+
+def test_the_opposite_of_zero(backend) -> None:
+    """0 - 0 would be +0."""
+    check(backend, "restore_adam_", adam(Drawn("zeros", mixed([Spec((8,)), Spec((40,))])), maximize=[1], lr=f32(0.1)))
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 10, 100, 12345, 2**22, 2**24 - 1, 2**24, 2**30])

@@ -80,6 +80,8 @@ def test_a_missing_backend_is_refused_with_its_reason() -> None:
         with pytest.raises(BackendUnavailable, match=f"backend '{name}' cannot run here") as error:
             use_backend(name)
         assert reason in str(error.value)
+        used = python(ADD, CRAM_KERNELS_BACKEND=name, TRITON_INTERPRET="")
+        assert f"backend '{name}' cannot run here: {reason}" in used.stderr.splitlines()[-1]
     with pytest.raises(ValueError, match=r"name .* must be one of cpu, cuda, triton, reference, got 'gpu'"):
         use_backend("gpu")
 

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from calls import UPDATE_VARIANTS, f32, sgd
-from cases import LARGE, MANY, SEARCH, SMALL, Case, Drawn, drawn_cases
+from cases import LARGE, MANY, SEARCH, SMALL, Case, Drawn, Spec, drawn_cases, mixed
 from compare import check
 
 CASE = pytest.mark.parametrize("case", SMALL, ids=str)
@@ -33,6 +33,11 @@ def test_options_for_all(backend, nesterov: int, maximize: int, fresh: int, weig
 def test_without_momentum_no_buffers_are_needed(backend) -> None:
     arguments = sgd(Case("normal", "shapes", "mixed"), lr=f32(0.1))
     check(backend, "restore_sgd_", arguments | {"momentum_buffers": []})
+
+
+def test_the_opposite_of_zero(backend) -> None:
+    """0 - 0 would be +0."""
+    check(backend, "restore_sgd_", sgd(Drawn("zeros", mixed([Spec((8,)), Spec((40,))])), maximize=[1], momentum=[0.9], nesterov=[1]))
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-45, float("inf"), float("nan"), -1.0])

@@ -9,11 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
+import torch
+from compare import map_tensors, named_tensors
+from test_schema import SAMPLES
 
-from cram_kernels import _triton
+from cram_kernels import _registration, _triton, backend, ops
 from cram_kernels.backend import BackendUnavailable, use_backend
 
 HERE = Path(__file__).parent
@@ -23,7 +31,7 @@ SOME = (
     "(test_perturb_topk_variants and bits-shapes) or (test_prune_topk and groups and (nan-shapes or ties-shapes or bits-orders)) or "
     "test_ordinary_weights or (test_a_threshold and fp32) or (test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
     "(test_perturb_masked and bits-shapes) or (test_restore_combine and bits-shapes) or (test_restore and bits-orders) or "
-    "(test_a_combination_a_tensor and (bits-shapes or denormal-scales)) or (test_bias_correction and 12345) or "
+    "(test_a_combination_a_tensor and (bits-shapes or denormal-scales)) or test_the_opposite or (test_bias_correction and 12345) or "
     "test_the_order_of_additions or (test_grad_norm and bits-shapes) or (test_first_digit and bits-shapes) or test_bytes or "
     "test_pack_and_unpack or (test_any_numbers and bits) or (test_nm_violations and bits and 7-16)"
 )
@@ -99,7 +107,131 @@ def test_static_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert (found[name]["loads 16 B"] > 0, found[name]["stores 16 B"] > 0, found[name]["spill bytes"]) == (wide, wide, 0)
     monkeypatch.setitem(triton_static.STREAMS, "restore_kernel", (1, 9))
     assert triton_static.main(arguments) == 1
-    assert "FAULT: restore_kernel<bf16> on sm_90: wants 18 stores of 16 bytes, the machine code has 2" in capsys.readouterr().out
+    assert "FAULT: restore_kernel<bf16> on sm_90: wants 9 stores of 16 bytes, the machine code has 1" in capsys.readouterr().out
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "version, refused", [("3.5.1", True), ("2.12.0", True), ("3.6.0", False), ("3.10.0+git1234", False), ("4.0", False)]
+)
+def test_the_version_of_triton(monkeypatch: pytest.MonkeyPatch, version: str, refused: bool) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    reason = f"the kernels need triton 3.6 or later, got {version}: `pip install 'triton>=3.6'`"
+    assert _triton._too_old() == (reason if refused else None)
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    if refused:
+        assert _triton._load() == reason
+    elif version == "3.6.0":
+        monkeypatch.setattr(numpy, "__version__", "2.4.0")
+        reason = "triton 3.6's interpreter needs numpy before 2.4, got 2.4.0: `pip install 'numpy<2.4'` or a later triton"
+        assert _triton._load() == reason
+
+
+@pytest.fixture(scope="module")
+def registered() -> SimpleNamespace:
+    """The Triton ops, known to torch though they may not be able to run."""
+    if _triton.why_missing() is not None:
+        from cram_kernels import triton as kernels
+
+        _triton._register(kernels)
+    return _registration.direct(_triton.NAMESPACE)
+
+
+@needs_triton
+@pytest.mark.skipif(_triton.INTERPRETED, reason="TRITON_INTERPRET is set: triton_ops.py runs these")
+@pytest.mark.parametrize("op", SAMPLES)
+def test_traced_for_a_gpu(registered: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """torch.compile on fake tensors of a GPU: no break, one node, and results as on the CPU."""
+    monkeypatch.setattr(backend, "_triton_ops", registered)
+    monkeypatch.setattr(_triton, "why_missing", lambda: None)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def on_a_gpu(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
+    with torch._subclasses.FakeTensorMode(), use_backend("triton"):
+        arguments = map_tensors(SAMPLES[op](), on_a_gpu)
+        results = torch.compile(getattr(ops, op), fullgraph=True, backend=keep)(**arguments)
+    expected = getattr(ops, op)(**SAMPLES[op]())
+    for (_, fake), (_, real) in zip(named_tensors(results, "result"), named_tensors(expected, "result"), strict=True):
+        assert (fake.shape, fake.dtype, fake.device.type) == (real.shape, real.dtype, "cuda")
+    (graph,) = graphs
+    assert [node.target.name() for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)] == [
+        f"{_triton.NAMESPACE}::{op}"
+    ]
+
+
+class Gpu:
+    """What `table.constant` asks of a GPU, without one."""
+
+    type = "cuda"
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from cram_kernels.triton import table
+
+        self.stream, self.capturing = 1, False
+        self.pinned: list[int] = []
+        self.sent: list[torch.Tensor] = []
+        self.table = table
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream))
+        patch.setattr(torch.Tensor, "pin_memory", lambda t: self.pin(t.numel()) is None or t)
+        patch.setattr(table, "pin", self.pin)
+        patch.setattr(table, "send", lambda pinned, device: self.sent.append(pinned) or pinned.clone())
+        for name, empty in (("_constants", OrderedDict()), ("_captured", []), ("_reserve", table.Reserve())):
+            patch.setattr(table, name, empty)
+
+    def pin(self, size: int) -> torch.Tensor:
+        assert not self.capturing, "pinned memory is allocated while a stream is captured"
+        self.pinned.append(size)
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def rows(self, first: int) -> torch.Tensor:
+        numbers = tuple(range(first, first + 2 * self.table.WIDTH.value))
+        found = self.table.constant(self.table.upload_rows, self, numbers)
+        assert found.flatten().tolist() == list(numbers)
+        return found
+
+    def chunks(self) -> torch.Tensor:
+        return self.table.constant(self.table.upload_chunks, self, (3000, 40), (0, 1), (True, True), (1024, 1024))
+
+
+@needs_triton
+def test_a_capture_allocates_no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of sizes come from the calls before it, on whatever stream; those of new addresses from memory set aside."""
+    gpu = Gpu(monkeypatch)
+    known, chunks = gpu.rows(0), gpu.chunks()
+    sent = len(gpu.sent)
+    assert gpu.rows(0) is known and gpu.chunks() is chunks and len(gpu.sent) == sent  # nothing is sent twice
+    gpu.capturing, gpu.stream = True, 2
+    assert gpu.rows(0) is known and gpu.chunks() is chunks and len(gpu.sent) == sent
+    new = [gpu.rows(first) for first in range(1, 1 + gpu.table.ROWS_IN_RESERVE)]
+    assert len(gpu.sent) == sent + len(new)
+    for first, pinned in enumerate(gpu.sent[sent:], 1):  # a replay copies again: each has bytes of its own
+        assert int(pinned[0, 0]) == first
+    with pytest.raises(
+        RuntimeError, match=r"a table of 256 bytes .* stream is captured.* 0 bytes are left: run the same calls once outside"
+    ):
+        gpu.rows(-1)
+    gpu.capturing = False
+    gpu.rows(0)
+    gpu.capturing = True
+    gpu.rows(-1)
+
+
+@needs_triton
+def test_a_capture_without_a_call_before_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="run the same calls once outside of a capture first"):
+        gpu.rows(0)
 
 
 def test_without_a_gpu_it_explains_itself() -> None:

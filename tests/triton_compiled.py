@@ -19,6 +19,8 @@ BF16 = Drawn("bits", [spec._replace(dtype=torch.bfloat16) for spec in SHAPES.spe
 LARGER = Drawn("normal", [Spec((300, 301), torch.bfloat16), Spec((64, 65), torch.float16)])
 TIES = Drawn("two", LARGER.specs)
 LAYERS = Drawn("ties", [spec._replace(dtype=torch.bfloat16) for spec in test_nm.specs(4) if spec.numel])
+ZEROS = Drawn("zeros", mixed([Spec((8,)), Spec((40,))]))  # 0 - 0 is not the opposite of 0
+FAR = Drawn("ties", [Spec(shape, dtype, (1, 0)) for shape in ((1032, 8), (1001, 4)) for dtype in (torch.bfloat16, torch.float32)])
 MATRICES = Drawn(
     "ties", [Spec((32, 32)), Spec((64, 32), torch.bfloat16), Spec((96, 160), torch.bfloat16, offset=1), Spec((64, 288), torch.float16)]
 )
@@ -72,8 +74,11 @@ CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "restore_sgd bf16": lambda: ("restore_sgd_", sgd(BF16, "amp")),
     "restore_adam": lambda: ("restore_adam_", adam(SHAPES, "masters") | {"decoupled": True}),
     "restore_adam bf16": lambda: ("restore_adam_", adam(BF16, "amp")),
+    "restore_sgd of zeros": lambda: ("restore_sgd_", sgd(ZEROS, momentum=[0.9], maximize=[1])),
+    "restore_adam of zeros": lambda: ("restore_adam_", adam(ZEROS, maximize=[1])),
     "grad_norm": lambda: ("grad_norm", {"grads": SHAPES.tensors("grads"), "inv_scale": f32(1 / 3)}),
     "perturb_nm": lambda: ("perturb_nm_", perturb(LAYERS, "amp") | layers(LAYERS)),
+    "perturb_nm far apart": lambda: ("perturb_nm_", perturb(FAR, "masters") | {"prune": [1] * 4, "n": 2, "m": 4}),
     "perturb_topk": lambda: ("perturb_topk_", topk(SHAPES, "groups", "masters")),
     "perturb_topk with a bracket": lambda: ("perturb_topk_", topk(LARGER, "tenth", "amp")),
     "perturb_topk falls back": lambda: ("perturb_topk_", topk(TIES, "half")),
@@ -97,7 +102,11 @@ def test_compiled(name: str) -> None:
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 @pytest.mark.parametrize(
-    "name", ["perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "nm_violations of bytes", "pack_24 of bytes"]
+    "name",
+    [
+        *("perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "nm_violations of bytes", "pack_24 of bytes"),
+        *("perturb_nm", "perturb_topk with a bracket"),
+    ],
 )
 def test_in_other_ways(name: str, way: str) -> None:
     op, arguments = CALLS[name]()

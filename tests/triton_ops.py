@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from calls import perturb
+from cases import Drawn, Spec
 from compare import compare_all, contract_part, named_tensors
 from test_schema import SAMPLES, positional
 
 from cram_kernels import _triton, ops, reference
 from cram_kernels.backend import available, use_backend
+from cram_kernels.triton import nm, tuning
 
 OP = pytest.mark.parametrize("op", SAMPLES)
 
@@ -43,6 +46,20 @@ def test_opcheck(op: str) -> None:
     args, kwargs = positional(op, SAMPLES[op]())
     overload = getattr(getattr(torch.ops, _triton.NAMESPACE), op).default
     torch.library.opcheck(overload, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shape, form", [((1032, 8), "columns"), ((1001, 8), "single"), ((6, 8, 9), "windows"), ((40, 8), "rows")])
+@pytest.mark.parametrize("n, m", [(2, 4), (3, 8)], ids=str)
+def test_every_form_of_groups(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], form: str, n: int, m: int) -> None:
+    """With the small programs of a GPU, which the interpreter's large ones would take for windows."""
+    monkeypatch.setattr(tuning, "TABLE", {"interpreter": tuning.TABLE["cuda"]})
+    order = tuple(reversed(range(len(shape)))) if form in ("columns", "single") else ()
+    case = Drawn("ties", [Spec(shape, dtype, order) for dtype in (torch.float32, torch.float16)])
+    assert set(nm.Layout(case.tensors("params"), [1, 1], m).forms) == {form}
+    arguments, expected = (perturb(case, "amp") | {"prune": [1, 1], "n": n, "m": m} for _ in range(2))
+    ops.perturb_nm_(**arguments)
+    reference.perturb_nm_(**expected)
+    compare_all("perturb_nm_", arguments, expected)
 
 
 def test_the_same_words_for_wrong_input() -> None:

@@ -8,10 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .number import rounded, skipped, widen
+from .number import negated, rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import FIRST_GRAD, GRAD, NUMBER, STATE, STEP, WIDTH, bits, chunk_of, column, elements_of, flags, number, only
-from .tuning import tuning
 
 BETA1 = NUMBER
 BETA2 = tl.constexpr(NUMBER.value + 1)
@@ -73,7 +72,7 @@ def restore_adam_kernel(
     g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
     updated = there & (not skipped(found_inf))
     write = only(valid, updated)
-    g = tl.where((options & 2) != 0, -g, g)
+    g = tl.where((options & 2) != 0, negated(g), g)
     if DECOUPLED:
         rate = tl.load(lr + tensor) if LR_EACH else tl.load(lr)
         w = tl.where(wd != 0, w - (rate * wd) * w, w)
@@ -133,7 +132,6 @@ def restore_adam_(
         step_kernel[(-(-n // TENSORS),)](
             table.rows, lr, found_inf, rates, n, LR_EACH=lr.dim() > 0, TENSORS=TENSORS, num_warps=4, enable_fp_fusion=False
         )
-    few = tuning(torch.float32)  # elements a program, of every dtype: with twice as many this many streams spill registers
     constants: dict[str, Any] = {"DECOUPLED": decoupled, "LR_EACH": lr.dim() > 0}
-    table.launch(restore_adam_kernel, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf, by=few, **constants)
+    table.launch(restore_adam_kernel, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf, **constants)
     perturbed.zero_()

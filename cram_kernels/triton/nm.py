@@ -1,5 +1,6 @@
 """N of M along the input channels (docs/contract.md: N:M)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,15 @@ from .perturb import perturb_masked_kernel, perturb_table, raise_flag, rho_of, s
 from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only, store_bits
 
 SCRATCH = NUMBER  # the tensor's first byte in the scratch, -1: none
+SPAN = tl.constexpr(NUMBER.value + 1)  # elements of a window
+
+# How the groups of a tensor lie in memory decides how a program sees them.
+ROWS = tl.constexpr("rows")  # one after the other, M a power of two: each in lanes of its own, as it is loaded
+WINDOWS = tl.constexpr(
+    "windows"
+)  # within a few elements of each other, as in a convolution: loaded as they lie, put together in shared memory
+COLUMNS = tl.constexpr("columns")  # far apart, a multiple of 8 elements between neighbours along axis 1: 8 groups side by side
+SINGLE = tl.constexpr("single")  # far apart
 
 
 @triton.jit
@@ -39,12 +49,34 @@ def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def groups_of(row, first, size, M: tl.constexpr, ADJACENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
+def quotient(a, b):
+    """a // b of int32, 0 <= a < 2 ** 21, without an integer division: a + 1/2 is further from a multiple of b than what is rounded."""
+    return ((a.to(tl.float32) + 0.5) * (1.0 / b.to(tl.float32))).to(tl.int32)
+
+
+@triton.jit
+def kept_of_window(key, near, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr):
+    """`kept` for key [GROUPS * LANES / 8, 8] in memory order, whole slabs of [M, near]: into rows of groups and back."""
+    flat, slab = tl.arange(0, GROUPS * LANES), near * M
+    g, j = flat // LANES, flat % LANES
+    place = quotient(g, near) * (slab - near) + g + j * near
+    group = tl.gather(tl.reshape(key, [GROUPS * LANES]), tl.minimum(place, GROUPS * LANES - 1), 0)
+    keep = kept(tl.reshape(group, [GROUPS, LANES]), N, M, LANES).to(tl.int32)
+    before = quotient(flat, slab)
+    inside = flat - before * slab
+    j = quotient(inside, near)
+    place = (before * near + inside - j * near) * LANES + j
+    keep = tl.gather(tl.reshape(keep, [GROUPS * LANES]), tl.minimum(place, GROUPS * LANES - 1), 0)
+    return tl.reshape(keep, key.shape) != 0
+
+
+@triton.jit
+def groups_of(row, first, size, M: tl.constexpr, FORM: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr):
     """A chunk of groups: an element to count from, places behind it, which of them there are; in [GROUPS, LANES] a row is a group.
 
-    ADJACENT: the weights of a group are neighbours in memory and M, the number of lanes, is a power of two: rows are mask bytes meanwhile.
+    ROWS: the places are [GROUPS * M / 8, 8] meanwhile, a row a mask byte.
     """
-    if ADJACENT:
+    if FORM == ROWS:
         i, valid = elements_of(size * M, GROUPS * M)
         return first * M, i, valid
     else:
@@ -52,27 +84,40 @@ def groups_of(row, first, size, M: tl.constexpr, ADJACENT: tl.constexpr, GROUPS:
         inner = tl.load(row + PLACE)
         g, near = g + (first % inner).to(tl.int32), inner.to(tl.int32)  # divisions of 64 bits are slow
         i = (g // near).to(tl.int64) * (M * inner) + g % near + j * inner
+        if FORM == COLUMNS:
+            i = tl.max_contiguous(tl.multiple_of(i, [8, 1]), [8, 1])
         return first // inner * (M * inner), i, (tl.arange(0, GROUPS)[:, None] < size) & (j < M)
 
 
 @triton.jit
 def nm_kernel(
     rows, chunks, rho, inv_scale, found_inf, scratch,
-    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ADJACENT: tl.constexpr, LANES: tl.constexpr,
+    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, LANES: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
-    start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
+    BLOCK: tl.constexpr = GROUPS * LANES
+    if FORM == WINDOWS:
+        tensor, row, window, size = chunk_of(rows, chunks, 1, ALIGNED)
+        start = window * tl.load(row + SPAN)
+        i, valid = elements_of(size, BLOCK)
+    else:
+        tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
+        start, i, valid = groups_of(row, first, size, M, FORM, GROUPS, LANES)
     if PERTURB:
         w = save(row, start, i, valid, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
     else:
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     key = magnitude_key(widen(u))
-    keep = valid & tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
+    if FORM == WINDOWS:
+        keep = valid & kept_of_window(key, tl.load(row + PLACE).to(tl.int32), N, M, LANES, GROUPS)
+    else:
+        keep = valid & tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
-    if ADJACENT:
-        store_bits(row, start, size * M, keep, GROUPS * M)
+    if FORM == ROWS:
+        store_bits(row, start, size * M, keep, BLOCK)
+    elif FORM == WINDOWS:
+        store_bits(row, start, size, keep, BLOCK)
     else:
         own = tl.load(row + SCRATCH)
         tl.store(scratch + own + start + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
@@ -92,53 +137,81 @@ def mask_kernel(
     tl.store(column(row, MASK, start // 8, tl.uint8, False) + byte, bytes.to(tl.uint8), mask=byte * 8 < size)
 
 
-def inner_strides(tensors: Sequence[Tensor], prune: Sequence[int]) -> list[int]:
-    """Elements between neighbours along axis 1; 0 where nothing is pruned."""
-    return [t.stride(1) if own and t.numel() else 0 for t, own in zip(tensors, prune, strict=True)]
+class Layout:
+    """How the groups of M of each tensor lie.
+
+    Attributes:
+        inner: elements between neighbours along axis 1; 0 where nothing is pruned.
+        spans: elements of a window; 0 where a tensor has none.
+        forms: of the constants above; None where nothing is pruned.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], prune: Sequence[int], m: int, masters: Sequence[Tensor] = (), windows: bool = True
+    ) -> None:
+        self.m, self.lanes = m, triton.next_power_of_2(m)
+        self.inner = [t.stride(1) if own and t.numel() else 0 for t, own in zip(tensors, prune, strict=True)]
+        kinds = [Kind(t.dtype, bool(len(masters)) and masters[i].numel() > 0, True) for i, t in enumerate(tensors)]
+        groups = {kind: self.groups(kind) for kind in set(kinds)}
+        self.spans = [self._span(inner, groups[kind] * m) if windows else 0 for inner, kind in zip(self.inner, kinds, strict=True)]
+        self.forms = [self._form(i, groups[kind]) for i, kind in enumerate(kinds)]
+
+    def groups(self, kind: Kind) -> int:
+        """Of a program."""
+        return max(1, kind.tuning.block // self.lanes)
+
+    def _span(self, inner: int, room: int) -> int:
+        """The most elements of whole slabs of [M, inner] and of whole mask bytes in `room`."""
+        unit = math.lcm(8, self.m * inner)
+        return room // unit * unit if inner else 0
+
+    def _form(self, i: int, groups: int) -> str | None:
+        if self.inner[i] == 0:
+            return None
+        if self.inner[i] == 1 and self.lanes == self.m:
+            return ROWS.value
+        if self.spans[i] > 0:
+            return WINDOWS.value
+        return COLUMNS.value if self.inner[i] % 8 == 0 and groups % 8 == 0 else SINGLE.value
+
+    def scratch(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[list[int], int]:
+        """Where the bytes of each tensor begin (-1: it needs none), and how many: one a weight, where mask bytes straddle groups."""
+        places, size = [-1] * len(tensors), 0
+        for i, t in enumerate(tensors):
+            if len(masks) and masks[i].numel() and self.forms[i] in (COLUMNS.value, SINGLE.value):
+                places[i] = size
+                size += -(-t.numel() // 16) * 16
+        return places, size
+
+    def launches(self, table: Table) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Chunks, of elements in windows and else of groups, and the options of their launch."""
+        for form in (ROWS.value, WINDOWS.value, COLUMNS.value, SINGLE.value):
+            own = {i for i, one in enumerate(self.forms) if one == form}
+            windows = form == WINDOWS.value
+            sizes = table.sizes if windows else tuple(numel // self.m for numel in table.sizes)
+
+            def units(kind: Kind, i: int, windows: bool = windows) -> int:
+                return self.spans[i] if windows else self.groups(kind)
+
+            for kind, chunks in table.chunks(own.__contains__, sizes, units):
+                options = kind.constants | kind.tuning.options | {"GROUPS": self.groups(kind), "LANES": self.lanes, "FORM": form}
+                del options["BLOCK"]
+                yield chunks, options
 
 
-def scratch_places(tensors: Sequence[Tensor], masks: Sequence[Tensor], inner: Sequence[int], m: int) -> tuple[list[int], int]:
-    """Where the bytes of each tensor that needs some begin, and their number: one a weight, where mask bytes straddle groups."""
-    places, size = [-1] * len(tensors), 0
-    for i, t in enumerate(tensors):
-        if len(masks) and masks[i].numel() and inner[i] and not adjacent(inner[i], m):
-            places[i] = size
-            size += -(-t.numel() // 16) * 16
-    return places, size
-
-
-def adjacent(inner: int, m: int) -> bool:
-    return inner == 1 and m & (m - 1) == 0
-
-
-def launches(table: Table, inner: list[int], m: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Chunks of groups, and the options of their launch."""
-    lanes = triton.next_power_of_2(m)
-    groups = tuple(numel // m for numel in table.sizes)
-
-    def per_program(kind: Kind) -> int:
-        return max(1, kind.tuning.block // lanes)
-
-    for near in (True, False):
-        own = {i for i, stride in enumerate(inner) if stride > 0 and adjacent(stride, m) == near}
-        for kind, chunks in table.chunks(own.__contains__, groups, per_program):
-            options = kind.constants | kind.tuning.options | {"GROUPS": per_program(kind), "LANES": lanes, "ADJACENT": near}
-            del options["BLOCK"]
-            yield chunks, options
-
-
-def launch(table: Table, inner: list[int], places: list[int], size: int, n: int, m: int, perturbation: dict[str, Any]) -> None:
+def launch(table: Table, layout: Layout, places: list[int], size: int, n: int, perturbation: dict[str, Any]) -> None:
     scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
-    for chunks, options in launches(table, inner, m):
-        nm_kernel[(len(chunks),)](table.rows, chunks, scratch=scratch, N=n, M=m, **perturbation, **options)
+    for chunks, options in layout.launches(table):
+        nm_kernel[(len(chunks),)](table.rows, chunks, scratch=scratch, N=n, M=layout.m, **perturbation, **options)
     table.launch(mask_kernel, scratch, among=lambda i: places[i] >= 0)
 
 
 def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequence[int], n: int, m: int) -> None:
-    inner = inner_strides(weights, prune)
-    places, size = scratch_places(weights, masks, inner, m)
-    table = Table(weights, {PARAM.value: weights, MASK.value: masks}, {PLACE.value: inner, SCRATCH.value: places})
-    launch(table, inner, places, size, n, m, {"rho": None, "inv_scale": None, "found_inf": None, "PERTURB": False, "RHO_EACH": False})
+    layout = Layout(weights, prune, m)
+    places, size = layout.scratch(weights, masks)
+    numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
+    table = Table(weights, {PARAM.value: weights, MASK.value: masks}, numbers)
+    launch(table, layout, places, size, n, {"rho": None, "inv_scale": None, "found_inf": None, "PERTURB": False, "RHO_EACH": False})
 
 
 def perturb_nm_(
@@ -156,12 +229,12 @@ def perturb_nm_(
     found_inf: Tensor | None = None,
     masters: Sequence[Tensor] = (),
 ) -> None:
-    inner = inner_strides(params, prune)
-    places, size = scratch_places(params, masks, inner, m)
-    pruned_masks = [mask if own else mask[:0] for mask, own in zip(masks, inner, strict=False)]
-    table = perturb_table(params, grads, saved, pruned_masks, masters, {PLACE.value: inner, SCRATCH.value: places})
+    layout = Layout(params, prune, m, masters)
+    places, size = layout.scratch(params, masks)
+    pruned_masks = [mask if own else mask[:0] for mask, own in zip(masks, layout.inner, strict=False)]
+    numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
+    table = perturb_table(params, grads, saved, pruned_masks, masters, numbers)
     raise_flag("perturb_nm_", perturbed)
     perturbation = {"rho": rho, "inv_scale": inv_scale, "found_inf": found_inf, "RHO_EACH": rho.dim() > 0}
-    launch(table, inner, places, size, n, m, {**perturbation, "PERTURB": True})
-    for kind, chunks in table.chunks(lambda i: inner[i] == 0):
-        perturb_masked_kernel[(len(chunks),)](table.rows, chunks, **perturbation, **kind.constants, **kind.tuning.options)
+    launch(table, layout, places, size, n, {**perturbation, "PERTURB": True})
+    table.launch(perturb_masked_kernel, among=lambda i: layout.forms[i] is None, **perturbation)

@@ -66,3 +66,9 @@ def skipped(found_inf):
     if found_inf is not None:
         skip = tl.load(found_inf) != 0
     return skip
+
+
+@triton.jit
+def negated(x):
+    """float32 -> -x. Not as `-x`, which triton 3.6 takes for 0 - x: +0 would stay +0."""
+    return x * -1.0

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .nm import groups_of, launches
+from .nm import Layout, groups_of
 from .table import MASK, NUMBER, PARAM, PLACE, STATE, Table, chunk_of, column
 from .tuning import tuning
 
@@ -23,12 +23,12 @@ def as_integers(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @triton.jit
 def violations_kernel(
-    rows, chunks, found, n, ADJACENT: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
+    rows, chunks, found, n, FORM: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Add a chunk to found int64 [tensors, 3]; -1, no place, is the largest of unsigned numbers."""
     tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
-    start, i, valid = groups_of(row, first, size, M, ADJACENT, GROUPS, LANES)
+    start, i, valid = groups_of(row, first, size, M, FORM, GROUPS, LANES)
     x = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     number = ((x & tl.load(row + MAGNITUDE).to(T)) != 0).to(tl.int32)
     numbers = tl.sum(tl.reshape(number, [GROUPS, LANES]), 1)
@@ -43,12 +43,12 @@ def violations_kernel(
 
 def nm_violations(weights: Sequence[Tensor], n: int, m: int) -> Tensor:
     signless = [-1 if w.dtype == torch.int8 else 2 ** (8 * w.element_size() - 1) - 1 for w in weights]
-    inner = [w.stride(1) if w.numel() else 0 for w in weights]
     slots = as_integers(weights)
-    table = Table(slots, {PARAM.value: slots}, {PLACE.value: inner, MAGNITUDE.value: signless})
+    layout = Layout(slots, [1] * len(slots), m, windows=False)
+    table = Table(slots, {PARAM.value: slots}, {PLACE.value: layout.inner, MAGNITUDE.value: signless})
     found = torch.zeros(len(weights), 3, dtype=torch.int64, device=table.device)
     found[:, 1] = -1
-    for chunks, options in launches(table, inner, m):
+    for chunks, options in layout.launches(table):
         violations_kernel[(len(chunks),)](table.rows, chunks, found, n, M=m, **options)
     return found
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .number import rounded, skipped, widen
+from .number import negated, rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import NUMBER, STATE, bits, chunk_of, column, elements_of, flags, number, only
 
@@ -30,7 +30,7 @@ def restore_sgd_kernel(
     w, stored = restored(row, start, i, valid, perturbed, T, MASTERS, ALIGNED)
     g, there = update_gradient(row, start, size, i, valid, inv_scale, first_inv_scale, T, ALIGNED, BLOCK)
     updated = there & (not skipped(found_inf))
-    g = tl.where((options & 2) != 0, -g, g)
+    g = tl.where((options & 2) != 0, negated(g), g)
     g = tl.where(wd != 0, g + wd * w, g)
     momentum = updated & (mu != 0)
     buffer = column(row, STATE, start, S, ALIGNED) + i

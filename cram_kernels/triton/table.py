@@ -64,29 +64,76 @@ def flags(*lists: Sequence[int], n: int) -> list[int]:
     return [sum((flag != 0) << i for i, flag in enumerate(own)) for own in zip(*(each(values, n) for values in lists), strict=True)]
 
 
-_constants: OrderedDict[Any, Any] = OrderedDict()  # key -> device tensors that depend on nothing but the key
+_constants: OrderedDict[Any, Any] = OrderedDict()  # (build, device, stream, key) -> device tensors that depend on nothing else
 _captured: list[Any] = []  # what a captured graph reads must live as long as the process
+ROWS_IN_RESERVE = 32  # tables of rows
+
+
+def pin(size: int) -> Tensor:
+    """uint8 [size] that a GPU can copy from while the CPU goes on."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def send(pinned: Tensor, device: torch.device) -> Tensor:
+    return pinned.to(device, non_blocking=True)
+
+
+class Reserve:
+    """Pinned memory for the tables of captured calls: while a stream is captured, allocating some would break the capture."""
+
+    def __init__(self) -> None:
+        self.left = torch.empty(0, dtype=torch.uint8)
+
+    def prepare(self, size: int) -> None:
+        """Outside of a capture: see to it that half of `size` bytes, the first time all of them, are there."""
+        if self.left.numel() * 2 < size:
+            self.left = pin(size)
+
+    def take(self, host: Tensor) -> Tensor:
+        """A copy of host that lies in the reserve."""
+        size = host.numel() * host.element_size()
+        whole = -(-size // 16) * 16
+        if whole > self.left.numel():
+            raise RuntimeError(
+                f"a table of {size} bytes must go to the GPU while a stream is captured, and of the pinned memory that was set aside for "
+                f"this {self.left.numel()} bytes are left: run the same calls once outside of a capture first, between two captures too"
+            )
+        own, self.left = self.left[:size].view(host.dtype).view(host.shape), self.left[whole:]
+        return own.copy_(host)
+
+
+_reserve = Reserve()
 
 
 def constant(build: Callable[..., Any], device: torch.device, *key: Any) -> Any:
-    """build(upload, *key), remembered for each stream: `upload` brings an integer tensor to the device without waiting for it."""
+    """build(upload, *key), remembered for each stream: `upload` brings an integer tensor to the device without waiting for it.
+
+    Captured calls take what earlier ones on any stream have left (a capture begins when the device has done what came before it); other
+    copies become part of the graph.
+    """
     if device.type != "cuda":
         return build(lambda host: host, *key)
-    if torch.cuda.is_current_stream_capturing():  # the copies become part of the graph: theirs alone, and never freed
-
-        def upload(host: Tensor) -> Tensor:
-            pinned = host.pin_memory()
-            _captured.append((pinned, pinned.to(device, non_blocking=True)))
-            return _captured[-1][1]
-
-        return build(upload, *key)
+    if torch.cuda.is_current_stream_capturing():
+        known = (value for where, value in _constants.items() if where[:2] == (build, device) and where[3:] == key)
+        value = next(known, None)
+        if value is None:
+            value = build(lambda host: _captured_copy(host, device), *key)
+        _captured.append(value)
+        return value
     where = (build, device, torch.cuda.current_stream(device).cuda_stream, *key)
     if where not in _constants:
-        _constants[where] = build(lambda host: host.pin_memory().to(device, non_blocking=True), *key)
+        _constants[where] = build(lambda host: send(host.pin_memory(), device), *key)
         if len(_constants) > 256:
             _constants.popitem(last=False)
     _constants.move_to_end(where)
+    if build is upload_rows:
+        _reserve.prepare(ROWS_IN_RESERVE * 8 * len(key[0]))
     return _constants[where]
+
+
+def _captured_copy(host: Tensor, device: torch.device) -> Tensor:
+    _captured.append(_reserve.take(host))
+    return send(_captured[-1], device)
 
 
 def upload_rows(upload: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) -> Tensor:
@@ -94,14 +141,14 @@ def upload_rows(upload: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) ->
 
 
 def upload_chunks(
-    upload: Callable[[Tensor], Tensor], sizes: tuple[int, ...], members: tuple[int, ...], aligned: tuple[bool, ...], block: int
+    upload: Callable[[Tensor], Tensor], sizes: tuple[int, ...], members: tuple[int, ...], aligned: tuple[bool, ...], blocks: tuple[int, ...]
 ) -> dict[bool, Tensor]:
-    """aligned -> int32 [chunks, 3]: tensor, number of the chunk in it, elements. sizes: of all tensors; aligned: of the members."""
-    numels, tensors = torch.tensor([sizes[i] for i in members]), torch.tensor(members)
+    """aligned -> int32 [chunks, 3]: tensor, number of the chunk in it, elements. sizes: of all tensors; aligned, blocks: of the members."""
+    numels, tensors, block = torch.tensor([sizes[i] for i in members]), torch.tensor(members), torch.tensor(blocks)
     counts = (numels + block - 1) // block
     member = torch.arange(len(members)).repeat_interleave(counts)
     local = torch.arange(len(member)) - (counts.cumsum(0) - counts)[member]
-    elements = (numels[member] - local * block).clamp(max=block)
+    elements = torch.minimum(numels[member] - local * block[member], block[member])
     chunks = torch.stack([tensors[member], local, elements], 1).int()
     whole = torch.tensor(aligned)[member] & (elements % 8 == 0)
     return {own: upload(chunks[whole == own].contiguous()) for own in (True, False) if bool((whole == own).any())}
@@ -143,14 +190,14 @@ class Table:
         self,
         among: Callable[[int], bool] = lambda i: True,
         sizes: tuple[int, ...] | None = None,
-        block: Callable[[Kind], int] = lambda kind: kind.tuning.block,
+        block: Callable[[Kind, int], int] = lambda kind, i: kind.tuning.block,
     ) -> Iterator[tuple[Kind, Tensor]]:
         """A kind and its chunks, int32 [chunks, 3], for each launch of a pass.
 
         Args:
             among: the tensors to serve.
             sizes: of the tensors, where they are not counted in elements.
-            block: units of `sizes` a program.
+            block: units of `sizes` a program, for a tensor.
         """
         sizes = self.sizes if sizes is None else sizes
         groups: dict[tuple[torch.dtype, bool], list[int]] = {}
@@ -159,17 +206,15 @@ class Table:
                 groups.setdefault((self.dtypes[i], self[i, MASTER] != 0), []).append(i)
         for (dtype, master), members in groups.items():
             aligned = tuple(map(self._aligned, members))
-            units = block(Kind(dtype, master, True))
-            chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, units)
+            blocks = tuple(block(Kind(dtype, master, True), i) for i in members)
+            chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, blocks)
             for own, table in chunks.items():
                 yield Kind(dtype, master, own), table
 
-    def launch(
-        self, kernel: Any, *arguments: Any, among: Callable[[int], bool] = lambda i: True, by: Tuning | None = None, **constants: Any
-    ) -> None:
-        """A pass over all elements of the tensors in `among`; `by`: the tuning whatever the dtype."""
-        for kind, chunks in self.chunks(among, block=lambda kind: (by or kind.tuning).block):
-            kernel[(len(chunks),)](self.rows, chunks, *arguments, **constants, **kind.constants, **(by or kind.tuning).options)
+    def launch(self, kernel: Any, *arguments: Any, among: Callable[[int], bool] = lambda i: True, **constants: Any) -> None:
+        """A pass over all elements of the tensors in `among`."""
+        for kind, chunks in self.chunks(among):
+            kernel[(len(chunks),)](self.rows, chunks, *arguments, **constants, **kind.constants, **kind.tuning.options)
 
 
 @triton.jit

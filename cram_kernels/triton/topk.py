@@ -166,7 +166,7 @@ def solve(
             constants = perturbation | kind.constants | kind.tuning.options | more
             kernel[(len(chunks),)](table.rows, chunks, span, candidates, *arguments, **constants)
 
-    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind: STRATA):
+    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA):
         options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
         sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **options)
     bracket_kernel[(num_sets + 1,)](fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False)

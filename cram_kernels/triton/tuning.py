@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
+from triton.runtime import driver
 
 
 class Tuning(NamedTuple):
@@ -16,13 +17,33 @@ class Tuning(NamedTuple):
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
-# By bytes a number. 8 elements, two or one 16-byte accesses, a thread and turn; more turns for smaller numbers: as many bytes in flight.
-BY_SIZE = {4: Tuning(1024, 4), 2: Tuning(2048, 4), 1: Tuning(4096, 4)}
-INTERPRETED = Tuning(32768, 1)  # a program costs the interpreter about as much whatever its size
+FOUR_BYTES = (torch.float32, torch.int32)
+TWO_BYTES = (torch.bfloat16, torch.float16, torch.int16)
+ONE_BYTE = (torch.int8,)
+# Chosen from the static report (`make triton-static`), not on a GPU: 8 elements a thread, two or one 16-byte accesses a stream. With 16 the
+# streams of top-k, N:M and Adam need twice the registers, so that as many bytes are in flight from half the warps, and more of them wait
+# for each other. The archs of a maker have the same rows as long as nobody has timed one; (maker, arch) would be looked up first.
+TABLE: dict[Any, dict[tuple[torch.dtype, ...], Tuning]] = {
+    "cuda": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 8)},
+    # Warps of 64 threads; 4 elements a thread: with 8 gfx90a and gfx942 spill in some kernels.
+    "hip": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 4)},
+    # A program costs the interpreter about as much whatever its size.
+    "interpreter": {(*FOUR_BYTES, *TWO_BYTES, *ONE_BYTE): Tuning(32768, 1)},
+}
+
+
+def target() -> tuple[str, Any]:
+    """The maker and the arch that kernels are compiled for here: ("cuda", 90), ("hip", "gfx942"); ("interpreter", None)."""
+    if knobs.runtime.interpret:
+        return "interpreter", None
+    found = driver.active.get_current_target()
+    return found.backend, found.arch
 
 
 def tuning(dtype: torch.dtype) -> Tuning:
-    return INTERPRETED if knobs.runtime.interpret else BY_SIZE[dtype.itemsize]
+    own = target()
+    rows = TABLE.get(own, TABLE[own[0]])
+    return next(row for dtypes, row in rows.items() if dtype in dtypes)
 
 
 def records() -> int:
