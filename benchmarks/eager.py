@@ -95,6 +95,25 @@ def combine_nm(params: Tensors, saved: Tensors, grads: Tensors, first_grads: Ten
     torch._foreach_copy_(params, saved)
 
 
+def restore_sgd(
+    params: Tensors,
+    saved: Tensors,
+    grads: Tensors,
+    first_grads: Tensors,
+    buffers: Tensors,
+    kept: dict[int, Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Both halves' gradients, the restore and SGD, to be compiled: a pass over each tensor. kept: of those that are pruned, not 0 is kept.
+    A momentum buffer of zeros becomes the first gradient, as in torch."""
+    for i, (p, s, g, first, b) in enumerate(zip(params, saved, grads, first_grads, buffers, strict=True)):
+        total = first + (torch.where(kept[i] != 0, g, 0.0) if i in kept else g)
+        b.copy_(momentum * b + (total + weight_decay * s))
+        p.copy_(s - lr * b)
+
+
 class Eager:
     """The buffers of a model, and the two halves of its step.
 
@@ -108,7 +127,7 @@ class Eager:
         self.prunable = [i for i, p in enumerate(params) if pattern.why_dense(p.shape) is None]
         self.pruned = [params[i] for i in self.prunable]
         self.uphill, self.sample, self.search, self.shrink = map(compile, (uphill, sample, search, shrink))
-        self.prune_nm, self.combine_nm = map(compile, (prune_nm, combine_nm))
+        self.prune_nm, self.fused_sgd = map(compile, (prune_nm, restore_sgd))
         if isinstance(pattern, NM):
             self.keep = [torch.empty_like(p) for p in self.pruned]
         else:
@@ -145,9 +164,15 @@ class Eager:
         """grads becomes the gradient of the update, and the weights are back."""
         common = (self.params, self.saved, grads, first_grads, self.prunable)
         if isinstance(self.pattern, NM):
-            self.combine_nm(*common, self.keep)
+            combine_nm(*common, self.keep)
         else:
             combine_topk(*common)
+
+    @torch.no_grad()
+    def restore_sgd(self, grads: Tensors, first_grads: Tensors, buffers: Tensors, **options: float) -> None:
+        """`combine` and torch.optim.SGD's step, grads read only. What a top-k kept is not 0."""
+        kept = dict(zip(self.prunable, self.keep if isinstance(self.pattern, NM) else self.pruned, strict=True))
+        self.fused_sgd(self.params, self.saved, grads, first_grads, buffers, kept, **options)
 
 
 def against_eager(op: OpRun, pattern: Pattern, copy_bound: float) -> Contest:

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import compare
 import torch
 from torch import Tensor
 
+from cram_kernels.backend import use_backend
 from cram_kernels.patterns import NM, Pattern, TopK
 
 from . import gate, inputs, run
 from .measure import Row, Setup, target
-from .shapes import shrink
-from .step import EagerStep, Fused, Ours, Published, Step
+from .shapes import MODELS, shrink
+from .step import BASES, EagerStep, Fused, Ours, Published, Step, same_weights
 
 MODEL, BASE = "ResNet-50", "SGD"
 PATTERNS: dict[str, Pattern] = {str(pattern): pattern for pattern in (TopK(0.5), TopK(0.9), NM(2, 4))}
@@ -95,9 +97,25 @@ class Memory:
     dtype: str
     setup: Setup
 
+    def names(self) -> list[str]:
+        return list(KINDS) if self.dtype == "fp32" else ["cram_kernels"]
+
     def check(self) -> None:
-        pattern, shapes = PATTERNS[self.pattern], shrink(self.setup.shapes(MODEL))
-        gate.small("perturb_nm_" if isinstance(pattern, NM) else "perturb_topk_", inputs.perturb(shapes, pattern, self.dtype, "cpu"))
+        """A whole step, small: ours is finite and the reference's to the bit, the others' weights are ours."""
+        pattern, shapes = PATTERNS[self.pattern], shrink(MODELS[MODEL]())
+        make_small = partial(make, pattern=pattern, shapes=shapes, dtype=self.dtype)
+        expected, start = make_small("cram_kernels"), make_small(PLAIN).params
+        with use_backend("reference"):
+            expected()
+        for name in self.names():
+            ours, other = make_small("cram_kernels"), make_small(name)
+            if name != "cram_kernels":
+                same_weights(name, ours, other, start, pattern, BASES[BASE][1]["lr"])
+                continue
+            ours()
+            for i, (a, e) in enumerate(zip(ours.params, expected.params, strict=True)):
+                gate.require(bool(a.isfinite().all()), f"{name}: params[{i}] is not finite after a step")
+                compare.assert_bitwise_equal(a, e, f"{name}: params[{i}] after a step")
 
     def measure(self, name: str) -> dict[str, int]:
         """`child`, in a process of its own."""
@@ -113,7 +131,7 @@ class Memory:
         return sum(torch.Size(s).numel() for s in self.setup.shapes(MODEL) if pattern.why_dense(torch.Size(s)) is None)
 
     def rows(self, setup: Setup) -> list[Row]:
-        names = ["cram_kernels"] if setup.quick or self.dtype != "fp32" else list(KINDS)
+        names = self.names()[:1] if setup.quick else self.names()
         measure = partial(child, pattern=PATTERNS[self.pattern], dtype=self.dtype, quick=True) if setup.quick else self.measure
         plain = measure(PLAIN)
         rows: list[Row] = []

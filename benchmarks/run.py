@@ -19,7 +19,7 @@ class Experiment(Protocol):
     """What a case makes. `measure.Contest` is one."""
 
     def check(self) -> None:
-        """Raises AssertionError where a result is wrong."""
+        """Raises AssertionError where a result is wrong; an op, RuntimeError."""
 
     def rows(self, setup: Setup) -> list[Row]:
         """What was measured: "name" and numbers."""
@@ -42,7 +42,8 @@ OK, RED, CANNOT_RUN = 0, 1, 2
 def main(
     name: str, cases: Iterable[Case], argv: list[str] | None, column: str = "x_copy", label: str = "time / time of the faster copy"
 ) -> int:
-    """Run the cases. Returns the exit status: 0; 1 where a check was red or no case was chosen; 2 where the backend cannot run here.
+    """Run the cases. Returns the exit status: 0; 1 where a check was red, an op raised or no case was chosen; 2 where the backend cannot
+    run here.
 
     Args:
         name: of the benchmark, of its JSON and its picture.
@@ -63,6 +64,9 @@ def main(
     if reason is not None:
         print(f"{name}: backend {options.backend} cannot run here: {reason}")
         return CANNOT_RUN
+    json, picture = (options.out / f"{name}.{kind}" for kind in ("json", "png"))
+    for path in (json, picture):  # of an earlier run
+        path.unlink(missing_ok=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     setup = Setup(options.backend, options.quick, options.rounds)
@@ -78,13 +82,13 @@ def main(
         for case in chosen:
             try:
                 record["results"].append(measured(case, setup))
-            except AssertionError as error:
+            except (AssertionError, RuntimeError) as error:
                 record["red"].append({"case": case.name, "why": str(error)})
                 print(f"{case.name}: RED, not measured: {error}\n", flush=True)
-            report.write_json(options.out / f"{name}.json", record)  # after every case: some take minutes
+            report.write_json(json, record)  # after every case: some take minutes
     if record["results"]:
         title = f"{name}: {environment['backend']}, {environment['CPU']}, torch {environment['torch']}"
-        if (why := report.write_picture(options.out / f"{name}.png", title, record["results"], column, label)) is not None:
+        if (why := report.write_picture(picture, title, record["results"], column, label)) is not None:
             print(why)
     return RED if record["red"] or not chosen else OK
 

@@ -5,13 +5,14 @@ silently wrong instead of raising.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils import _pytree as pytree
 
 NATIVE = "cram_kernels"
 _libraries: list[torch.library.Library] = []  # what they registered ends with them
@@ -109,16 +110,45 @@ def direct(namespace: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: make(name) for name in OPS})
 
 
+def _named(op: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, str, Tensor]]:
+    """Every tensor of a call, with its argument in the schema and its name: `params[3]`."""
+    schema = op._schema.arguments
+    for argument, value in [*zip(schema, args, strict=False), *((a, kwargs.get(a.name)) for a in schema[len(args) :])]:
+        for i, t in enumerate(tensors([value])):
+            yield argument, f"{argument.name}[{i}]" if isinstance(value, (list, tuple)) else argument.name, t
+
+
 def _same_device(name: str, args: Any, kwargs: Any) -> None:
     """A tensor on "meta" among others would bring a call here that then did nothing at all."""
     device = None
-    schema = getattr(torch.ops.cram_kernels, name).default._schema
-    for argument, value in [*zip(schema.arguments, args, strict=False), *((a, kwargs.get(a.name)) for a in schema.arguments[len(args) :])]:
-        for i, t in enumerate(tensors([value])):
-            device = device or t.device
-            if t.device != device and t.numel() > 0:
-                where = f"{argument.name}[{i}]" if isinstance(value, (list, tuple)) else argument.name
-                raise RuntimeError(f"{name}: {where} must be on {device} like the tensors before it, got {t.device}")
+    for _, where, t in _named(getattr(torch.ops.cram_kernels, name).default, args, kwargs):
+        device = device or t.device
+        if t.device != device and t.numel() > 0:
+            raise RuntimeError(f"{name}: {where} must be on {device} like the tensors before it, got {t.device}")
+
+
+def materialized(arguments: Any) -> Any:
+    """With plain tensors for negative and conjugate views, whose memory is not yet their values."""
+    return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg(), arguments)
+
+
+def _refuse_lazy(library: torch.library.Library, name: str) -> None:
+    """Negative and conjugate views bring a call here: those that are read only are materialized, as torch does it."""
+    op = getattr(getattr(torch.ops, library.ns), name).default
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        for argument, where, t in _named(op, args, kwargs):
+            if argument.alias_info is not None and argument.alias_info.is_write and (t.is_neg() or t.is_conj()):
+                bit, cure = ("conjugate", "resolve_conj") if t.is_conj() else ("negative", "resolve_neg")
+                raise RuntimeError(
+                    f"{name.removeprefix('check_')}: {where} must hold its own values ({cure}()), got a view with the {bit} bit"
+                )
+        args, kwargs = materialized((args, kwargs))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*args, **kwargs)
+
+    for key in ("Negative", "Conjugate"):
+        library.impl(name, kernel, key)
 
 
 def _refuse_sparse(library: torch.library.Library, name: str) -> None:
@@ -162,3 +192,6 @@ def register(namespace: str = NATIVE) -> None:
     for name in OPS:
         torch.library.register_fake(f"{namespace}::{name}", _fake(name))
         _refuse_sparse(library, name)
+        _refuse_lazy(library, name)
+        if namespace == NATIVE:
+            _refuse_lazy(library, f"check_{name}")

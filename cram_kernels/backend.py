@@ -37,6 +37,7 @@ class _Checked:
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             check(*args, **kwargs)
+            args, kwargs = _registration.materialized((args, kwargs))
             return function(*args, **kwargs)
 
         return checked

@@ -1,5 +1,7 @@
 #include "arguments.h"
 
+#include "plain_arithmetic.h"
+
 namespace cram {
 
 // ---- Perturb and prune ----
@@ -118,6 +120,7 @@ Sgd sgd_of(const UpdateArguments& a, const Tensors& momentum_buffers, const Inte
   check.per_item("nesterov", nesterov, n);
   check.per_item("maximize", maximize, n);
   sgd.options.reserve(n);
+  PlainArithmetic plain;  // float64 to float32
   for (size_t i = 0; i < n; ++i) {
     const Item& item = sgd.items[i];
     const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);
@@ -153,6 +156,7 @@ Adam adam_of(const UpdateArguments& a, const Tensors& exp_avgs, const Tensors& e
   check.per_item("maximize", maximize, n);
   adam.options.reserve(n);
   adam.hyper.reserve(n);
+  PlainArithmetic plain;  // float64 to float32
   for (size_t i = 0; i < n; ++i) {
     const Item& item = adam.items[i];
     const bool updated = item.numel > 0 && (item.grad != nullptr || item.first_grad != nullptr);

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import MUTATED, named_tensors
+from compare import MUTATED, compare_all, named_tensors
 from test_schema import SAMPLES
 from torch import Tensor
 
@@ -122,6 +122,29 @@ def test_wrong(op: str, argument: str, what: str, name: str) -> None:
     arguments[argument] = mistakes_of(op, argument, arguments[argument])[what]
     with use_backend(name):
         assert_refused(op, argument, arguments)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("op", SAMPLES)
+def test_views_whose_memory_is_not_their_values(op: str, name: str) -> None:
+    """torch._neg_view and conj(): refused where they would be written, materialized where they are read."""
+    sample = SAMPLES[op]()
+    lists = {key: first(value) for key, value in sample.items() if isinstance(value, list) and value and isinstance(value[0], Tensor)}
+    with use_backend(name):
+        for key, i in lists.items():
+            arguments, t = SAMPLES[op](), sample[key][i]
+            if not t.is_floating_point():
+                continue
+            if key in MUTATED[op]:
+                assert_refused(op, f"{key}[{i}]", arguments | {key: replaced(arguments[key], i, torch._neg_view(t))})
+                assert_refused(op, f"{key}[{i}]", arguments | {key: replaced(arguments[key], i, t.to(torch.complex64).conj())})
+                continue
+            expected = SAMPLES[op]()
+            expected[key] = replaced(expected[key], i, expected[key][i].neg())
+            arguments[key] = replaced(arguments[key], i, torch._neg_view(arguments[key][i]))
+            compare_all(op, getattr(ops, op)(**arguments), getattr(ops, op)(**expected))
+            for written in MUTATED[op]:
+                compare_all(op, arguments.get(written), expected.get(written))
 
 
 @pytest.mark.parametrize("op", SAMPLES)

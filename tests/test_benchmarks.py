@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from cram_kernels import ops
-from cram_kernels.backend import why_missing
+from cram_kernels.backend import chosen, why_missing
+from cram_kernels.patterns import Pattern
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import gate, memory, run, shapes  # noqa: E402
+from benchmarks import gate, inputs, memory, run, shapes, step  # noqa: E402
 from benchmarks.measure import Contest, Contestant, Setup, ratio  # noqa: E402
 
 NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text())
@@ -102,6 +103,89 @@ def test_red_check_of_one_case_leaves_the_others(tmp_path: Path, capsys: pytest.
     assert [result["case"] for result in record["results"]] == ["perturb_topk_ BERT-base 90 %"]
     assert [red["case"] for red in record["red"]] == ["prune_topk_ BERT-base 90 %"]
     assert "masks[" in record["red"][0]["why"]
+
+
+@pytest.mark.parametrize("what", ["red", "none chosen", "op refuses"])
+def test_nothing_of_an_earlier_run_stays(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that raises makes its case red, like one that is wrong; the cases behind it take their turn."""
+    earlier = [tmp_path / "bench_norm.json", tmp_path / "bench_norm.png"]
+    for path in earlier:
+        path.write_text("of an earlier run")
+    right = ops.grad_norm
+
+    def refuse(grads):
+        raise RuntimeError("grad_norm: no memory")
+
+    if what != "none chosen":
+        monkeypatch.setattr(ops, "grad_norm", refuse if what == "op refuses" else lambda grads: right(grads) * 2)
+    assert main("bench_norm", tmp_path, *(["--only", "no such case"] if what == "none chosen" else [])) == run.RED
+    printed = capsys.readouterr().out
+    assert "median" not in printed and "GB/s" not in printed
+    if what == "none chosen":
+        assert list(tmp_path.iterdir()) == []
+        return
+    record = json.loads(earlier[0].read_text())
+    assert list(tmp_path.iterdir()) == earlier[:1]
+    assert record["results"] == [] and len(record["red"]) == 3
+    assert what == "red" or {red["why"] for red in record["red"]} == {"grad_norm: no memory"}
+
+
+def fill_nan(op):
+    """The op, and then NaN in all parameters."""
+
+    def wrong(params, *args, **kwargs):
+        op(params, *args, **kwargs)
+        for p in params:
+            p.data.fill_(math.nan)
+
+    return wrong
+
+
+@pytest.mark.parametrize("name, case", [("step", "ResNet-50 SGD 90 %"), ("memory", "ResNet-50 SGD 90 %")])
+def test_nan_after_a_step_is_red(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "restore_sgd_", fill_nan(ops.restore_sgd_))
+    assert main(name, tmp_path, "--only", case) == run.RED
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["results"] == []
+    assert all("after a step" in red["why"] for red in record["red"])
+
+
+@pytest.mark.parametrize("name", memory.KINDS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_memory_checks_every_contestant(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in turn takes a step that is off by one weight."""
+    kind = memory.KINDS[name]
+
+    class Wrong(kind):
+        def update(self) -> None:
+            super().update()
+            if chosen() != "reference":
+                self.params[0].data.view(-1)[0] += 0.5
+
+    monkeypatch.setitem(memory.KINDS, name, Wrong)
+    contest = memory.Memory("90 %", dtype, Setup(quick=True))
+    if name in contest.names():
+        with pytest.raises(AssertionError, match="params\\[0\\]"):
+            contest.check()
+    else:
+        contest.check()
+
+
+@pytest.mark.parametrize("pattern", step.PATTERNS, ids=str)
+def test_compiled_update_is_the_eager_one(pattern: Pattern) -> None:
+    """Restore, masked sum and SGD in one function: the weights and buffers of several steps, the gradients as they were."""
+    lists = [
+        inputs.tensors(Setup(quick=True).shapes("ResNet-50"), role, torch.float32, "cpu") for role in ("params", "first_grads", "grads")
+    ]
+    eager, compiled = step.EagerStep(pattern, "SGD", *lists), step.CompiledStep(pattern, lambda f: f, *lists)
+    for _ in range(3):
+        eager.refresh()
+        eager()
+        compiled()
+    for i, (a, b) in enumerate(zip(eager.params, compiled.params, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"params[{i}]")
+        torch.testing.assert_close(eager.optimizer.state[a]["momentum_buffer"], compiled.buffers[i], rtol=1e-5, atol=1e-5)
+        assert torch.equal(compiled.grads[i], lists[2][i])
 
 
 def test_a_backend_that_cannot_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

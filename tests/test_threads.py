@@ -44,15 +44,11 @@ def test_any_number_of_threads(backend, set_threads, call: str) -> None:
         check(backend, op, arguments())
 
 
-@CALL
-def test_denormals_count_in_any_mode(backend, call: str) -> None:
-    """torch.set_flush_denormal changes the arithmetic of the calling thread; not that of the ops, which leave the mode as it is."""
+def check_flushing(backend, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """torch.set_flush_denormal changes the arithmetic of the calling thread; not that of the ops, which leave the mode as it is. Returns
+    the arguments after the reference's call."""
     if not torch.set_flush_denormal(False):
         pytest.skip("this CPU cannot flush denormals: run on x86-64 or AArch64")
-    op, arguments = CALLS[call][0], CALLS[call][1]()
-    for name in ("params", "grads", "first_grads", "saved", "masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
-        for t in arguments.get(name, []):
-            t.mul_(torch.finfo(t.dtype).smallest_normal)
     expected_arguments, actual_arguments = clone(arguments), clone(arguments)
     expected = getattr(reference, op)(**expected_arguments)
     torch.set_flush_denormal(True)
@@ -63,6 +59,49 @@ def test_denormals_count_in_any_mode(backend, call: str) -> None:
         torch.set_flush_denormal(False)
     compare_all(op, actual_arguments, expected_arguments)
     compare_all(op, contract_part(actual), contract_part(expected))
+    return expected_arguments
+
+
+@CALL
+def test_denormals_count_in_any_mode(backend, call: str) -> None:
+    op, arguments = CALLS[call][0], CALLS[call][1]()
+    for name in ("params", "grads", "first_grads", "saved", "masters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        for t in arguments.get(name, []):
+            t.mul_(torch.finfo(t.dtype).smallest_normal)
+    check_flushing(backend, op, arguments)
+
+
+def vanishing_squares(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of half of the tensors: eps is all that is left in a denominator."""
+    for t in arguments["exp_avg_sqs"][::2]:
+        t.zero_()
+    return arguments
+
+
+WIDE = Case("range", "shapes", "fp32")  # some values are so large that a denormal option counts
+DENORMAL = 1e-40
+OPTIONS = {  # op -> its arguments, and the options that are narrowed or read on the calling thread
+    "perturb_topk_": (lambda: perturb_topk(WIDE, "half"), ("rho", "inv_scale")),
+    "restore_sgd_": (lambda: sgd(WIDE, momentum=[0.9]), ("momentum", "weight_decay", "lr", "inv_scale", "first_inv_scale", "found_inf")),
+    "restore_adam_": (
+        lambda: vanishing_squares(adam(WIDE, lr=f32(0.1), beta2=[0.5])),
+        ("beta1", "beta2", "eps", "weight_decay", "lr", "inv_scale", "first_inv_scale", "found_inf"),
+    ),
+}
+
+
+@pytest.mark.parametrize("op, option", [(op, option) for op, (_, options) in OPTIONS.items() for option in options])
+def test_denormal_options_count_in_any_mode(backend, op: str, option: str) -> None:
+    scalar = option in ("rho", "lr", "inv_scale", "first_inv_scale", "found_inf")
+
+    def arguments(value: float) -> dict[str, Any]:
+        return OPTIONS[op][0]() | {option: f32(value) if scalar else [value]}
+
+    flushed = arguments(0)
+    getattr(reference, op)(**flushed)
+    counted = check_flushing(backend, op, arguments(DENORMAL))
+    with pytest.raises(AssertionError, match="differ"):
+        compare_all(op, counted, flushed)
 
 
 def test_two_python_threads_at_once(backend) -> None:

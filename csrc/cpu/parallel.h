@@ -11,6 +11,7 @@
 #endif
 
 #include "../item.h"
+#include "../plain_arithmetic.h"
 
 namespace cram {
 
@@ -18,18 +19,6 @@ struct Pool {
   int threads;
   // Runs body(context, worker) for each worker in [0, threads), and returns when all are done. The body must not throw.
   void (*run)(int threads, void (*body)(void* context, int worker), void* context);
-};
-
-// Denormals count and rounding is to nearest even, whatever mode the calling thread is in (torch.set_flush_denormal).
-class PlainArithmetic {
-#if defined(__SSE2__)
- public:
-  PlainArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~PlainArithmetic() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
 };
 
 // Stores that bypass the cache are ordered before whatever the worker signals next.

@@ -103,6 +103,7 @@ Update update_of(const UpdateArguments& a) {
   if (const float* scale = float_or_null(a.inv_scale)) update.scales.grad = *scale, update.scales.has_grad = true;
   if (const float* scale = float_or_null(a.first_inv_scale)) update.scales.first_grad = *scale, update.scales.has_first_grad = true;
   const float* found_inf = float_or_null(a.found_inf);
+  PlainArithmetic plain;  // a denormal is not 0
   update.skip = found_inf != nullptr && *found_inf != 0;
   update.perturbed = static_cast<int32_t*>(a.perturbed.data_ptr());
   return update;
