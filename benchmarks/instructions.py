@@ -1,5 +1,8 @@
-"""Instructions a weight, counted by valgrind's callgrind: exact where times are noisy. On one thread and at the AVX2 level, since valgrind knows no
-AVX-512. Each case takes a process, in which torch's imports alone last a minute, uncounted."""
+"""Instructions a weight, counted by valgrind's callgrind: exact where times are noisy.
+
+On one thread and at the AVX2 level, since valgrind knows no AVX-512. Each case takes a process, in which torch's imports alone last a minute,
+uncounted.
+"""
 
 import json
 import os

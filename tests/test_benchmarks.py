@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.append(str(ROOT))
 from benchmarks import gate, inputs, memory, run, shapes, step  # noqa: E402
 from benchmarks.measure import Contest, Contestant, Setup, ratio  # noqa: E402
 
-NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text())
+NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text() and p.stem != "instructions")
 NUMBERS = {"adversarial": "x_ours", "growth": "median_ms", "memory": "held"}  # a column that every row must have; else x_copy
 
 pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
@@ -254,3 +255,39 @@ def test_memory_in_a_process_of_its_own() -> None:
 
 def test_setup_names_the_device() -> None:
     assert [Setup(backend).device for backend in ("cpu", "cuda", "triton")] == ["cpu", "cuda", "cuda"]
+
+
+VALGRIND = """#!/bin/sh
+for option; do case $option in --callgrind-out-file=*) out=${option#*=};; --*) ;; *) break;; esac; shift; done
+printed=$("$@") || exit
+echo "$printed"
+for pid in $(echo "$printed" | tail -n 1 | grep -o ': [0-9]*' | cut -c3-); do echo "totals: COUNTED" > $(dirname $out)/$pid; done
+"""
+
+
+@pytest.mark.parametrize("counted", [6912, 0])
+def test_instructions(counted: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for valgrind, which takes a minute to import torch: it runs what it is given and leaves a profile for each process."""
+    from benchmarks import instructions
+
+    program = tmp_path / "valgrind"
+    program.write_text(VALGRIND.replace("COUNTED", str(counted)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(instructions, "CONVOLUTION", [(16, 16, 3, 3)] * 3)
+    monkeypatch.setitem(instructions.CASES, "3 x 3 convolutions, fp32", instructions.convolutions())
+    status = main("instructions", tmp_path, "--only", "3 x 3")
+    record = json.loads((tmp_path / "instructions.json").read_text())
+    if counted == 0:
+        assert status == run.RED and "must have counted some of perturb_nm_ 2:4, got none" in record["red"][0]["why"]
+        return
+    assert status == run.OK, capsys.readouterr().out
+    rows = record["results"][0]["rows"]
+    assert [row["name"] for row in rows] == list(instructions.CASES["3 x 3 convolutions, fp32"])
+    assert all(row["instructions_a_weight"] == 1 for row in rows)
+
+
+def test_instructions_without_valgrind(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main("instructions", tmp_path) == run.CANNOT_RUN
+    assert capsys.readouterr().out == "instructions: needs valgrind, which is not on PATH\n"
