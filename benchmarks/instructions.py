@@ -1,7 +1,7 @@
 """Instructions a weight, counted by valgrind's callgrind: exact where times are noisy.
 
-On one thread and at the AVX2 level, since valgrind knows no AVX-512. Each case takes a process, in which torch's imports alone last a minute,
-uncounted.
+On one thread and at the AVX2 level, since valgrind knows no AVX-512. Each case takes a process, in which torch's imports alone last a
+minute, uncounted.
 """
 
 import json

@@ -267,7 +267,7 @@ for pid in $(echo "$printed" | tail -n 1 | grep -o ': [0-9]*' | cut -c3-); do ec
 
 @pytest.mark.parametrize("counted", [6912, 0])
 def test_instructions(counted: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for valgrind, which takes a minute to import torch: it runs what it is given and leaves a profile for each process."""
+    """With a stand-in for valgrind, under which torch's import takes a minute: runs what it is given, leaves profiles."""
     from benchmarks import instructions
 
     program = tmp_path / "valgrind"

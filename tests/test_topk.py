@@ -72,7 +72,7 @@ def test_large_selections(backend, name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case("two", "uneven", dtype) for dtype in DTYPES], ids=str)
 def test_a_threshold_between_heavy_ties_costs_time_and_no_bits(backend, case: Case) -> None:
-    """The k-th largest is the last of half a million equal ones: every bracket around it holds all weights. The CPU counts them, the others fall back."""
+    """The k-th largest is the last of half a million equal ones: every bracket holds all weights. The CPU counts them, others fall back."""
     arguments = perturb(case, "amp" if case.dtype == "fp32" else "masters")
     for g in arguments["grads"]:
         g.zero_()
