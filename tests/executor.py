@@ -7,6 +7,7 @@ made known to the executor byte for byte, which refuses any other access; what i
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -57,21 +58,27 @@ def nvcc_version() -> str:
     return subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
 
 
-class Memory(TorchDispatchMode):
-    """Makes known to the executor what is allocated while a call runs, and poisons it."""
+ALLOCATING = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.new_zeros, torch.ops.aten.zeros)
 
-    def __init__(self, executor: "Executor") -> None:
+
+class Memory(TorchDispatchMode):
+    """Makes known to the executor what is allocated while a call runs, and poisons it. There is none after `left` allocations."""
+
+    def __init__(self, executor: "Executor", left: float = math.inf) -> None:
         super().__init__()
-        self.executor = executor
+        self.executor, self.left = executor, left
         self.tensors: list[Tensor] = []  # kept alive until forgotten: a captured graph goes on using them
         self.bytes = 0  # bytes of the last call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in ALLOCATING:
+            if self.left == 0:
+                raise torch.OutOfMemoryError("no memory is left")
+            self.left -= 1
         out = func(*args, **(kwargs or {}))
         for _, t in named_tensors(out):
-            made = func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.new_zeros)
-            if made and t.numel() > 0:
-                if func.overloadpacket is not torch.ops.aten.new_zeros:
+            if func.overloadpacket in ALLOCATING and t.numel() > 0:
+                if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
                     t.view(-1).view(torch.uint8).fill_(SENTINEL)
                 self.executor.know(t)
                 self.tensors.append(t)

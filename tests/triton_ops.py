@@ -1,5 +1,6 @@
 """Run by test_triton.py with TRITON_INTERPRET=1: the Triton ops as torch sees them."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,3 +75,26 @@ def test_a_second_perturbation_is_refused_where_the_flag_can_be_read() -> None:
     ops.perturb_masked_(**arguments)
     with pytest.raises(RuntimeError, match="perturb_masked_: perturbed must be 0, got 1"):
         ops.perturb_masked_(**arguments)
+
+
+@pytest.mark.parametrize("op, allocations", [("perturb_topk_", 7), ("perturb_nm_", 1), ("restore_adam_", 1)])
+def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str, allocations: int) -> None:
+    """Each of the op's own allocations fails in turn: the flag and the weights are as before."""
+    arguments, expected = SAMPLES[op](), SAMPLES[op]()
+    empty, zeros = torch.empty, torch.zeros
+    for left in range(allocations):
+        made = 0
+
+        def allocate(make: Any, *args: Any, left: int = left, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made > left:
+                raise torch.OutOfMemoryError("no memory is left")
+            return make(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "empty", partial(allocate, empty))
+        monkeypatch.setattr(torch, "zeros", partial(allocate, zeros))
+        with pytest.raises(torch.OutOfMemoryError):
+            ops.__dict__[op](**arguments)
+        monkeypatch.undo()
+        compare_all(op, arguments, expected)

@@ -128,6 +128,7 @@ def restore_adam_(
     state = {EXP_AVG: exp_avgs, EXP_AVG_SQ: exp_avg_sqs, MAX_EXP_AVG_SQ: max_exp_avg_sqs, STEP: steps}
     table = update_table(params, saved, grads, first_grads, masks, masters, state, numbers)
     rates = torch.empty(n, 2, dtype=torch.float32, device=perturbed.device)
+    table.prepare()
     if n > 0:
         step_kernel[(-(-n // TENSORS),)](
             table.rows, lr, found_inf, rates, n, LR_EACH=lr.dim() > 0, TENSORS=TENSORS, num_warps=4, enable_fp_fusion=False

@@ -199,11 +199,22 @@ class Layout:
                 yield chunks, options
 
 
-def launch(table: Table, layout: Layout, places: list[int], size: int, n: int, perturbation: dict[str, Any]) -> None:
+def launch(
+    table: Table, layout: Layout, places: list[int], size: int, n: int, perturbation: dict[str, Any], perturbed: Tensor | None = None
+) -> None:
     scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
-    for chunks, options in layout.launches(table):
-        nm_kernel[(len(chunks),)](table.rows, chunks, scratch=scratch, N=n, M=layout.m, **perturbation, **options)
+    served = list(layout.launches(table))
+    table.prepare(lambda i: places[i] >= 0)
+    if perturbed is not None:
+        table.prepare(lambda i: layout.forms[i] is None)
+        raise_flag("perturb_nm_", perturbed)
+    for chunks, options in served:
+        nm_kernel[(len(chunks),)](
+            table.rows, chunks, scratch=scratch, N=n, M=layout.m, PERTURB=perturbed is not None, **perturbation, **options
+        )
     table.launch(mask_kernel, scratch, among=lambda i: places[i] >= 0)
+    if perturbed is not None:
+        table.launch(perturb_masked_kernel, among=lambda i: layout.forms[i] is None, **perturbation)
 
 
 def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequence[int], n: int, m: int) -> None:
@@ -211,7 +222,7 @@ def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequenc
     places, size = layout.scratch(weights, masks)
     numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
     table = Table(weights, {PARAM.value: weights, MASK.value: masks}, numbers)
-    launch(table, layout, places, size, n, {"rho": None, "inv_scale": None, "found_inf": None, "PERTURB": False, "RHO_EACH": False})
+    launch(table, layout, places, size, n, {"rho": None, "inv_scale": None, "found_inf": None, "RHO_EACH": False})
 
 
 def perturb_nm_(
@@ -234,7 +245,5 @@ def perturb_nm_(
     pruned_masks = [mask if own else mask[:0] for mask, own in zip(masks, layout.inner, strict=False)]
     numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
     table = perturb_table(params, grads, saved, pruned_masks, masters, numbers)
-    raise_flag("perturb_nm_", perturbed)
     perturbation = {"rho": rho, "inv_scale": inv_scale, "found_inf": found_inf, "RHO_EACH": rho.dim() > 0}
-    launch(table, layout, places, size, n, {**perturbation, "PERTURB": True})
-    table.launch(perturb_masked_kernel, among=lambda i: layout.forms[i] is None, **perturbation)
+    launch(table, layout, places, size, n, perturbation, perturbed)

@@ -86,5 +86,6 @@ def perturb_masked_(
     masters: Sequence[Tensor] = (),
 ) -> None:
     table = perturb_table(params, grads, saved, masks, masters)
+    table.prepare()
     raise_flag("perturb_masked_", perturbed)
     table.launch(perturb_masked_kernel, rho, inv_scale, found_inf, RHO_EACH=rho.dim() > 0)

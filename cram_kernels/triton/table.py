@@ -211,9 +211,13 @@ class Table:
             for own, table in chunks.items():
                 yield Kind(dtype, master, own), table
 
+    def prepare(self, among: Callable[[int], bool] = lambda i: True) -> None:
+        """Bring to the device what a `launch` will need: all that takes memory comes before anything is changed."""
+        list(self.chunks(among))
+
     def launch(self, kernel: Any, *arguments: Any, among: Callable[[int], bool] = lambda i: True, **constants: Any) -> None:
         """A pass over all elements of the tensors in `among`."""
-        for kind, chunks in self.chunks(among):
+        for kind, chunks in list(self.chunks(among)):
             kernel[(len(chunks),)](self.rows, chunks, *arguments, **constants, **kind.constants, **kind.tuning.options)
 
 

@@ -145,7 +145,13 @@ def upload_fields(upload: Callable[[Tensor], Tensor], fields: tuple[int, ...]) -
 
 
 def solve(
-    table: Table, sets: Sequence[int], k: Tensor, write: bool, perturbation: dict[str, Any], found_inf: Tensor | None = None
+    table: Table,
+    sets: Sequence[int],
+    k: Tensor,
+    write: bool,
+    perturbation: dict[str, Any],
+    found_inf: Tensor | None = None,
+    perturbed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Thresholds int32 [num_sets] and stats int64 [num_sets, 3]; with `write`, the pruned weights and masks."""
     num_sets, device = k.numel(), k.device
@@ -166,7 +172,10 @@ def solve(
             constants = perturbation | kind.constants | kind.tuning.options | more
             kernel[(len(chunks),)](table.rows, chunks, span, candidates, *arguments, **constants)
 
-    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA):
+    sampled = list(table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA))
+    if perturbed is not None:  # all memory is there
+        raise_flag("perturb_topk_", perturbed)
+    for kind, chunks in sampled:
         options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
         sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **options)
     bracket_kernel[(num_sets + 1,)](fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False)
@@ -214,6 +223,5 @@ def perturb_topk_(
 ) -> tuple[Tensor, Tensor]:
     own_masks = [mask if s >= 0 else mask[:0] for mask, s in zip(masks, sets, strict=False)]  # of a tensor in no set: left alone
     table = perturb_table(params, grads, saved, own_masks, masters, numbers_of(params, sets, k.numel()))
-    raise_flag("perturb_topk_", perturbed)
     perturbation = {"PERTURB": True, "RHO_EACH": rho.dim() > 0, "rho": rho, "inv_scale": inv_scale}
-    return solve(table, sets, k, True, perturbation, found_inf)
+    return solve(table, sets, k, True, perturbation, found_inf, perturbed)

@@ -172,35 +172,50 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 int64_t chunk_of(const Item& item, int m) { return nm_chunk_size(reinterpret_cast<uintptr_t>(item.param) % 16 == 0, item.inner, m); }
 
-void run_panels(const std::vector<Item>& items, const Perturbation& p, const Pattern& pattern, const Allocate& allocate, Stream stream) {
-  std::vector<size_t> large;
+// The tensors whose groups reach further than a chunk, and memory for a byte a weight of those with a mask.
+struct Panels {
+  std::vector<size_t> items;
   std::vector<int64_t> first;  // of a tensor's flags
-  int64_t bytes = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].numel == 0 || chunk_of(items[i], pattern.m) > 0) continue;
-    large.push_back(i);
-    first.push_back(bytes);
-    bytes += items[i].mask != nullptr ? items[i].numel : 0;
+  uint8_t* flags = nullptr;
+
+  Panels(const std::vector<Item>& all, int m, const Allocate& allocate) {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (all[i].numel == 0 || chunk_of(all[i], m) > 0) continue;
+      items.push_back(i);
+      first.push_back(bytes);
+      bytes += all[i].mask != nullptr ? all[i].numel : 0;
+    }
+    if (bytes > 0) flags = static_cast<uint8_t*>(allocate(bytes));
   }
-  if (large.empty()) return;
-  uint8_t* const flags = bytes > 0 ? static_cast<uint8_t*>(allocate(bytes)) : nullptr;
+};
+
+void run_panels(const std::vector<Item>& items, const Panels& panels, const Perturbation& p, const Pattern& pattern, Stream stream) {
+  const size_t count = panels.items.size();
   const auto entry = [&](size_t j) {
-    Item item = items[large[j]];
-    if (item.mask != nullptr) item.mask = flags + first[j];
-    return perturb_entry(item, large[j], item.inner);
+    Item item = items[panels.items[j]];
+    if (item.mask != nullptr) item.mask = panels.flags + panels.first[j];
+    return perturb_entry(item, panels.items[j], item.inner);
   };
-  for (const PerturbTable& table : make_tables<PerturbEntry>(large.size(), entry, [&](size_t j) { return panels_of(items[large[j]], pattern.m); }))
+  for (const PerturbTable& table : make_tables<PerturbEntry>(count, entry, [&](size_t j) { return panels_of(items[panels.items[j]], pattern.m); }))
     launch("N:M, panels", nm_panel_kernel, tasks_in(table), stream, table, p, pattern);
-  if (flags == nullptr) return;
-  const auto packed = [&](size_t j) { return PackEntry{flags + first[j], items[large[j]].mask, items[large[j]].numel}; };
-  const auto tasks = [&](size_t j) { return items[large[j]].mask != nullptr ? (items[large[j]].numel + kChunk - 1) / kChunk : 0; };
-  for (const auto& table : make_tables<PackEntry>(large.size(), packed, tasks)) launch("N:M, pack", pack_kernel, tasks_in(table), stream, table);
+  if (panels.flags == nullptr) return;
+  const auto packed = [&](size_t j) {
+    const Item& item = items[panels.items[j]];
+    return PackEntry{panels.flags + panels.first[j], item.mask, item.numel};
+  };
+  const auto tasks = [&](size_t j) {
+    const Item& item = items[panels.items[j]];
+    return item.mask != nullptr ? (item.numel + kChunk - 1) / kChunk : 0;
+  };
+  for (const auto& table : make_tables<PackEntry>(count, packed, tasks)) launch("N:M, pack", pack_kernel, tasks_in(table), stream, table);
 }
 
 }  // namespace
 
 void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, const Allocate& allocate, Stream stream) {
   const Pattern pattern = {n, m};
+  const Panels panels(items, m, allocate);  // all memory, before a launch raises the flag and changes a weight
   const bool prunes_only = p.perturbed == nullptr;
   const auto entry = [&](size_t i) { return perturb_entry(items[i], i, items[i].inner); };
   const auto tasks = [&](size_t i) {
@@ -210,7 +225,7 @@ void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, con
   };
   for (const PerturbTable& table : make_tables<PerturbEntry>(items.size(), entry, tasks))
     launch("N:M", nm_kernel, tasks_in(table), stream, table, p, pattern);
-  run_panels(items, p, pattern, allocate, stream);
+  if (!panels.items.empty()) run_panels(items, panels, p, pattern, stream);
 }
 
 }  // namespace cuda

@@ -157,6 +157,7 @@ void restore_adam_cuda(CRAM_ADAM_ARGUMENTS) {
 
 Tensor grad_norm_cuda(const Tensors& grads, const MaybeTensor& inv_scale) {
   const std::vector<Item> items = norm_items(grads, inv_scale);
+  if (grads.empty()) return torch::stable::new_zeros(*inv_scale, {}, torch::headeronly::ScalarType::Float);  // by whose device the call came here
   const Device device(grads[0]);
   Tensor sums = torch::stable::new_empty(grads[0], {cuda::norm_sums(items)}, torch::headeronly::ScalarType::Double);
   Tensor result = torch::stable::new_empty(grads[0], {}, torch::headeronly::ScalarType::Float);
