@@ -6,6 +6,7 @@ The ops have the schemas of the native ones, so that torch.compile sees one node
 import contextlib
 import importlib.util
 import os
+import re
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _load() -> str | None:
 def _too_old() -> str | None:
     import triton
 
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    found = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))  # of 3.7rc1 too
     if found < NEEDED:
         wanted = ".".join(map(str, NEEDED))
         return f"the kernels need triton {wanted} or later, got {triton.__version__}: `pip install 'triton>={wanted}'`"

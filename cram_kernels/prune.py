@@ -1,5 +1,6 @@
 """Prune a trained model in one shot, in place."""
 
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -44,6 +45,10 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> Re
     why = [_why_dense(p, pattern) if i not in excluded else "excluded" for i, (p, _) in enumerate(parameters)]
     weights = {names[0]: p for (p, names), reason in zip(parameters, why, strict=True) if reason is None}
     _check(weights)
+    if not weights and parameters:
+        warnings.warn(
+            f"prune: {pattern} prunes nothing: the report says why each of {len(parameters)} parameters stays dense", stacklevel=3
+        )
     _prune_(list(weights.values()), pattern)
     return Report(
         tuple(

@@ -190,7 +190,8 @@ def test_refused_arguments(pattern, exclude, message):
 
 def test_a_model_without_weights():
     assert prune(nn.Sequential(nn.ReLU()), TopK(0.5)) == Report(())
-    assert prune(nn.BatchNorm1d(3), NM(2, 4)).pruned == ()
+    with pytest.warns(UserWarning, match="prunes nothing"):
+        assert prune(nn.BatchNorm1d(3), NM(2, 4)).pruned == ()
 
 
 def test_report_as_data():
@@ -243,3 +244,10 @@ def test_parameters_that_share_part_of_their_memory_are_refused_by_name():
     model.a, model.b = nn.Parameter(store), nn.Parameter(store[1:])
     with pytest.raises(ValueError, match="parameter 'b' must have memory of its own, got some that 'a' has too"):
         prune(model, TopK(0.5))
+
+
+@pytest.mark.parametrize("model, pattern", [(nn.BatchNorm1d(4), TopK(0.9)), (nn.Linear(7, 4), NM(2, 4))], ids=str)
+def test_a_pattern_that_prunes_nothing_is_said(model, pattern):
+    with pytest.warns(UserWarning, match=f"prune: {pattern} prunes nothing: the report says why each of 2 parameters stays dense") as said:
+        assert prune(model, pattern).pruned == ()
+    assert said[0].filename == __file__
