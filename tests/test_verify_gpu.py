@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,7 +30,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that end at once; `test_the_command_of_the_selection_runs` starts a real one."""
 
     def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
-        log.touch()
+        rows = [str(programs.selection_row(op, "cpu")) for op in command if op in problems.PROBLEMS]
+        log.write_text("\n".join(rows))
         return 0
 
     monkeypatch.setattr(programs, "run", run)
@@ -224,21 +224,57 @@ def test_skips_are_allowed_by_name() -> None:
     assert not programs.is_allowed("no CUDA device: run these tests on a machine with an NVIDIA GPU")
 
 
-def test_sanitizers_are_judged_by_their_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(tool: str, limit: float = 100) -> str:
-        return programs.sanitizer(tool, ("restore_",), "other", tmp_path, False, limit).status
+ROW = str(programs.selection_row("restore_", "cuda"))
+CLEAN = f"========= COMPUTE-SANITIZER\n{ROW}\n========= ERROR SUMMARY: 0 errors"
+NO_HAZARDS = f"{ROW}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 
-    monkeypatch.setattr(programs, "find_sanitizer", lambda: None)
-    assert run("memcheck") == NOT_RUN
+
+@pytest.mark.parametrize(
+    "tool, says, then, verdict, why",
+    [
+        ("memcheck", CLEAN, "exit 0", PASSED, ""),
+        ("racecheck", NO_HAZARDS, "exit 0", PASSED, ""),
+        ("initcheck", CLEAN, f"exit {programs.SANITIZER_ERROR}", FAILED, "ended with 86"),
+        ("memcheck", "========= Error: Device not supported", "exit 0", FAILED, "did not say 'ERROR SUMMARY: 0 errors'"),
+        ("memcheck", "Error: Device not supported\n========= ERROR SUMMARY: 0 errors", "exit 0", FAILED, f"has no line {ROW}"),
+        ("memcheck", CLEAN.replace(": 0}", ": 10}"), "exit 0", FAILED, f"has no line {ROW}"),
+        ("memcheck", f"{CLEAN}\n========= ERROR SUMMARY: 1 error", "exit 0", FAILED, "did not say"),
+        ("memcheck", ROW, "exit 0", FAILED, "did not say"),
+        ("racecheck", NO_HAZARDS.replace(": 0 h", ": 10 h"), "exit 0", FAILED, "did not say 'RACECHECK SUMMARY: 0 hazards'"),
+        ("racecheck", CLEAN, "exit 0", FAILED, "did not say 'RACECHECK"),
+        ("synccheck", CLEAN, "sleep 60", NOT_RUN, "stopped after 1 s (--limit)"),
+        ("synccheck", CLEAN, "kill -9 $$", FAILED, "was killed by SIGKILL, not by --limit"),
+    ],
+)
+def test_sanitizers_are_judged_by_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, says: str, then: str, verdict: str, why: str
+) -> None:
     program = tmp_path / "compute-sanitizer"
-    found, slow = f"[ $2 != racecheck ] || exit {programs.SANITIZER_ERROR}", "[ $2 != synccheck ] || sleep 60"
-    program.write_text(f'#!/bin/sh\necho "$@"\n{found}\n{slow}\n')
+    (tmp_path / "says").write_text(f"{says}\n")
+    program.write_text(f'#!/bin/sh\necho "$@"\ncat {tmp_path / "says"}\n{then}\n')
     program.chmod(0o755)
     monkeypatch.setattr(programs, "find_sanitizer", lambda: str(program))
-    assert [run(tool) for tool in ("memcheck", "racecheck", "initcheck")] == [PASSED, FAILED, PASSED]
-    assert run("synccheck", limit=1) == NOT_RUN
-    log = (tmp_path / "initcheck_other.log").read_text()
-    assert "--tool initcheck --error-exitcode 86 --target-processes all" in log and "cram_kernels.verify.selection restore_" in log
+    limit = 1 if "sleep" in then else 100
+    section = programs.sanitizer(tool, ["restore_"], ["cuda"], "other", tmp_path, False, limit)
+    assert section.status == verdict and why in section.why, section
+    log = (tmp_path / f"{tool}_other.log").read_text()
+    assert f"--tool {tool} --error-exitcode 86 --target-processes all" in log and "cram_kernels.verify.selection restore_" in log
+
+
+def test_a_backend_that_the_sanitizer_did_not_see_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
+        log.write_text(CLEAN)
+        return 0
+
+    monkeypatch.setattr(programs, "run", run)
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: "compute-sanitizer")
+    section = programs.sanitizer("memcheck", ["restore_"], ["cuda", "triton"], "other", tmp_path, False, 100)
+    assert section.status == FAILED and "no line {'what': 'restore_, triton'" in section.why
+
+
+def test_without_a_sanitizer_it_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: None)
+    assert programs.sanitizer("memcheck", ["restore_"], ["cuda"], "other", tmp_path, False, 100).status == NOT_RUN
 
 
 def test_timing_takes_the_buffers_in_turn() -> None:
@@ -265,5 +301,6 @@ def test_the_names_that_a_gpu_is_asked_for_exist() -> None:
 
 
 def test_the_command_of_the_selection_runs(tmp_path: Path) -> None:
-    result = subprocess.run([*programs.SELECTION, "--dry-run", "perturb_topk_"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and "perturb_topk_" in result.stdout, result.stderr
+    """And prints the rows for which `sanitizer` looks."""
+    assert "dry run: " in programs.sanitizer("memcheck", ["perturb_topk_"], ["cpu"], "selecting", tmp_path, True, 100).why
+    assert programs.sanitizer("memcheck", ["perturb_topk_"], ["cuda"], "selecting", tmp_path, True, 100).status == FAILED

@@ -111,7 +111,9 @@ def steps(options: argparse.Namespace, found: list[Machine], out: Path) -> Runs:
         runs[f"launches: {name}"] = partial(on_each, kinds, launches, name)
     for tool in programs.TOOLS:
         for name, ops in programs.OPS.items():
-            runs[f"sanitizers: {tool}, {name}"] = partial(alone, programs.sanitizer, tool, ops, name, out, dry, options.limit)
+            runs[f"sanitizers: {tool}, {name}"] = partial(
+                alone, programs.sanitizer, tool, ops, first.backends, name, out, dry, options.limit
+            )
     folder = programs.find_tests(options.tests)
     for file in programs.test_files(folder):
         runs[f"tests: {file.name}"] = partial(alone, programs.tests, file.resolve(), out, dry, options.limit)

@@ -8,16 +8,19 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from .problems import PROBLEMS
-from .report import Section
+from .report import FAILED, Section
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SELECTING = ("topk_threshold", "topk_histogram", "prune_topk_", "perturb_topk_")
 OPS = {"selecting": SELECTING, "other": tuple(op for op in PROBLEMS if op not in SELECTING)}  # of a process under a tool
 SANITIZER_ERROR = 86  # exit status where a tool found something
-TIMED_OUT = -signal.SIGKILL
+TIMED_OUT = None  # in place of an exit status: no process has it, so that what somebody else killed is not taken for it
+SUMMARIES = {"racecheck": "RACECHECK SUMMARY: 0 hazards"}  # of a tool that watched and found nothing
+SUMMARY = "ERROR SUMMARY: 0 errors"  # of the others
 NOTHING_COLLECTED = 5  # exit status of pytest, of a file that was skipped as a whole too
 LAST_LINES = 15  # of a log, in the report
 SELECTION = [sys.executable, "-m", "cram_kernels.verify.selection"]
@@ -54,14 +57,14 @@ def tests(file: Path, out: Path, dry_run: bool, limit: float) -> Section:
     results.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", str(file)]
     status = run([*command, "--collect-only"] if dry_run else command, file.parents[1], log, limit)
-    if status == TIMED_OUT:
+    if status is TIMED_OUT:
         return section.not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")
-    section.require(status in (0, NOTHING_COLLECTED), f"{' '.join(command)} ended with {status}; {end_of(log)}")
+    section.require(status in (0, NOTHING_COLLECTED), f"{' '.join(command)} {ended(status)}; {end_of(log)}")
     if dry_run:
-        return section if section.status == "FAILED" else section.not_run("dry run: collected only")
+        return section if section.status == FAILED else section.not_run("dry run: collected only")
     if results.exists():
         section.rows += [counts(results), *skips(results)]
-    if section.status == "FAILED":
+    if section.status == FAILED:
         return section
     if left_out := sum(int(row["tests"]) for row in section.rows if not row.get("allowed", True)):
         return section.not_run(f"skipped, though a machine with a GPU should run them: {left_out}; the reasons are below")
@@ -98,8 +101,8 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
-def sanitizer(tool: str, ops: tuple[str, ...], name: str, out: Path, dry_run: bool, limit: float) -> Section:
-    """A tool that watches some ops; a dry run starts them without the tool, on the CPU."""
+def sanitizer(tool: str, ops: Sequence[str], backends: Sequence[str], name: str, out: Path, dry_run: bool, limit: float) -> Section:
+    """A tool that watches some ops on each backend; a dry run starts them without the tool, on the CPU."""
     program = find_sanitizer()
     section = Section(f"compute-sanitizer {tool}, {name} ops")
     log = out / f"{tool}_{name}.log"
@@ -111,13 +114,33 @@ def sanitizer(tool: str, ops: tuple[str, ...], name: str, out: Path, dry_run: bo
         return section.not_run("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     # every tensor has an allocation of its own, so that an access beside it is seen
     status = run([*SELECTION, "--dry-run", *ops] if dry_run else command, Path.cwd(), log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if status == TIMED_OUT:
+    if status is TIMED_OUT:
         return section.not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")
-    section.require(status == 0, f"{tool} ended with {status} ({SANITIZER_ERROR}: it found something); {end_of(log)}")
-    return section if section.status == "FAILED" or not dry_run else section.not_run(f"dry run: {' '.join(command)}")
+    # a status of 0 alone says little: a tool that refuses the device can end with it, and watched nothing
+    said = log.read_text(errors="replace")
+    missing = [row for op in ops for backend in backends if (row := str(selection_row(op, backend))) not in said.splitlines()]
+    section.require(not missing, f"{tool}'s log has no line {', '.join(missing)}: that did not run or differs; {end_of(log)}")
+    section.require(dry_run or watched(tool, said), f"{tool} did not say {SUMMARIES.get(tool, SUMMARY)!r}; {end_of(log)}")
+    section.require(status == 0, f"{tool} {ended(status)} ({SANITIZER_ERROR}: it found something); {end_of(log)}")
+    return section if section.status == FAILED or not dry_run else section.not_run(f"dry run: {' '.join(command)}")
 
 
-def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
+def watched(tool: str, said: str) -> bool:
+    """Whether the tool summed up what it watched, in every process it watched, and found nothing."""
+    summaries = [line for line in said.splitlines() if re.search(r"\b(ERROR|RACECHECK) SUMMARY: ", line)]
+    return bool(summaries) and all(re.search(rf"{SUMMARIES.get(tool, SUMMARY)}\b", line) for line in summaries)
+
+
+def selection_row(op: str, backend: str) -> dict[str, object]:
+    """What `selection` prints of an op that has the reference's bits."""
+    return {"what": f"{op}, {backend}", "elements that differ": 0}
+
+
+def ended(status: int) -> str:
+    return f"ended with {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}, not by --limit"
+
+
+def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int | None:
     """The exit status; TIMED_OUT, and the end of all that it started, after `limit` seconds. The log gets what it says."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
