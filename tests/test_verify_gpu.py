@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cram_kernels import cli
-from cram_kernels.verify import bandwidth, checks, command, machine, problems, programs, report
+from cram_kernels.verify import bandwidth, checks, command, machine, part, problems, programs, report
 from cram_kernels.verify.report import FAILED, NOT_RUN, PASSED, Report, Section
 
 ALL_BUT_TESTS = ["--only", *(step for step in command.STEPS if step != "tests")]
@@ -84,8 +84,8 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_section_that_raises_fails_alone(quick, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "bits", lambda machine, size: 1 / 0)
     monkeypatch.setattr(checks, "SIZES", ("many",))
-    monkeypatch.setattr(command, "bandwidth", lambda machine, name: Section("bandwidth"))
-    monkeypatch.setattr(command, "launches", lambda machine, name: Section("launches"))
+    monkeypatch.setattr(part, "bandwidth", lambda machine, name: Section("bandwidth"))
+    monkeypatch.setattr(part, "launches", lambda machine, name: Section("launches"))
     assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.NOT_VERIFIED
     sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
     (raised,) = [s for s in sections if s["step"].startswith("bits: ")]
@@ -204,6 +204,53 @@ def test_what_takes_too_long_is_stopped_with_all_that_it_started(tmp_path: Path)
     state = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat")
     time.sleep(0.5)
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+class Imagined(machine.Dry):
+    """What `steps` takes for a GPU: it is not dry, but its processes are."""
+
+    dry = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends = ["cuda", "triton"]
+
+    def facts(self) -> dict[str, str]:
+        return {"GPU": "imagined"}
+
+
+def test_what_runs_kernels_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def started(name: str, out: Path, dry_run: bool, limit: float) -> list[Section]:
+        return [Section(f"{name}, {dry_run}, {limit:g}")]
+
+    monkeypatch.setattr(programs, "part", started)
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    runs = command.steps(parser.parse_args(["--limit", "7"]), [Imagined()], tmp_path)
+    own = [name for name in runs if name.split(":")[0] in ("bits", "graphs", "streams", "devices", "bandwidth", "launches")]
+    assert own == list(part.parts([Imagined()])) and len(own) == 14
+    assert [runs[name]()[0].name for name in own] == [f"{name}, False, 7" for name in own]
+
+
+def test_a_part_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (section,) = programs.part("devices", tmp_path, True, 100)
+    assert section.status == PASSED and {row["what"] for row in section.rows} == {f"{op}, cpu, on cpu" for op in problems.PROBLEMS}
+    (section,) = programs.part("no such part", tmp_path, True, 100)
+    assert section.status == FAILED and "its process ended with 1" in section.why and "KeyError: 'no such part'" in section.why
+    assert not (tmp_path / "no_such_part.json").exists()
+
+
+def test_a_part_that_hangs_or_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(script: str, limit: float) -> Section:
+        (tmp_path / "bits_small.json").write_text("of an earlier run")
+        monkeypatch.setattr(programs, "PART", ["sh", "-c", script])
+        (section,) = programs.part("bits: small", tmp_path, False, limit)
+        return section
+
+    hung = run("echo a kernel; sleep 60", 1)
+    assert (hung.name, hung.status) == ("bits: small", NOT_RUN) and "stopped after 1 s (--limit)" in hung.why and "a kernel" in hung.why
+    killed = run("kill -9 $$", 100)
+    assert killed.status == FAILED and "was killed by SIGKILL, not by --limit" in killed.why
 
 
 def test_every_file_of_tests_is_a_part(tmp_path: Path) -> None:

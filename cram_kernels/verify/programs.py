@@ -1,5 +1,7 @@
-"""What runs in processes of its own, each with a time limit: files of tests, and short selections under compute-sanitizer's tools."""
+"""Processes, each with a time limit: parts of the command, files of tests, and short selections under compute-sanitizer's tools."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -24,6 +26,8 @@ SUMMARY = "ERROR SUMMARY: 0 errors"  # of the others
 NOTHING_COLLECTED = 5  # exit status of pytest, of a file that was skipped as a whole too
 LAST_LINES = 15  # of a log, in the report
 SELECTION = [sys.executable, "-m", "cram_kernels.verify.selection"]
+PART = [sys.executable, "-m", "cram_kernels.verify.part"]
+KILLED_WITHIN = 10.0  # seconds; one that waits for a driver that hangs may outlive a kill
 ELSEWHERE = "test_cuda_*.py"  # execute the device code on the CPU, in a GPU's place
 ALLOWED_SKIPS = (  # what a machine with a GPU need not run. A test that was skipped for any other reason was not run
     "device code was not executed",  # but on the GPU
@@ -38,6 +42,19 @@ ALLOWED_SKIPS = (  # what a machine with a GPU need not run. A test that was ski
     "this CPU cannot flush denormals",
     "float8 needs compute capability",
 )
+
+
+def part(name: str, out: Path, dry_run: bool, limit: float) -> list[Section]:
+    """A part of the command."""
+    stem = re.sub(r"\W+", "_", name)
+    results, log = out / f"{stem}.json", out / f"{stem}.log"
+    results.unlink(missing_ok=True)
+    status = run([*PART, *["--dry-run"] * dry_run, name, str(results)], Path.cwd(), log, limit)
+    if status is TIMED_OUT:
+        return [Section(name).not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")]
+    if status != 0:
+        return [Section(name, FAILED, f"its process {ended(status)}; {end_of(log)}")]
+    return [Section(**section) for section in json.loads(results.read_text())]
 
 
 def find_tests(folder: Path | None) -> Path:
@@ -154,4 +171,5 @@ def run(command: list[str], folder: Path, log: Path, limit: float, **environment
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILLED_WITHIN)
