@@ -1,9 +1,11 @@
 """`python -m cram_kernels verify-gpu`, as far as it goes without a GPU: every line of it but those that talk to CUDA."""
 
 import argparse
+import ctypes
 import json
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that end at once; `test_the_command_of_the_selection_runs` starts a real one."""
 
-    def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
+    def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
         rows = [str(programs.selection_row(op, "cpu")) for op in command if op in problems.PROBLEMS]
         log.write_text("\n".join(rows))
         return 0
@@ -106,37 +108,66 @@ def test_steps_of_several_runs_make_one_report(monkeypatch: pytest.MonkeyPatch, 
     assert {step for step, status in both.items() if status != NOT_RUN} == {"devices", "launches: cpu"}
     monkeypatch.setattr(checks, "second_device", lambda found: 1 / 0)
     assert run("--only", "devices", "launches", "--continue") == both  # nothing is left to do
-    monkeypatch.setattr(report, "hash_of_code", lambda: "of other code")
+    monkeypatch.setattr(command, "hash_of_code", lambda tests: "of other code")
     changed = run("--only", "devices", "--continue")
     assert changed["devices"] == FAILED and changed["launches: cpu"] == NOT_RUN
 
 
 @pytest.mark.parametrize("gpu, code, taken", [("one", "this", ["bits"]), ("another", "this", []), ("one", "other", [])])
-def test_results_of_other_machines_and_code_are_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: str, code: str, taken: list
-) -> None:
-    monkeypatch.setattr(report, "hash_of_code", lambda: "this")
-    made = Report(False, [{"GPU": "one"}])
+def test_results_of_other_machines_and_code_are_left(tmp_path: Path, gpu: str, code: str, taken: list) -> None:
+    made = Report(False, [{"GPU": "one"}], code="this")
     made.put("bits", [Section("bits")])
     made.write(tmp_path)
-    monkeypatch.setattr(report, "hash_of_code", lambda: code)
-    later = Report(False, [{"GPU": gpu}])
+    later = Report(False, [{"GPU": gpu}], code=code)
     later.take_over(tmp_path)
     assert [s.step for s in later.sections] == taken
 
 
 def test_the_hash_sees_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sources = [tmp_path / name for name in ("cram_kernels/verify/report.py", "csrc/cuda/a.cu", "tests/test_it.py")]
-    for path in [*sources, tmp_path / "docs" / "a.py"]:
+    names = ("cram_kernels/verify/report.py", "csrc/cuda/a.cu", "own/tests/test_it.py", "native_build.py", "built/libcram_kernels_cuda.so")
+    sources = [tmp_path / name for name in names]
+    others = [tmp_path / name for name in ("docs/a.py", "tests/test_it.py")]  # --tests names another folder
+    for path in [*sources, *others]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("before")
     monkeypatch.setattr(report, "__file__", str(sources[0]))
-    seen = [report.hash_of_code()]
+    monkeypatch.setattr(report._native, "_FOLDER", tmp_path / "built")
+    seen = [report.hash_of_code(tmp_path / "own/tests")]
     for path in sources:
         path.write_text("after")
-        seen.append(report.hash_of_code())
-    (tmp_path / "docs" / "a.py").write_text("after")
-    assert len(set(seen)) == 4 and report.hash_of_code() == seen[-1]
+        seen.append(report.hash_of_code(tmp_path / "own/tests"))
+    for path in others:
+        path.write_text("after")
+    assert len(set(seen)) == 1 + len(sources) and report.hash_of_code(tmp_path / "own/tests") == seen[-1]
+
+
+def test_the_driver_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        status = 0
+
+        def nvmlInit_v2(self) -> int:
+            return self.status
+
+        def nvmlSystemGetDriverVersion(self, text: ctypes.Array, length: int) -> int:
+            assert length == 80
+            text.value = b"580.65.06"
+            return 0
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    driver = machine.driver.__wrapped__
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Nvml())
+    assert driver() == "580.65.06"
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    Nvml.status = 1
+    assert driver() == "for CUDA 13000"
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    assert driver() == "for CUDA 13000"
+    gpu = machine.Gpu.__new__(machine.Gpu)
+    gpu.properties = types.SimpleNamespace(name="", major=9, minor=0, multi_processor_count=1, total_memory=1, L2_cache_size=1)
+    monkeypatch.setattr(machine, "driver", lambda: "another")
+    assert gpu.facts()["driver"] == "another"
 
 
 def test_a_report_is_written_after_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,10 +227,25 @@ def test_a_file_of_tests_is_run(tmp_path: Path) -> None:
     assert section.rows[0]["failures"] == 1
 
 
+def test_the_tests_get_the_package_that_is_verified(tmp_path: Path) -> None:
+    """Whatever lies beside them; and where they import another one all the same, they do not pass."""
+    file, other = tmp_path / "tests" / "test_it.py", tmp_path / "cram_kernels" / "__init__.py"
+    for path in (file, other):
+        path.parent.mkdir()
+    other.touch()
+    file.write_text(f"import cram_kernels\ndef test_it(): assert cram_kernels.__file__ == {str(programs.PACKAGE / '__init__.py')!r}")
+    section = programs.tests(file, tmp_path / "out", False, 100)
+    assert section.status == PASSED, section.why
+    clear = "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('cram_kernels')]"
+    file.write_text(f"import sys\n{clear}\nsys.path.insert(0, {str(tmp_path)!r})\nimport cram_kernels\ndef test_it(): pass")
+    section = programs.tests(file, tmp_path / "out", False, 100)
+    assert section.status == FAILED and f"is verified, {programs.PACKAGE}" in section.why and f"import {other}" in section.why
+
+
 def test_what_takes_too_long_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     sleeper = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
     start = time.monotonic()
-    assert programs.run([sys.executable, "-c", sleeper], tmp_path, tmp_path / "log", 3.0) == programs.TIMED_OUT
+    assert programs.run([sys.executable, "-c", sleeper], tmp_path / "log", 3.0) == programs.TIMED_OUT
     assert time.monotonic() - start < 30
     state = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat")
     time.sleep(0.5)
@@ -309,7 +355,7 @@ def test_sanitizers_are_judged_by_what_they_say(
 
 
 def test_a_backend_that_the_sanitizer_did_not_see_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
+    def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
         log.write_text(CLEAN)
         return 0
 
@@ -342,6 +388,7 @@ def test_the_names_that_a_gpu_is_asked_for_exist() -> None:
     """What `Gpu` uses of torch.cuda is there, in this torch."""
     for name in ("Event", "Stream", "CUDAGraph", "graph", "device", "stream", "get_sync_debug_mode", "set_sync_debug_mode"):
         assert hasattr(torch.cuda, name), name
+    assert hasattr(torch._C, "_cuda_getDriverVersion") or torch.version.cuda is None
     stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
     for name in ("multi_processor_count", "total_memory", "L2_cache_size"):
         assert f"    {name}: " in stub, name

@@ -13,7 +13,7 @@ from .. import backend
 from . import checks, programs
 from .machine import Machine, machines
 from .part import Runs, parts
-from .report import DRY, FAILED, PASSED, Report, Section, table
+from .report import DRY, FAILED, PASSED, Report, Section, hash_of_code, table
 
 OK, NOT_VERIFIED, CANNOT_RUN = 0, 1, 2
 STEPS = (
@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"verify-gpu: no backend serves this GPU: {reasons}")
         return CANNOT_RUN
     out = options.out.resolve()
-    report = Report(options.dry_run, [machine.facts() for machine in found])
+    report = Report(options.dry_run, [machine.facts() for machine in found], code=hash_of_code(programs.find_tests(options.tests)))
     if options.go_on or set(options.only) != set(STEPS):
         report.take_over(out)
     runs = steps(options, found, out)

@@ -26,6 +26,9 @@ SUMMARY = "ERROR SUMMARY: 0 errors"  # of the others
 NOTHING_COLLECTED = 5  # exit status of pytest, of a file that was skipped as a whole too
 LAST_LINES = 15  # of a log, in the report
 SELECTION = [sys.executable, "-m", "cram_kernels.verify.selection"]
+PACKAGE = Path(__file__).parents[1]  # the one that is verified; every process runs beside it, so that `-m` imports no other one
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "cram_kernels.verify.plugin"]
+VERIFIED = "CRAM_KERNELS_VERIFIED"  # environment variable for the plugin: __file__ of the package that is verified
 PART = [sys.executable, "-m", "cram_kernels.verify.part"]
 KILLED_WITHIN = 10.0  # seconds; one that waits for a driver that hangs may outlive a kill
 ELSEWHERE = "test_cuda_*.py"  # execute the device code on the CPU, in a GPU's place
@@ -49,7 +52,7 @@ def part(name: str, out: Path, dry_run: bool, limit: float) -> list[Section]:
     stem = re.sub(r"\W+", "_", name)
     results, log = out / f"{stem}.json", out / f"{stem}.log"
     results.unlink(missing_ok=True)
-    status = run([*PART, *["--dry-run"] * dry_run, name, str(results)], Path.cwd(), log, limit)
+    status = run([*PART, *["--dry-run"] * dry_run, name, str(results)], log, limit)
     if status is TIMED_OUT:
         return [Section(name).not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")]
     if status != 0:
@@ -59,7 +62,7 @@ def part(name: str, out: Path, dry_run: bool, limit: float) -> list[Section]:
 
 def find_tests(folder: Path | None) -> Path:
     """The folder of the tests: the one that was named, or that of the checkout in which this package lies."""
-    return folder or Path(__file__).parents[2] / "tests"
+    return folder or PACKAGE.parent / "tests"
 
 
 def test_files(folder: Path) -> list[Path]:
@@ -72,8 +75,19 @@ def tests(file: Path, out: Path, dry_run: bool, limit: float) -> Section:
     section = Section(f"tests: {file.name}")
     results, log = out / f"{file.stem}.xml", out / f"{file.stem}.log"
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", str(file)]
-    status = run([*command, "--collect-only"] if dry_run else command, file.parents[1], log, limit)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "cram_kernels.verify.plugin",
+        f"--junitxml={results}",
+        str(file),
+    ]
+    status = run([*command, "--collect-only"] if dry_run else command, log, limit, **{VERIFIED: str(PACKAGE / "__init__.py")})
     if status is TIMED_OUT:
         return section.not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")
     section.require(status in (0, NOTHING_COLLECTED), f"{' '.join(command)} {ended(status)}; {end_of(log)}")
@@ -130,7 +144,7 @@ def sanitizer(tool: str, ops: Sequence[str], backends: Sequence[str], name: str,
     if not dry_run and program is None:
         return section.not_run("compute-sanitizer is not on PATH; it comes with the CUDA toolkit")
     # every tensor has an allocation of its own, so that an access beside it is seen
-    status = run([*SELECTION, "--dry-run", *ops] if dry_run else command, Path.cwd(), log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    status = run([*SELECTION, "--dry-run", *ops] if dry_run else command, log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if status is TIMED_OUT:
         return section.not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")
     # a status of 0 alone says little: a tool that refuses the device can end with it, and watched nothing
@@ -157,13 +171,12 @@ def ended(status: int) -> str:
     return f"ended with {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}, not by --limit"
 
 
-def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int | None:
+def run(command: list[str], log: Path, limit: float, **environment: str) -> int | None:
     """The exit status; TIMED_OUT, and the end of all that it started, after `limit` seconds. The log gets what it says."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    own = os.environ | {"PYTHONSAFEPATH": ""} | environment
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=PACKAGE.parent, env=own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
