@@ -222,6 +222,8 @@ def test_a_file_of_tests_is_run(tmp_path: Path) -> None:
     section = run("pytest.importorskip('no_such_package')")
     assert section.status == NOT_RUN and "should run them: 1" in section.why
     assert run("").status == NOT_RUN
+    section = run("@pytest.mark.skip(reason='there is a GPU here: x')\ndef test_skipped(): pass")  # on the list, but then nothing ran
+    assert section.status == NOT_RUN and "no test of this file passed" in section.why
     section = run("def test_bad(): assert False")
     assert section.status == FAILED and "test_it.log, which ends: " in section.why and "1 failed" in section.why
     assert section.rows[0]["failures"] == 1

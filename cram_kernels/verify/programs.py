@@ -94,12 +94,22 @@ def tests(file: Path, out: Path, dry_run: bool, limit: float) -> Section:
     if dry_run:
         return section if section.status == FAILED else section.not_run("dry run: collected only")
     if results.exists():
-        section.rows += [counts(results), *skips(results)]
+        section.rows += [dict(counts(results)), *skips(results)]
     if section.status == FAILED:
         return section
     if left_out := sum(int(row["tests"]) for row in section.rows if not row.get("allowed", True)):
         return section.not_run(f"skipped, though a machine with a GPU should run them: {left_out}; the reasons are below")
-    return section if section.rows and section.rows[0]["tests"] else section.not_run(f"no test was collected; {end_of(log)}")
+    return (
+        section
+        if results.exists() and passed(results)
+        else section.not_run(f"no test of this file passed, or there is none; {end_of(log)}")
+    )
+
+
+def passed(junit: Path) -> int:
+    """Tests that ran to their end."""
+    totals = counts(junit)
+    return totals.pop("tests") - sum(totals.values())
 
 
 def end_of(log: Path) -> str:
@@ -108,14 +118,14 @@ def end_of(log: Path) -> str:
     return f"see {log}, which ends: {' / '.join(line.strip() for line in lines[-LAST_LINES:])}"
 
 
-def counts(junit: Path) -> dict[str, object]:
+def counts(junit: Path) -> dict[str, int]:
     """How many tests there were, and how many of them failed or were skipped."""
     suites = ElementTree.parse(junit).getroot().iter("testsuite")
     totals = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
     for suite in suites:
         for name in totals:
             totals[name] += int(suite.get(name, 0))
-    return dict(totals)
+    return totals
 
 
 def skips(junit: Path) -> list[dict[str, object]]:
