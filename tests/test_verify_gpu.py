@@ -1,17 +1,18 @@
 """`python -m cram_kernels verify-gpu`, as far as it goes without a GPU: every line of it but those that talk to CUDA."""
 
 import argparse
+import ctypes
 import json
-import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from cram_kernels import cli
-from cram_kernels.verify import bandwidth, checks, command, machine, problems, programs, report
+from cram_kernels.verify import bandwidth, checks, command, machine, part, problems, programs, report
 from cram_kernels.verify.report import FAILED, NOT_RUN, PASSED, Report, Section
 
 ALL_BUT_TESTS = ["--only", *(step for step in command.STEPS if step != "tests")]
@@ -30,8 +31,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that end at once; `test_the_command_of_the_selection_runs` starts a real one."""
 
-    def run(command: list[str], folder: Path, log: Path, limit: float, **environment: str) -> int:
-        log.touch()
+    def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
+        rows = [str(programs.selection_row(op, "cpu")) for op in command if op in problems.PROBLEMS]
+        log.write_text("\n".join(rows))
         return 0
 
     monkeypatch.setattr(programs, "run", run)
@@ -84,8 +86,8 @@ def test_a_wrong_bit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_section_that_raises_fails_alone(quick, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "bits", lambda machine, size: 1 / 0)
     monkeypatch.setattr(checks, "SIZES", ("many",))
-    monkeypatch.setattr(command, "bandwidth", lambda machine, name: Section("bandwidth"))
-    monkeypatch.setattr(command, "launches", lambda machine, name: Section("launches"))
+    monkeypatch.setattr(part, "bandwidth", lambda machine, name: Section("bandwidth"))
+    monkeypatch.setattr(part, "launches", lambda machine, name: Section("launches"))
     assert cli.main(["verify-gpu", "--dry-run", *ALL_BUT_TESTS, "--out", str(tmp_path)]) == command.NOT_VERIFIED
     sections = json.loads((tmp_path / "dry_run.json").read_text())["sections"]
     (raised,) = [s for s in sections if s["step"].startswith("bits: ")]
@@ -106,37 +108,66 @@ def test_steps_of_several_runs_make_one_report(monkeypatch: pytest.MonkeyPatch, 
     assert {step for step, status in both.items() if status != NOT_RUN} == {"devices", "launches: cpu"}
     monkeypatch.setattr(checks, "second_device", lambda found: 1 / 0)
     assert run("--only", "devices", "launches", "--continue") == both  # nothing is left to do
-    monkeypatch.setattr(report, "hash_of_code", lambda: "of other code")
+    monkeypatch.setattr(command, "hash_of_code", lambda tests: "of other code")
     changed = run("--only", "devices", "--continue")
     assert changed["devices"] == FAILED and changed["launches: cpu"] == NOT_RUN
 
 
 @pytest.mark.parametrize("gpu, code, taken", [("one", "this", ["bits"]), ("another", "this", []), ("one", "other", [])])
-def test_results_of_other_machines_and_code_are_left(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: str, code: str, taken: list
-) -> None:
-    monkeypatch.setattr(report, "hash_of_code", lambda: "this")
-    made = Report(False, [{"GPU": "one"}])
+def test_results_of_other_machines_and_code_are_left(tmp_path: Path, gpu: str, code: str, taken: list) -> None:
+    made = Report(False, [{"GPU": "one"}], code="this")
     made.put("bits", [Section("bits")])
     made.write(tmp_path)
-    monkeypatch.setattr(report, "hash_of_code", lambda: code)
-    later = Report(False, [{"GPU": gpu}])
+    later = Report(False, [{"GPU": gpu}], code=code)
     later.take_over(tmp_path)
     assert [s.step for s in later.sections] == taken
 
 
 def test_the_hash_sees_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sources = [tmp_path / name for name in ("cram_kernels/verify/report.py", "csrc/cuda/a.cu", "tests/test_it.py")]
-    for path in [*sources, tmp_path / "docs" / "a.py"]:
+    names = ("cram_kernels/verify/report.py", "csrc/cuda/a.cu", "own/tests/test_it.py", "native_build.py", "built/libcram_kernels_cuda.so")
+    sources = [tmp_path / name for name in names]
+    others = [tmp_path / name for name in ("docs/a.py", "tests/test_it.py")]  # --tests names another folder
+    for path in [*sources, *others]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("before")
     monkeypatch.setattr(report, "__file__", str(sources[0]))
-    seen = [report.hash_of_code()]
+    monkeypatch.setattr(report._native, "_FOLDER", tmp_path / "built")
+    seen = [report.hash_of_code(tmp_path / "own/tests")]
     for path in sources:
         path.write_text("after")
-        seen.append(report.hash_of_code())
-    (tmp_path / "docs" / "a.py").write_text("after")
-    assert len(set(seen)) == 4 and report.hash_of_code() == seen[-1]
+        seen.append(report.hash_of_code(tmp_path / "own/tests"))
+    for path in others:
+        path.write_text("after")
+    assert len(set(seen)) == 1 + len(sources) and report.hash_of_code(tmp_path / "own/tests") == seen[-1]
+
+
+def test_the_driver_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        status = 0
+
+        def nvmlInit_v2(self) -> int:
+            return self.status
+
+        def nvmlSystemGetDriverVersion(self, text: ctypes.Array, length: int) -> int:
+            assert length == 80
+            text.value = b"580.65.06"
+            return 0
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    driver = machine.driver.__wrapped__
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Nvml())
+    assert driver() == "580.65.06"
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    Nvml.status = 1
+    assert driver() == "for CUDA 13000"
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    assert driver() == "for CUDA 13000"
+    gpu = machine.Gpu.__new__(machine.Gpu)
+    gpu.properties = types.SimpleNamespace(name="", major=9, minor=0, multi_processor_count=1, total_memory=1, L2_cache_size=1)
+    monkeypatch.setattr(machine, "driver", lambda: "another")
+    assert gpu.facts()["driver"] == "another"
 
 
 def test_a_report_is_written_after_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -191,19 +222,83 @@ def test_a_file_of_tests_is_run(tmp_path: Path) -> None:
     section = run("pytest.importorskip('no_such_package')")
     assert section.status == NOT_RUN and "should run them: 1" in section.why
     assert run("").status == NOT_RUN
+    section = run("@pytest.mark.skip(reason='there is a GPU here: x')\ndef test_skipped(): pass")  # on the list, but then nothing ran
+    assert section.status == NOT_RUN and "no test of this file passed" in section.why
     section = run("def test_bad(): assert False")
     assert section.status == FAILED and "test_it.log, which ends: " in section.why and "1 failed" in section.why
     assert section.rows[0]["failures"] == 1
 
 
+def test_the_tests_get_the_package_that_is_verified(tmp_path: Path) -> None:
+    """Whatever lies beside them; and where they import another one all the same, they do not pass."""
+    file, other = tmp_path / "tests" / "test_it.py", tmp_path / "cram_kernels" / "__init__.py"
+    for path in (file, other):
+        path.parent.mkdir()
+    other.touch()
+    file.write_text(f"import cram_kernels\ndef test_it(): assert cram_kernels.__file__ == {str(programs.PACKAGE / '__init__.py')!r}")
+    section = programs.tests(file, tmp_path / "out", False, 100)
+    assert section.status == PASSED, section.why
+    clear = "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('cram_kernels')]"
+    file.write_text(f"import sys\n{clear}\nsys.path.insert(0, {str(tmp_path)!r})\nimport cram_kernels\ndef test_it(): pass")
+    section = programs.tests(file, tmp_path / "out", False, 100)
+    assert section.status == FAILED and f"is verified, {programs.PACKAGE}" in section.why and f"import {other}" in section.why
+
+
 def test_what_takes_too_long_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
     sleeper = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
     start = time.monotonic()
-    assert programs.run([sys.executable, "-c", sleeper], tmp_path, tmp_path / "log", 3.0) == programs.TIMED_OUT
+    assert programs.run([sys.executable, "-c", sleeper], tmp_path / "log", 3.0) == programs.TIMED_OUT
     assert time.monotonic() - start < 30
     state = Path(f"/proc/{int((tmp_path / 'log').read_text())}/stat")
     time.sleep(0.5)
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+class Imagined(machine.Dry):
+    """What `steps` takes for a GPU: it is not dry, but its processes are."""
+
+    dry = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends = ["cuda", "triton"]
+
+    def facts(self) -> dict[str, str]:
+        return {"GPU": "imagined"}
+
+
+def test_what_runs_kernels_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def started(name: str, out: Path, dry_run: bool, limit: float) -> list[Section]:
+        return [Section(f"{name}, {dry_run}, {limit:g}")]
+
+    monkeypatch.setattr(programs, "part", started)
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    runs = command.steps(parser.parse_args(["--limit", "7"]), [Imagined()], tmp_path)
+    own = [name for name in runs if name.split(":")[0] in ("bits", "graphs", "streams", "devices", "bandwidth", "launches")]
+    assert own == list(part.parts([Imagined()])) and len(own) == 14
+    assert [runs[name]()[0].name for name in own] == [f"{name}, False, 7" for name in own]
+
+
+def test_a_part_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (section,) = programs.part("devices", tmp_path, True, 100)
+    assert section.status == PASSED and {row["what"] for row in section.rows} == {f"{op}, cpu, on cpu" for op in problems.PROBLEMS}
+    (section,) = programs.part("no such part", tmp_path, True, 100)
+    assert section.status == FAILED and "its process ended with 1" in section.why and "KeyError: 'no such part'" in section.why
+    assert not (tmp_path / "no_such_part.json").exists()
+
+
+def test_a_part_that_hangs_or_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(script: str, limit: float) -> Section:
+        (tmp_path / "bits_small.json").write_text("of an earlier run")
+        monkeypatch.setattr(programs, "PART", ["sh", "-c", script])
+        (section,) = programs.part("bits: small", tmp_path, False, limit)
+        return section
+
+    hung = run("echo a kernel; sleep 60", 1)
+    assert (hung.name, hung.status) == ("bits: small", NOT_RUN) and "stopped after 1 s (--limit)" in hung.why and "a kernel" in hung.why
+    killed = run("kill -9 $$", 100)
+    assert killed.status == FAILED and "was killed by SIGKILL, not by --limit" in killed.why
 
 
 def test_every_file_of_tests_is_a_part(tmp_path: Path) -> None:
@@ -224,21 +319,57 @@ def test_skips_are_allowed_by_name() -> None:
     assert not programs.is_allowed("no CUDA device: run these tests on a machine with an NVIDIA GPU")
 
 
-def test_sanitizers_are_judged_by_their_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(tool: str, limit: float = 100) -> str:
-        return programs.sanitizer(tool, ("restore_",), "other", tmp_path, False, limit).status
+ROW = str(programs.selection_row("restore_", "cuda"))
+CLEAN = f"========= COMPUTE-SANITIZER\n{ROW}\n========= ERROR SUMMARY: 0 errors"
+NO_HAZARDS = f"{ROW}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 
-    monkeypatch.setattr(programs, "find_sanitizer", lambda: None)
-    assert run("memcheck") == NOT_RUN
+
+@pytest.mark.parametrize(
+    "tool, says, then, verdict, why",
+    [
+        ("memcheck", CLEAN, "exit 0", PASSED, ""),
+        ("racecheck", NO_HAZARDS, "exit 0", PASSED, ""),
+        ("initcheck", CLEAN, f"exit {programs.SANITIZER_ERROR}", FAILED, "ended with 86"),
+        ("memcheck", "========= Error: Device not supported", "exit 0", FAILED, "did not say 'ERROR SUMMARY: 0 errors'"),
+        ("memcheck", "Error: Device not supported\n========= ERROR SUMMARY: 0 errors", "exit 0", FAILED, f"has no line {ROW}"),
+        ("memcheck", CLEAN.replace(": 0}", ": 10}"), "exit 0", FAILED, f"has no line {ROW}"),
+        ("memcheck", f"{CLEAN}\n========= ERROR SUMMARY: 1 error", "exit 0", FAILED, "did not say"),
+        ("memcheck", ROW, "exit 0", FAILED, "did not say"),
+        ("racecheck", NO_HAZARDS.replace(": 0 h", ": 10 h"), "exit 0", FAILED, "did not say 'RACECHECK SUMMARY: 0 hazards'"),
+        ("racecheck", CLEAN, "exit 0", FAILED, "did not say 'RACECHECK"),
+        ("synccheck", CLEAN, "sleep 60", NOT_RUN, "stopped after 1 s (--limit)"),
+        ("synccheck", CLEAN, "kill -9 $$", FAILED, "was killed by SIGKILL, not by --limit"),
+    ],
+)
+def test_sanitizers_are_judged_by_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, says: str, then: str, verdict: str, why: str
+) -> None:
     program = tmp_path / "compute-sanitizer"
-    found, slow = f"[ $2 != racecheck ] || exit {programs.SANITIZER_ERROR}", "[ $2 != synccheck ] || sleep 60"
-    program.write_text(f'#!/bin/sh\necho "$@"\n{found}\n{slow}\n')
+    (tmp_path / "says").write_text(f"{says}\n")
+    program.write_text(f'#!/bin/sh\necho "$@"\ncat {tmp_path / "says"}\n{then}\n')
     program.chmod(0o755)
     monkeypatch.setattr(programs, "find_sanitizer", lambda: str(program))
-    assert [run(tool) for tool in ("memcheck", "racecheck", "initcheck")] == [PASSED, FAILED, PASSED]
-    assert run("synccheck", limit=1) == NOT_RUN
-    log = (tmp_path / "initcheck_other.log").read_text()
-    assert "--tool initcheck --error-exitcode 86 --target-processes all" in log and "cram_kernels.verify.selection restore_" in log
+    limit = 1 if "sleep" in then else 100
+    section = programs.sanitizer(tool, ["restore_"], ["cuda"], "other", tmp_path, False, limit)
+    assert section.status == verdict and why in section.why, section
+    log = (tmp_path / f"{tool}_other.log").read_text()
+    assert f"--tool {tool} --error-exitcode 86 --target-processes all" in log and "cram_kernels.verify.selection restore_" in log
+
+
+def test_a_backend_that_the_sanitizer_did_not_see_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], log: Path, limit: float, **environment: str) -> int:
+        log.write_text(CLEAN)
+        return 0
+
+    monkeypatch.setattr(programs, "run", run)
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: "compute-sanitizer")
+    section = programs.sanitizer("memcheck", ["restore_"], ["cuda", "triton"], "other", tmp_path, False, 100)
+    assert section.status == FAILED and "no line {'what': 'restore_, triton'" in section.why
+
+
+def test_without_a_sanitizer_it_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "find_sanitizer", lambda: None)
+    assert programs.sanitizer("memcheck", ["restore_"], ["cuda"], "other", tmp_path, False, 100).status == NOT_RUN
 
 
 def test_timing_takes_the_buffers_in_turn() -> None:
@@ -259,11 +390,13 @@ def test_the_names_that_a_gpu_is_asked_for_exist() -> None:
     """What `Gpu` uses of torch.cuda is there, in this torch."""
     for name in ("Event", "Stream", "CUDAGraph", "graph", "device", "stream", "get_sync_debug_mode", "set_sync_debug_mode"):
         assert hasattr(torch.cuda, name), name
+    assert hasattr(torch._C, "_cuda_getDriverVersion") or torch.version.cuda is None
     stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
     for name in ("multi_processor_count", "total_memory", "L2_cache_size"):
         assert f"    {name}: " in stub, name
 
 
 def test_the_command_of_the_selection_runs(tmp_path: Path) -> None:
-    result = subprocess.run([*programs.SELECTION, "--dry-run", "perturb_topk_"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and "perturb_topk_" in result.stdout, result.stderr
+    """And prints the rows for which `sanitizer` looks."""
+    assert "dry run: " in programs.sanitizer("memcheck", ["perturb_topk_"], ["cpu"], "selecting", tmp_path, True, 100).why
+    assert programs.sanitizer("memcheck", ["perturb_topk_"], ["cuda"], "selecting", tmp_path, True, 100).status == FAILED

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .. import backend
 from . import checks, programs
-from .bandwidth import bandwidth, launches
 from .machine import Machine, machines
-from .report import DRY, FAILED, PASSED, Report, Section, table
+from .part import Runs, parts
+from .report import DRY, FAILED, PASSED, Report, Section, hash_of_code, table
 
 OK, NOT_VERIFIED, CANNOT_RUN = 0, 1, 2
 STEPS = (
@@ -29,7 +29,6 @@ STEPS = (
 )  # what takes longest comes last
 LIMIT = 280.0  # seconds
 MOST_WORKERS = 8  # files of tests at a time, each with its share of the GPU's memory
-Runs = dict[str, Callable[[], list[Section]]]  # by the name of a step's part, "graphs: large", or of the step
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--continue", dest="go_on", action="store_true", help="leave out what an earlier run of the same code in the same folder has passed"
     )
-    parser.add_argument(
-        "--limit", type=float, default=LIMIT, help="seconds that a process of the tests or of a sanitizer may take; default: %(default)g"
-    )
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that the process of a part may take; default: %(default)g")
     parser.add_argument("--out", type=Path, default=Path("build/verify_gpu"), help="folder of the report and the logs")
 
 
@@ -62,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"verify-gpu: no backend serves this GPU: {reasons}")
         return CANNOT_RUN
     out = options.out.resolve()
-    report = Report(options.dry_run, [machine.facts() for machine in found])
+    report = Report(options.dry_run, [machine.facts() for machine in found], code=hash_of_code(programs.find_tests(options.tests)))
     if options.go_on or set(options.only) != set(STEPS):
         report.take_over(out)
     runs = steps(options, found, out)
@@ -99,19 +96,17 @@ def executed(runs: Runs) -> Iterator[tuple[str, list[Section], float]]:
 
 
 def steps(options: argparse.Namespace, found: list[Machine], out: Path) -> Runs:
-    first, kinds, dry = found[0], of_each_kind(found), options.dry_run
+    dry = options.dry_run
     runs: Runs = {"backends": lambda: [checks.backends(machine) for machine in found]}
-    for name, check, under_test in (("bits", checks.bits, found), ("graphs", checks.graphs, [first]), ("streams", checks.streams, [first])):
-        for size in checks.SIZES:
-            runs[f"{name}: {size}"] = partial(on_each, under_test, check, size)
-    runs["devices"] = lambda: [checks.second_device(found)]
-    for name in first.backends:
-        runs[f"bandwidth: {name}"] = partial(on_each, kinds, bandwidth, name)
-    for name in first.backends:
-        runs[f"launches: {name}"] = partial(on_each, kinds, launches, name)
+    for part, run in parts(found).items():
+        # a kernel that hangs, or spoils the CUDA context, must end with its part; a dry run has none, and spares the imports of torch
+        in_this_process = dry
+        runs[part] = run if in_this_process else partial(programs.part, part, out, dry, options.limit)
     for tool in programs.TOOLS:
         for name, ops in programs.OPS.items():
-            runs[f"sanitizers: {tool}, {name}"] = partial(alone, programs.sanitizer, tool, ops, name, out, dry, options.limit)
+            runs[f"sanitizers: {tool}, {name}"] = partial(
+                alone, programs.sanitizer, tool, ops, found[0].backends, name, out, dry, options.limit
+            )
     folder = programs.find_tests(options.tests)
     for file in programs.test_files(folder):
         runs[f"tests: {file.name}"] = partial(alone, programs.tests, file.resolve(), out, dry, options.limit)
@@ -121,21 +116,8 @@ def steps(options: argparse.Namespace, found: list[Machine], out: Path) -> Runs:
     return runs
 
 
-def on_each(found: list[Machine], check: Callable[[Machine, str], Section], argument: str) -> list[Section]:
-    made = []
-    for machine in found:
-        with machine.current():
-            made.append(check(machine, argument))
-    return made
-
-
 def alone(run: Callable[..., Section], *arguments: object) -> list[Section]:
     return [run(*arguments)]
-
-
-def of_each_kind(found: list[Machine]) -> list[Machine]:
-    """One GPU a model, in the order of `machines`: Ampere first."""
-    return list({machine.facts()["GPU"]: machine for machine in reversed(found)}.values())[::-1]
 
 
 def guarded(name: str, run: Callable[[], list[Section]]) -> tuple[str, list[Section], float]:

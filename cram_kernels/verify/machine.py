@@ -1,6 +1,8 @@
 """What the sections run on: a GPU, or in a dry run the CPU in its place, so that the same lines run without one."""
 
 import contextlib
+import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -52,6 +54,7 @@ class Gpu:
             "memory": f"{p.total_memory / 2**30:.1f} GiB",
             "L2": f"{self.l2_bytes() / 2**20:.0f} MiB",
             "CUDA": torch.version.cuda,
+            "driver": driver(),
         }
 
     def current(self) -> Any:
@@ -90,6 +93,17 @@ class Gpu:
         with torch.cuda.graph(graph):
             run()
         return graph.replay
+
+
+@functools.cache
+def driver() -> str:
+    """The version of the NVIDIA driver, or where NVML does not tell it, of CUDA that it was made for: 580.65.06, or for CUDA 13000."""
+    text = ctypes.create_string_buffer(80)
+    with contextlib.suppress(OSError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0:
+            return text.value.decode()
+    return f"for CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 class FakeEvent:

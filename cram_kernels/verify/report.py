@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import _native
 from ..atomic import replacing
 from ..version import __version__
 
@@ -57,6 +58,7 @@ class Report:
     dry_run: bool
     facts: list[Row]  # a machine each
     sections: list[Section] = field(default_factory=list)
+    code: str = ""  # hash_of_code
 
     @property
     def verdict(self) -> str:
@@ -99,7 +101,7 @@ class Report:
             self.sections = [Section(**section) for section in earlier["sections"]]
 
     def head(self) -> Row:
-        software = {"cram_kernels": __version__, "code": hash_of_code(), "torch": torch.__version__, "python": platform.python_version()}
+        software = {"cram_kernels": __version__, "code": self.code, "torch": torch.__version__, "python": platform.python_version()}
         return {"dry_run": self.dry_run} | software | {"machines": self.facts}
 
     def paths(self, folder: Path) -> list[Path]:
@@ -121,13 +123,17 @@ class Report:
         return paths
 
 
-def hash_of_code() -> str:
-    """Of every source of the package, its native code and its tests, as far as they are here: results of other code are not taken over."""
+def hash_of_code(tests: Path) -> str:
+    """Of every source of the package and of its native code, as far as they are here, of the libraries that are loaded, and of these tests:
+    results of other code are not taken over."""
     root = Path(__file__).parents[2]
-    files = [p for folder in ("cram_kernels", "csrc", "tests") for p in (root / folder).rglob("*") if p.suffix in SOURCES]
+    folders = {"package": root / "cram_kernels", "csrc": root / "csrc", "tests": tests}
+    files = {f"{name}/{p.relative_to(at)}": p for name, at in folders.items() for p in at.rglob("*") if p.suffix in SOURCES}
+    files |= {f"loaded/{p.name}": p for p in _native._FOLDER.glob("*.so")}
+    files |= {p.name: p for p in root.glob("native_build.py")}
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
