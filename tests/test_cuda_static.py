@@ -15,11 +15,18 @@ sys.path.append(str(ROOT))
 from benchmarks.cuda_static import __main__ as command  # noqa: E402
 from benchmarks.cuda_static import compile as compiling  # noqa: E402
 from benchmarks.cuda_static import cubin, gpus, report  # noqa: E402
-from benchmarks.cuda_static.traffic import OPS, Op  # noqa: E402
+from benchmarks.cuda_static.traffic import OPS, VECTORS, Op, Vectors  # noqa: E402
 from cram_kernels import _native  # noqa: E402
 
 SOURCE = ROOT / "tests" / "native" / "static.cu"
-COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1, accesses=1)
+COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1)
+INDEXED = """
+__global__ void __launch_bounds__(256) indexed(const float* x, float* y, int k) {
+  float a[200];
+  for (int i = 0; i < 200; ++i) a[i] = x[i * 256 + threadIdx.x];
+  for (int j = 0; j < 100; ++j) y[threadIdx.x + 256 * j] = a[(k * j) % 200], a[(k + j * j) % 200] += 1;
+}
+"""
 
 
 def why_not() -> str | None:
@@ -54,27 +61,63 @@ def test_kernels_are_read(kernels: dict[str, cubin.Kernel], arch: str) -> None:
     assert report.kernel_row(wide)["occupancy"] == "100%"
 
 
+def kernel(name: str, arch: str, load: int, store: int, stack: int = 0) -> cubin.Kernel:
+    counts = Counter({"load.16": load, "store.16": store, "load.4": 100})
+    return cubin.Kernel("f", name, "cuda", "f.cu", arch, 64, stack, 0, 256, 0, counts)
+
+
 def test_faults(kernels: dict[str, cubin.Kernel]) -> None:
-    good = [kernels["copy16 80"], kernels["copy16 120"]]
-    assert report.faults(good, (COPY,)) == []
-    assert report.faults([*good, kernels["copy4 80"]], (COPY,)) == []  # wants no vectors: no op streams through it
-    assert report.faults([kernels["spills 80"]], ()) == [f"spills on sm_80 spills {kernels['spills 80'].spill_bytes} bytes"]
-    lost = report.faults([kernels["copy4 80"]], (replace(COPY, kernels=("copy4",)),))
-    assert lost == [f"copy4 on sm_80: copy wants 1 {kind}s of 16 bytes, the machine code has 0" for kind in ("load", "store")]
-    assert report.faults([kernels["copy4 80"]], (COPY,)) == ["copy: no kernel named copy16 was compiled"]
+    good, narrow, spilling = [kernels["copy16 80"], kernels["copy16 120"]], kernels["copy4 80"], kernels["spills 80"]
+    exact = {"copy16": Vectors(good[0].vectors("load"), good[0].vectors("store"))}
+    assert report.faults([*good, narrow], exact) == []  # nothing is said of copy4
+    assert report.faults([spilling], {}) == [
+        f"spills on sm_80: {spilling.stack} bytes of local memory a thread, spills {spilling.spill_bytes}"
+    ]
+    lost = report.faults([narrow], {"copy4": Vectors(1, 1)})
+    assert lost == [f"copy4 on sm_80: wants 1 {kind}s of 16 bytes, the machine code has 0" for kind in ("load", "store")]
+    assert report.faults([narrow, kernels["copy16 120"]], exact) == ["no copy16 was compiled for sm_80"]
+    assert report.faults([replace(narrow, origin="triton")], {"copy4": Vectors(1)}) == []
+
+
+def test_an_indexed_array_is_a_fault(tmp_path: Path) -> None:
+    """Local memory without a spilled register: the compiler's report has 0 bytes of spills."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    source = tmp_path / "indexed.cu"
+    source.write_text(INDEXED)
+    compiling.compile_all([source], ["80"], tmp_path / "cubins", jobs=1)
+    (own,) = cubin.read(tmp_path / "cubins")
+    assert (own.stack, own.spill_bytes) == (800, 0)
+    assert report.faults([replace(own, name="indexed")], {}) == ["indexed on sm_80: 800 bytes of local memory a thread, spills 0"]
+
+
+@pytest.mark.parametrize("arch", ["80", "100"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_one_access_fewer_is_a_fault(name: str, arch: str) -> None:
+    wanted = {kind: VECTORS[name].wanted(kind, arch) for kind in ("load", "store")}
+    only, exact = {name: VECTORS[name]}, kernel(name, arch, **wanted)
+    assert wanted["load"] > 0 and report.faults([exact], only) == report.surplus([exact], only) == []
+    for kind in (kind for kind in wanted if wanted[kind] > 0):
+        said = f"{name} on sm_{arch}: wants {wanted[kind]} {kind}s of 16 bytes, the machine code has"
+        fewer, more = (kernel(name, arch, **wanted | {kind: wanted[kind] + change}) for change in (-1, 1))
+        assert report.faults([fewer], only) == [f"{said} {wanted[kind] - 1}"] and report.surplus([fewer], only) == []
+        (note,) = report.surplus([more], only)
+        assert note.startswith(f"{said} {wanted[kind] + 1}") and "VECTORS" in note and report.faults([more], only) == []
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Sabotaged kernels, one that spills and one whose accesses are narrow, make the command end with a fault that names them."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(command, "OPS", (replace(COPY, kernels=("copy4",)),))
+    monkeypatch.setattr(command, "OPS", (COPY,))
+    monkeypatch.setattr(command, "VECTORS", {"copy4": Vectors(1, 1), "copy16": Vectors(0, 1)})
     assert command.main(["--archs", "90", "--sources", str(SOURCE), "--out", str(tmp_path)]) == command.FAULT
     printed = capsys.readouterr().out
-    assert "FAULT: spills on sm_90 spills" in printed and "FAULT: copy4 on sm_90: copy wants 1 loads of 16 bytes" in printed
+    assert "FAULT: spills on sm_90:" in printed and "FAULT: copy4 on sm_90: wants 1 loads of 16 bytes" in printed
+    assert "NOTE: copy16 on sm_90: wants 0 loads of 16 bytes" in printed
     assert "PREDICTION, not a measurement" in printed
     record = json.loads((tmp_path / "cuda_static.json").read_text())
-    assert {row["name"] for row in record["kernels"]} == {"copy16", "copy4", "spills"} and record["faults"]
+    assert {row["name"] for row in record["kernels"]} == {"copy16", "copy4", "spills"} and record["faults"] and record["surplus"]
 
     # the same cubins as somebody else's, whose sidecar says nothing of a kernel
     others = tmp_path / "others"
@@ -86,23 +129,24 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
 
 
 def test_the_library_that_was_built() -> None:
-    """The kernels themselves, for the archs that the library has: no spills, no vector access lost. `make cuda-static` does it for all."""
+    """The kernels themselves, for the archs that the library has: no local memory, as many vector accesses as stated.
+    `make cuda-static` does it for all."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     library = Path(_native.__file__).parent / "libcram_kernels_cuda.so"
     archs = [arch.removeprefix("sm_") for arch in _native.host.gpu_archs.split()]
     assert library.exists() and archs, "nvcc is on PATH, but the CUDA library was not built: `make setup` does"
     kernels = cubin.read_library(library, archs[0])
-    assert len(kernels) > len(OPS) and report.faults(kernels, OPS) == []
+    assert len(kernels) > len(VECTORS) and report.faults(kernels, VECTORS) == report.surplus(kernels, VECTORS) == []
 
 
 def test_in_flight() -> None:
     """Little's law, by hand: 1 TB/s and 0.8 us on 100 SMs are 8 kB each; half of 2048 threads with two vectors on their way are 32 KiB."""
     card = gpus.Card("80", 100, 1000)
     assert gpus.needed_in_flight(card, 1.0) == pytest.approx(8000)
-    kernel = cubin.Kernel("f", "copy16", "cuda", "f.cu", "80", 64, 0, 0, 256, 0)
-    assert report.in_flight(replace(COPY, ahead=2), [kernel], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
-    assert report.in_flight(COPY, [replace(kernel, threads=None)], card) is None
+    own = kernel("copy16", "80", 1, 1)
+    assert report.in_flight(replace(COPY, ahead=2), [own], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
+    assert report.in_flight(COPY, [replace(own, threads=None)], card) is None
 
 
 def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -160,6 +204,9 @@ def test_traffic_is_that_of_ops() -> None:
 
     for op in OPS:
         assert hasattr(ops, op.name) and op.kernels and op.bytes > 0, op
+        assert VECTORS.keys() >= set(op.kernels), op
+    bytes_of = {op.name: op.bytes for op in OPS}
+    assert bytes_of["prune_topk_"] == 4 + 4 + 4 + 1 / 8 and bytes_of["prune_nm_"] == 4 + 4 + 1 / 8
 
 
 def test_prediction() -> None:

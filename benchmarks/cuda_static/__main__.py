@@ -11,13 +11,13 @@ import native_build
 from .. import report as text
 from . import compile as compiling
 from . import cubin, report
-from .traffic import OPS
+from .traffic import OPS, VECTORS
 
 OK, FAULT, CANNOT_RUN = 0, 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where registers spill or vector accesses were lost; 2 where a tool is missing or there is nothing to read."""
+    """Returns 0; 1 where a kernel uses local memory or has lost vector accesses; 2 where a tool is missing or there is nothing to read."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_static")
     parser.add_argument("--archs", nargs="+", choices=native_build.GPU_ARCHS, default=list(native_build.GPU_ARCHS))
     parser.add_argument("--sources", nargs="+", type=Path, help="CUDA files; default: all of csrc/cuda")
@@ -39,19 +39,23 @@ def main(argv: list[str] | None = None) -> int:
     if not kernels:
         print("cuda-static: no kernels: neither nvcc with sources in csrc/cuda, nor --cubins with any")
         return CANNOT_RUN
-    rows, costs, faults = report.kernel_rows(kernels), report.op_rows(kernels, OPS), report.faults(kernels, OPS)
+    rows, costs = report.kernel_rows(kernels), report.op_rows(kernels, OPS)
+    faults, surplus = report.faults(kernels, VECTORS), report.surplus(kernels, VECTORS)
     print("From the compiler's report and the machine code:")
     print(text.table(rows))
     print(
         f"\nPREDICTION, not a measurement: ResNet-50's {report.RESNET50:,} float32 weights at {report.GOAL:.0%} of the published bandwidth:"
     )
     print(text.table(costs))
+    for note in surplus:
+        print(f"NOTE: {note}")
     for fault in faults:
         print(f"FAULT: {fault}")
     record = {
         "kernels": rows,
         "prediction": {"weights": report.RESNET50, "share_of_bandwidth": report.GOAL, "ops": costs},
         "faults": faults,
+        "surplus": surplus,
     }
     text.write_json(options.out / "cuda_static.json", record)
     print(f"{len(rows)} kernels, {len(faults)} faults; {options.out / 'cuda_static.json'}")

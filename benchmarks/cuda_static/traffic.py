@@ -1,13 +1,11 @@
-"""What each op must move per weight, and which kernels stream it: what the machine code is held against.
+"""What each op must move per weight, and how many accesses of 16 bytes each kernel must have: what the machine code is held against.
 
-The bytes are those of float32 without master weights: each stream once a weight. A thread has 8 weights at a time, so that a stream is
-two accesses of 16 bytes in float32, and one in bfloat16 and float16 each, with and without master weights: ACCESSES, if none was lost.
+An op's bytes are those of float32 without master weights: each stream once a weight.
 """
 
 from dataclasses import dataclass
 
 MASK = 1 / 8  # bytes: one bit
-ACCESSES = 6
 VECTOR = 16  # bytes
 
 
@@ -21,10 +19,10 @@ class Op:
     loads: tuple[str, ...]  # streams read
     stores: tuple[str, ...]  # streams written
     masks: int  # mask bits read or written
-    launches: int  # for up to 450 tensors
-    ahead: int = 1  # vectors of each stream in float32 that a thread loads before it waits for one
-    accesses: int = ACCESSES  # of 16 bytes that the machine code must have for each stream
+    launches: int  # for up to 450 tensors, 16 settings of an optimizer, and N:M tiles that fit into a chunk: docs/cuda.md
+    ahead: int = 1  # vectors of each stream in float32 that a thread loads before it waits for one; of several kernels the fewest
     width: int = 4  # bytes a weight of a stream
+    passes: int = 1  # kernels that share out `loads`, one after the other
 
     def streams_through(self, kernel: str) -> bool:
         """Whether the kernel of this name is one of those."""
@@ -38,7 +36,7 @@ class Op:
     @property
     def in_flight(self) -> int:
         """Bytes that a thread asks for at a time."""
-        return VECTOR * self.ahead * len(self.loads)
+        return VECTOR * self.ahead * len(self.loads) // self.passes
 
     @property
     def formula(self) -> str:
@@ -49,17 +47,68 @@ GRADIENTS = ("saved", "grad", "first grad")
 OPS = (
     Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 8, 2),
     Op("topk_histogram", "cuda", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
-    Op("prune_topk_", "cuda", ("stream_kernel<true>",), ("weight",), ("weight",), 1, 8, 2),
+    # a pass that only looks, then one that writes: unlike perturb_topk_, it has no copy from which a wrong guess could be set right
+    Op("prune_topk_", "cuda", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 8, passes=2),
     Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 8, 2),
     Op("prune_nm_", "cuda", ("nm_kernel",), ("weight",), ("weight",), 1, 1, 2),
     Op("perturb_nm_", "cuda", ("nm_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("restore_", "cuda", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
     Op("restore_combine_", "cuda", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
-    Op("restore_sgd_", "cuda", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1, accesses=5),
-    Op("restore_adam_", "cuda", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1, accesses=5),
+    Op("restore_sgd_", "cuda", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1),
+    Op("restore_adam_", "cuda", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1),
     Op("grad_norm", "cuda", ("norm_kernel",), ("grad",), (), 0, 2, 8),
-    Op("pack_24_", "cuda", ("pack_24_kernel<true>",), ("half the weight", "half the weight"), ("packed",), 2, 1, accesses=3, width=2),
-    Op("unpack_24_", "cuda", ("pack_24_kernel<false>",), ("packed",), ("half the weight", "half the weight"), 2, 1, accesses=3, width=2),
-    Op("nm_violations", "cuda", ("violations_kernel",), ("weight",), (), 0, 2, 4, accesses=12),
+    Op("pack_24_", "cuda", ("pack_24_kernel<true>",), ("half the weight", "half the weight"), ("packed",), 2, 1, width=2),
+    Op("unpack_24_", "cuda", ("pack_24_kernel<false>",), ("packed",), ("half the weight", "half the weight"), 2, 1, width=2),
+    Op("nm_violations", "cuda", ("violations_kernel",), ("weight",), (), 0, 2, 4),
 )
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Accesses of 16 bytes in a kernel's machine code. `again`: loads that nvcc 13.0 has twice, for the archs of `again_on`."""
+
+    load: int
+    store: int = 0
+    again: int = 0
+    again_on: tuple[str, ...] = ()
+
+    def wanted(self, kind: str, arch: str) -> int:
+        return self.store if kind == "store" else self.load + (self.again if arch in self.again_on else 0)
+
+
+# A kernel has its code five times: for float32, and for bfloat16 and float16, each without and with float32 master weights. A thread has 8
+# weights, two vectors of float32 or one of 16 bits; where the loop over them is not unrolled, one vector of the parameter at a time.
+OWN = 2 + 1 + 1 + 1 + 1  # a stream of the parameter's type
+MASTERS = 2 + 2
+FROM = OWN + MASTERS - 2  # the master weights where there are some, else the parameter or its saved copy
+LOOP_OWN = 1 + 1 + 1 + 1 + 1
+LOOP_FROM = 1 + 1 + 2 + 1 + 2  # of the type of master weights and state
+PERTURB = Vectors(OWN + MASTERS + OWN, 2 * OWN)  # param, masters, grad; saved, param
+LOOK = Vectors(FROM + OWN)  # weights, grad
+
+# Kernel -> its accesses, exactly: one more would hide the loss of another. What is not here has no stream of weights in vectors.
+VECTORS = {
+    "stream_kernel<false>": LOOK,
+    "stream_kernel<true>": PERTURB,
+    "finish_kernel": Vectors(LOOK.load + OWN, OWN),  # the parameter too, whose bits stay where nothing moves
+    "radix_kernel<0>": LOOK,
+    "radix_kernel<1>": LOOK,
+    "radix_kernel<2>": LOOK,
+    "histogram_kernel<false>": LOOK,
+    "histogram_kernel<true>": LOOK,
+    "nm_kernel": PERTURB,
+    "perturb_masked_kernel": PERTURB,
+    "restore_kernel<false>": Vectors(FROM, OWN),
+    "restore_kernel<true>": Vectors(FROM + 2 * OWN, OWN + OWN),  # both gradients; param, grad
+    # a restore for skipped steps; both gradients, weights, states; param, masters, states. The first vectors of m and v are loaded in two
+    # branches, with amsgrad and without
+    "update_kernel<SgdStep>": Vectors(FROM + 2 * LOOP_OWN + 2 * LOOP_FROM, OWN + LOOP_OWN + 2 * LOOP_FROM),
+    "update_kernel<AdamStep>": Vectors(
+        FROM + 2 * LOOP_OWN + 4 * LOOP_FROM, OWN + LOOP_OWN + 4 * LOOP_FROM, again=2 * LOOP_OWN, again_on=("80", "86", "89", "90")
+    ),
+    "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
+    "pack_24_kernel<true>": Vectors(2 * 3, 3),  # two vectors in, one out; numbers of 32, 16 and 8 bits
+    "pack_24_kernel<false>": Vectors(3, 2 * 3),
+    "violations_kernel": Vectors(4 * 3),  # four vectors in; numbers of 32, 16 and 8 bits
+}
