@@ -75,18 +75,7 @@ def tests(file: Path, out: Path, dry_run: bool, limit: float) -> Section:
     section = Section(f"tests: {file.name}")
     results, log = out / f"{file.stem}.xml", out / f"{file.stem}.log"
     results.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "cram_kernels.verify.plugin",
-        f"--junitxml={results}",
-        str(file),
-    ]
+    command = [*PYTEST, f"--junitxml={results}", str(file)]
     status = run([*command, "--collect-only"] if dry_run else command, log, limit, **{VERIFIED: str(PACKAGE / "__init__.py")})
     if status is TIMED_OUT:
         return section.not_run(f"stopped after {limit:g} s (--limit); {end_of(log)}")

@@ -34,10 +34,10 @@ struct Bracket {
 };
 
 struct Counts {
-  int64_t above = 0;           // key > high
-  int64_t at_high = 0;         // tie_high < key <= high
-  int64_t candidates = 0;      // tie_low < key <= tie_high
-  int64_t at_low = 0;          // low < key <= tie_low
+  int64_t above = 0;       // key > high
+  int64_t at_high = 0;     // tie_high < key <= high
+  int64_t candidates = 0;  // tie_low < key <= tie_high
+  int64_t at_low = 0;      // low < key <= tie_low
   int64_t nans = 0;
   bool nonfinite = false;  // a gradient is Inf or NaN
 };

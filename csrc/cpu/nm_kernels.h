@@ -112,8 +112,8 @@ static __attribute__((noinline)) void rank_tiles(const T* u, int64_t size, int64
 
 // Any N:M by way of memory that stays in the first-level cache: u, then flags, then what is written. scratch: nm_scratch(size) bytes.
 template <class T, class W>
-static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& source_u, int64_t begin, int64_t end, int64_t inner, int n, int m,
-                                               T* out, T* saved, uint8_t* mask, char* scratch, bool* nonfinite) {
+static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& source_u, int64_t begin, int64_t end, int64_t inner, int n, int m, T* out,
+                                               T* saved, uint8_t* mask, char* scratch, bool* nonfinite) {
   const int64_t size = end - begin;
   T* moved = reinterpret_cast<T*>(scratch);
   uint8_t* flags = reinterpret_cast<uint8_t*>(scratch) + sizeof(T) * (size + kNmPadding);
@@ -153,8 +153,8 @@ static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& sour
 }
 
 template <class T, class W, int M>
-static __attribute__((noinline)) void nm_neighbours(Source source, int64_t begin, int64_t end, int n, T* out, T* saved, uint8_t* mask,
-                                                    char* scratch, bool* nonfinite) {
+static __attribute__((noinline)) void nm_neighbours(Source source, int64_t begin, int64_t end, int n, T* out, T* saved, uint8_t* mask, char* scratch,
+                                                    bool* nonfinite) {
   const Neighbours<T, M> neighbours;
   Uphill<T, W> source_u(source);
   int64_t i = begin;

@@ -14,7 +14,7 @@ constexpr int64_t kDirect = 2048;  // sets up to this size: every weight is a ca
 constexpr int64_t kRun = 4;        // neighbours that are sampled together: they share their cache misses
 constexpr double kDeviations = 4;  // half width of the bracket; the guess fails about once in 16,000 steps
 
-constexpr int64_t kTied = 32;      // a key that one in so many weights has is no candidate, but counted
+constexpr int64_t kTied = 32;  // a key that one in so many weights has is no candidate, but counted
 
 struct Set {
   std::vector<int32_t> items;
@@ -22,7 +22,7 @@ struct Set {
   int64_t k = 0;
   int32_t step = 1 << 16;  // of its keys: those of 16-bit types have zeros at their end
   Bracket bracket = {kKeepAll, kNanKey, kKeepAll, kKeepAll, kNanKey, true};
-  bool settled = false;  // the threshold is known without looking at a weight
+  bool settled = false;   // the threshold is known without looking at a weight
   bool fallback = false;  // the guess failed: the threshold is to be looked for among all weights
   bool rewrite = false;   // the threshold is known, and weights that nobody wrote down are on the wrong side of the cut
   int32_t threshold = 0;

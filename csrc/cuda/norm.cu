@@ -30,7 +30,8 @@ __device__ __forceinline__ void fold(double* x) {
     for (int i = 0; i < half; ++i) x[i] = __dadd_rn(x[i], x[i + half]);
 }
 
-// Lane l of the warp has the vectors l, l + 32, ... of the chunk, so that a fold pairs, in this order, vectors of a lane, lanes, elements of a vector.
+// Lane l of the warp has the vectors l, l + 32, ... of the chunk, so that a fold pairs, in this order, vectors of a lane, lanes, elements of a
+// vector.
 template <class T>
 __device__ __forceinline__ double chunk_sum(const T* grad, int64_t numel, int64_t chunk, float inv_scale, bool scaled) {
   constexpr int kLanes = Vector<T>::kLanes, kVectors = kNormChunk / 32 / kLanes;

@@ -98,8 +98,8 @@ __device__ __forceinline__ void report(const TopkMemory& memory, const Results& 
 
 // provisional: the weights were written on a guess, so that only what it got wrong is touched, and whole sets where it failed; else every set is
 // written.
-__global__ void __launch_bounds__(kThreads, 4) finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p,
-                                                          const bool provisional, const Results results) {
+__global__ void __launch_bounds__(kThreads, 4) finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory,
+                                                             const Perturbation p, const bool provisional, const Results results) {
   __shared__ Flips flips;
   __shared__ MaskStage mask;
   report(memory, results);
