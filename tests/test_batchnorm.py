@@ -121,14 +121,21 @@ def test_frozen_through_ddp():
     if not distributed.is_available():
         pytest.skip("this torch is built without torch.distributed; one built with it runs this test")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
+    group = distributed.group.WORLD
+
+    def train() -> None:
         model = nn.parallel.DistributedDataParallel(warmed(nn.BatchNorm2d))
         before = statistics(model)
         with frozen_batchnorm(model):
             model(batch(nn.BatchNorm2d, 3, float("inf"))).sum().backward()
         assert_same_statistics(model, before)
+
+    try:
+        train()
     finally:
         distributed.destroy_process_group()
+        # The last reference: it lets go of the GIL while gloo's threads end, which may need it. DDP's does not, and hangs (pytorch/pytorch#56297).
+        del group
 
 
 def test_frozen_refuses_a_lazy_layer_without_its_first_batch():
