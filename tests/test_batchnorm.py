@@ -134,7 +134,7 @@ def test_frozen_through_ddp():
         train()
     finally:
         distributed.destroy_process_group()
-        # The last reference: it lets go of the GIL while gloo's threads end, which may need it. DDP's does not, and hangs (pytorch/pytorch#56297).
+        # The last reference: without the GIL, which gloo's threads may need to end. DDP's holds it and hangs (pytorch/pytorch#56297).
         del group
 
 
