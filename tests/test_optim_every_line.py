@@ -1,5 +1,6 @@
-"""KeyboardInterrupt at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
+"""Ctrl-C at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -23,10 +24,13 @@ def one_thread(set_threads):
 
 
 class Trace:
-    """Within the block, notes the lines that are run in cram_kernels, and raises KeyboardInterrupt before the n-th, if n is given."""
+    """Within the block, notes the lines that are run in cram_kernels, and sends SIGINT before the n-th, if n is given.
 
-    def __init__(self, n: int | None = None) -> None:
-        self.n, self.lines, self.before = n, [], None
+    A kernel that Triton's interpreter runs is not traced, as none that a GPU runs is.
+    """
+
+    def __init__(self, n: int | None = None, source: str = SOURCE) -> None:
+        self.n, self.source, self.lines, self.before = n, source, [], None
 
     def __enter__(self) -> "Trace":
         self.before = sys.gettrace()  # coverage may be tracing
@@ -35,17 +39,23 @@ class Trace:
 
     def __exit__(self, kind, *_) -> bool:
         sys.settrace(self.before)
-        return kind is KeyboardInterrupt
+        self.interrupted = kind is KeyboardInterrupt
+        return self.interrupted
 
     def call(self, frame, event, _):
-        return self.line if frame.f_code.co_filename.startswith(SOURCE) else None
+        kernel = frame.f_back is not None and frame.f_back.f_code.co_filename.endswith("triton/runtime/interpreter.py")
+        return self.line if frame.f_code.co_filename.startswith(self.source) and not kernel else None
 
     def line(self, frame, event, _):
         if event == "line" and len(self.lines) != self.n:
             self.lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
             if len(self.lines) == self.n:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self.line
+
+    def last_times(self) -> list[int]:
+        """Each line, where it is run for the last time: in a loop over the parameters, when some are done."""
+        return list({line: n for n, line in enumerate(self.lines, 1)}.values())
 
 
 def closure_step(optimizer: CrAM, params: list[Tensor], halves: list[str]) -> None:
@@ -98,14 +108,13 @@ def after_steps(base: type, count: int) -> tuple[list[nn.Parameter], CrAM]:
     ],
 )
 def test_interrupted_at_every_line(form, base, start):
-    """Each line that a step runs, where it is run for the last time: in a loop over the parameters, when some are done."""
+    """Each line that a step runs."""
     begun = after_steps(base, start)
     results = [clones(after_steps(base, start + i)[0]) for i in range(3)]  # not done, done, and one more
     with Trace() as clean:
         form(optimizer=begun[1], params=begun[0], halves=[])
-    last_times = {line: n for n, line in enumerate(clean.lines, 1)}
     found = set()
-    for n in last_times.values():
+    for n in clean.last_times():
         params, optimizer = after_steps(base, start)
         halves: list[str] = []
         with Trace(n) as trace:

@@ -8,8 +8,11 @@ import test_nm
 import torch
 from calls import adam, combine, f32, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
 from cases import Case, Drawn, Spec, mixed
-from compare import check
+from compare import check, compare_all, named_tensors
+from optim_cases import same_bits
 from test_histogram import histogram
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 from triton_executor import WAYS, Compiled
 
 from cram_kernels import reference
@@ -124,3 +127,36 @@ def test_statistics() -> None:
 def test_a_case_of_all_dtypes_is_one_call() -> None:
     case = Case("normal", "offsets", "mixed")
     check(Compiled(("plain",)), "perturb_masked_", perturb(case) | {"masks": mask_bytes(case, "masks")})
+
+
+@pytest.mark.parametrize("what", ["compile", "load"])
+@pytest.mark.parametrize("name", ["perturb_topk", "perturb_nm far apart", "restore_adam"])
+def test_a_kernel_that_cannot_be_made_changes_nothing(monkeypatch: pytest.MonkeyPatch, name: str, what: str) -> None:
+    """Each kernel of the op fails in turn, while it is compiled or brought to the device: every argument is as before."""
+    (op, arguments), (_, untouched) = CALLS[name](), CALLS[name]()
+    run = Compiled(("plain",))
+    run.select("plain")
+    place, method = (JITFunction, "warmup") if what == "compile" else (CompiledKernel, "__getitem__")
+    original = getattr(place, method)
+    made: list[Any] = []
+    for left in range(100):
+
+        def failing(*args: Any, left: int = left, **kwargs: Any) -> Any:
+            if len(made) == left:
+                raise RuntimeError("no kernel")
+            made.append(original(*args, **kwargs))
+            return made[-1]
+
+        made.clear()
+        monkeypatch.setattr(place, method, failing)
+        try:
+            run(op, arguments)
+        except RuntimeError as error:
+            assert str(error) == "no kernel"
+        else:
+            break
+        assert same_bits(*([t for _, t in named_tensors(own)] for own in (arguments, untouched)))
+    assert 2 < len(made) == left
+    monkeypatch.undo()
+    getattr(reference, op)(**untouched)
+    compare_all(op, arguments, untouched)

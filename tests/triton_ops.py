@@ -1,6 +1,9 @@
 """Run by test_triton.py with TRITON_INTERPRET=1: the Triton ops as torch sees them."""
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +11,13 @@ import torch
 from calls import perturb
 from cases import Drawn, Spec
 from compare import compare_all, contract_part, named_tensors
+from optim_cases import same_bits
+from test_optim_every_line import Trace
 from test_schema import SAMPLES, positional
 
 from cram_kernels import _triton, ops, reference
 from cram_kernels.backend import available, use_backend
-from cram_kernels.triton import nm, tuning
+from cram_kernels.triton import launch, nm, tuning
 
 OP = pytest.mark.parametrize("op", SAMPLES)
 
@@ -98,3 +103,56 @@ def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str,
             ops.__dict__[op](**arguments)
         monkeypatch.undo()
         compare_all(op, arguments, expected)
+
+
+@pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_", "restore_sgd_", "restore_adam_"])
+def test_interrupted_at_every_line(op: str) -> None:
+    """Ctrl-C at each line of this backend: all that the op writes is written, or nothing; and the interrupt is not lost."""
+    source = str(Path(launch.__file__).parent)
+    states = [SAMPLES[op](), SAMPLES[op]()]
+    getattr(ops, op)(**states[1])
+    with Trace(source=source) as clean:
+        getattr(ops, op)(**SAMPLES[op]())
+    results = {}
+    for n in clean.last_times():
+        arguments = SAMPLES[op]()
+        with Trace(n, source) as trace:
+            getattr(ops, op)(**arguments)
+        where = f"interrupted at {trace.lines[-1]}"
+        assert trace.lines == clean.lines[:n] and trace.interrupted, where
+        of_states = [same_bits(*([t for _, t in named_tensors(own)] for own in (arguments, state))) for state in states]
+        assert any(of_states), where
+        results[n] = of_states.index(True)
+    in_order = [results[n] for n in sorted(results)]
+    assert set(in_order) == {0, 1} and in_order == sorted(in_order)
+
+
+def test_signals_wait_for_the_last_launch() -> None:
+    """All of them, and each is answered by the handler that its program gave it."""
+    events: list[Any] = []
+    own = signal.SIGRTMIN + 1  # a number without a name in Python
+
+    def handler(number: int, frame: Any) -> None:
+        events.append(number)
+        raise ValueError("own")
+
+    before = signal.signal(own, handler), signal.getsignal(signal.SIGINT)
+    sends = [partial(signal.raise_signal, number) for number in (own, signal.SIGINT)]
+    try:
+        with pytest.raises(KeyboardInterrupt) as error:
+            launch.send([*sends, partial(events.append, "last")])
+        assert events == ["last", own] and isinstance(error.value.__context__, ValueError)
+        assert (signal.getsignal(own), signal.getsignal(signal.SIGINT)) == (handler, before[1])
+        with pytest.raises(ValueError, match="own"):
+            signal.raise_signal(own)
+    finally:
+        signal.signal(own, before[0])
+
+
+def test_launches_of_another_thread() -> None:
+    """Where no handler runs, and none may be set."""
+    with ThreadPoolExecutor(1) as pool:
+        arguments, expected = SAMPLES["restore_sgd_"](), SAMPLES["restore_sgd_"]()
+        pool.submit(ops.restore_sgd_, **arguments).result()
+    reference.restore_sgd_(**expected)
+    compare_all("restore_sgd_", arguments, expected)

@@ -1,13 +1,13 @@
 """Restore + Adam / AdamW (docs/contract.md: Updates; torch.optim.Adam, torch.optim.AdamW)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch, send
 from .number import negated, rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import FIRST_GRAD, GRAD, NUMBER, STATE, STEP, WIDTH, bits, chunk_of, column, elements_of, flags, number, only
@@ -128,11 +128,11 @@ def restore_adam_(
     state = {EXP_AVG: exp_avgs, EXP_AVG_SQ: exp_avg_sqs, MAX_EXP_AVG_SQ: max_exp_avg_sqs, STEP: steps}
     table = update_table(params, saved, grads, first_grads, masks, masters, state, numbers)
     rates = torch.empty(n, 2, dtype=torch.float32, device=perturbed.device)
-    table.prepare()
+    each = lr.dim() > 0
+    launches = table.launches(
+        restore_adam_kernel, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf, DECOUPLED=decoupled, LR_EACH=each
+    )
     if n > 0:
-        step_kernel[(-(-n // TENSORS),)](
-            table.rows, lr, found_inf, rates, n, LR_EACH=lr.dim() > 0, TENSORS=TENSORS, num_warps=4, enable_fp_fusion=False
-        )
-    constants: dict[str, Any] = {"DECOUPLED": decoupled, "LR_EACH": lr.dim() > 0}
-    table.launch(restore_adam_kernel, perturbed, lr, rates, inv_scale, first_inv_scale, found_inf, **constants)
-    perturbed.zero_()
+        options = {"LR_EACH": each, "TENSORS": TENSORS, "num_warps": 4, "enable_fp_fusion": False}
+        launches.insert(0, launch(step_kernel, -(-n // TENSORS), table.rows, lr, found_inf, rates, n, **options))
+    send([*launches, perturbed.zero_])

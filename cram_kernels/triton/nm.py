@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Action, launch, send
 from .number import NAN_KEY, magnitude_key, widen
 from .perturb import perturb_masked_kernel, perturb_table, raise_flag, rho_of, save, uphill
 from .table import MASK, NUMBER, PARAM, PLACE, Kind, Table, chunk_of, column, elements_of, only, store_bits
@@ -183,7 +185,7 @@ class Layout:
                 size += -(-t.numel() // 16) * 16
         return places, size
 
-    def launches(self, table: Table) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    def passes(self, table: Table) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Chunks, of elements in windows and else of groups, and the options of their launch."""
         for form in (ROWS.value, WINDOWS.value, COLUMNS.value, SINGLE.value):
             own = {i for i, one in enumerate(self.forms) if one == form}
@@ -199,22 +201,16 @@ class Layout:
                 yield chunks, options
 
 
-def launch(
-    table: Table, layout: Layout, places: list[int], size: int, n: int, perturbation: dict[str, Any], perturbed: Tensor | None = None
-) -> None:
+def launches(table: Table, layout: Layout, places: list[int], size: int, **constants: Any) -> list[Action]:
+    """Prune what has groups, and set the masks right where their bytes straddle groups."""
     scratch = torch.empty(size, dtype=torch.uint8, device=table.device)
-    served = list(layout.launches(table))
-    table.prepare(lambda i: places[i] >= 0)
-    if perturbed is not None:
-        table.prepare(lambda i: layout.forms[i] is None)
-        raise_flag("perturb_nm_", perturbed)
-    for chunks, options in served:
-        nm_kernel[(len(chunks),)](
-            table.rows, chunks, scratch=scratch, N=n, M=layout.m, PERTURB=perturbed is not None, **perturbation, **options
-        )
-    table.launch(mask_kernel, scratch, among=lambda i: places[i] >= 0)
-    if perturbed is not None:
-        table.launch(perturb_masked_kernel, among=lambda i: layout.forms[i] is None, **perturbation)
+    return [
+        *(
+            launch(nm_kernel, len(chunks), table.rows, chunks, scratch=scratch, M=layout.m, **constants, **options)
+            for chunks, options in layout.passes(table)
+        ),
+        *table.launches(mask_kernel, scratch, among=lambda i: places[i] >= 0),
+    ]
 
 
 def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequence[int], n: int, m: int) -> None:
@@ -222,7 +218,7 @@ def prune_nm_(weights: Sequence[Tensor], masks: Sequence[Tensor], prune: Sequenc
     places, size = layout.scratch(weights, masks)
     numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
     table = Table(weights, {PARAM.value: weights, MASK.value: masks}, numbers)
-    launch(table, layout, places, size, n, {"rho": None, "inv_scale": None, "found_inf": None, "RHO_EACH": False})
+    send(launches(table, layout, places, size, N=n, PERTURB=False, rho=None, inv_scale=None, found_inf=None, RHO_EACH=False))
 
 
 def perturb_nm_(
@@ -246,4 +242,6 @@ def perturb_nm_(
     numbers = {PLACE.value: layout.inner, SPAN.value: layout.spans, SCRATCH.value: places}
     table = perturb_table(params, grads, saved, pruned_masks, masters, numbers)
     perturbation = {"rho": rho, "inv_scale": inv_scale, "found_inf": found_inf, "RHO_EACH": rho.dim() > 0}
-    launch(table, layout, places, size, n, perturbation, perturbed)
+    pruned = launches(table, layout, places, size, N=n, PERTURB=True, **perturbation)
+    dense = table.launches(perturb_masked_kernel, among=lambda i: layout.forms[i] is None, **perturbation)
+    send([partial(raise_flag, "perturb_nm_", perturbed), *pruned, *dense])

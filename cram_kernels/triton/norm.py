@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch, send
 from .number import rounded, scaled, widen
 from .table import PARAM, PLACE, Table, chunk_of, column
 
@@ -60,14 +61,17 @@ def grad_norm(grads: Sequence[Tensor], *, inv_scale: Tensor | None = None) -> Te
     table = Table(grads, {PARAM.value: grads}, {PLACE.value: before[:-1]})
     n = before[-1]
     sums = torch.empty(n, dtype=torch.float64, device=device)
-    table.launch(chunk_sums_kernel, inv_scale, sums)
+    launches = table.launches(chunk_sums_kernel, inv_scale, sums)
     norm = torch.empty((), dtype=torch.float32, device=device)
     size = 1 << max(0, n - 1).bit_length()
     while True:
         fold_rows = min(FOLD, size)
         size //= fold_rows
         out = norm if size == 1 else torch.empty(size, dtype=torch.float64, device=device)
-        fold_kernel[(-(-size // COLUMNS),)](sums, n, out, size, ROWS=fold_rows, COLUMNS=COLUMNS, num_warps=4, enable_fp_fusion=False)
+        options = {"ROWS": fold_rows, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": False}
+        launches.append(launch(fold_kernel, -(-size // COLUMNS), sums, n, out, size, **options))
         if size == 1:
-            return norm
+            break
         sums, n = out, size
+    send(launches)
+    return norm

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Action, launch, send
 from .nm import Layout, groups_of
 from .table import MASK, NUMBER, PARAM, PLACE, STATE, Table, chunk_of, column
 from .tuning import tuning
@@ -48,8 +49,7 @@ def nm_violations(weights: Sequence[Tensor], n: int, m: int) -> Tensor:
     table = Table(slots, {PARAM.value: slots}, {PLACE.value: layout.inner, MAGNITUDE.value: signless})
     found = torch.zeros(len(weights), 3, dtype=torch.int64, device=table.device)
     found[:, 1] = -1
-    for chunks, options in layout.launches(table):
-        violations_kernel[(len(chunks),)](table.rows, chunks, found, n, M=m, **options)
+    send(launch(violations_kernel, len(chunks), table.rows, chunks, found, n, M=m, **options) for chunks, options in layout.passes(table))
     return found
 
 
@@ -152,8 +152,8 @@ def slot(own: tl.constexpr, one, two, x, y):
     return tl.where(one == own, x, 0) | tl.where(two == own, y, 0)
 
 
-def tiles(weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[Tensor]) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """What pack_24_kernel and unpack_24_kernel are launched with, one launch a size of number and alignment."""
+def launches(kernel: Any, weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[Tensor]) -> Iterator[Action]:
+    """Of pack_24_kernel or unpack_24_kernel, one a size of number and alignment."""
     slots = as_integers(weights)
     columns = {PARAM.value: slots, PACKED.value: as_integers(packed), META.value: metas}
     table = Table(slots, columns, {COLS.value: [w.shape[1] for w in slots], ROWS_IN_ALL.value: [w.shape[0] for w in slots]})
@@ -164,14 +164,12 @@ def tiles(weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[T
     for kind, chunks in table.chunks(sizes=tuple(padded)):
         byte = kind.dtype == torch.int8
         layout = {"META_T": tl.int32 if byte else tl.int16, "ROWS": 16 if byte else 32, "WORD": 32 // kind.dtype.itemsize}
-        yield (table.rows, chunks), kind.constants | kind.tuning.options | layout
+        yield launch(kernel, len(chunks), table.rows, chunks, **kind.constants, **kind.tuning.options, **layout)
 
 
 def pack_24_(weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[Tensor]) -> None:
-    for arguments, options in tiles(weights, packed, metas):
-        pack_24_kernel[(len(arguments[1]),)](*arguments, **options)
+    send(launches(pack_24_kernel, weights, packed, metas))
 
 
 def unpack_24_(weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[Tensor]) -> None:
-    for arguments, options in tiles(weights, packed, metas):
-        unpack_24_kernel[(len(arguments[1]),)](*arguments, **options)
+    send(launches(unpack_24_kernel, weights, packed, metas))

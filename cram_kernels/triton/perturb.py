@@ -1,12 +1,14 @@
 """Save and move uphill (docs/contract.md: Perturb), and the perturbation with a mask that is already there."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import send
 from .number import INF_KEY, NAN_KEY, magnitude_key, rounded, scaled, widen
 from .table import GRAD, MASK, MASTER, PARAM, SAVED, Table, chunk_of, column, elements_of, load_bits, only
 
@@ -62,7 +64,7 @@ def perturb_masked_kernel(
 
 
 def raise_flag(op: str, perturbed: Tensor) -> None:
-    """0 -> 1. Where the flag can be read without a synchronisation, 1 is refused."""
+    """0 -> 1, the first of what an op sends. Where the flag can be read without a synchronisation, 1 is refused."""
     if perturbed.device.type == "cpu" and int(perturbed) != 0:
         raise RuntimeError(f"{op}: perturbed must be 0, got {int(perturbed)}: the weights are perturbed already; restore_ them first")
     perturbed.fill_(1)
@@ -86,6 +88,5 @@ def perturb_masked_(
     masters: Sequence[Tensor] = (),
 ) -> None:
     table = perturb_table(params, grads, saved, masks, masters)
-    table.prepare()
-    raise_flag("perturb_masked_", perturbed)
-    table.launch(perturb_masked_kernel, rho, inv_scale, found_inf, RHO_EACH=rho.dim() > 0)
+    launches = table.launches(perturb_masked_kernel, rho, inv_scale, found_inf, RHO_EACH=rho.dim() > 0)
+    send([partial(raise_flag, "perturb_masked_", perturbed), *launches])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import send
 from .number import rounded, scaled, skipped, widen
 from .table import FIRST_GRAD, GRAD, MASK, MASTER, PARAM, SAVED, Table, chunk_of, column, elements_of, load_bits, only, pointer
 
@@ -90,8 +91,8 @@ def update_table(
 
 
 def restore_(params: Sequence[Tensor], saved: Sequence[Tensor], perturbed: Tensor, *, masters: Sequence[Tensor] = ()) -> None:
-    update_table(params, saved, masters=masters).launch(restore_kernel, perturbed)
-    perturbed.zero_()
+    launches = update_table(params, saved, masters=masters).launches(restore_kernel, perturbed)
+    send([*launches, perturbed.zero_])
 
 
 def restore_combine_(
@@ -108,5 +109,5 @@ def restore_combine_(
     masters: Sequence[Tensor] = (),
 ) -> None:
     table = update_table(params, saved, grads, first_grads, masks, masters)
-    table.launch(restore_combine_kernel, perturbed, inv_scale, first_inv_scale, found_inf)
-    perturbed.zero_()
+    launches = table.launches(restore_combine_kernel, perturbed, inv_scale, first_inv_scale, found_inf)
+    send([*launches, perturbed.zero_])

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import send
 from .number import negated, rounded, skipped, widen
 from .restore import restored, store_update, update_gradient, update_table
 from .table import NUMBER, STATE, bits, chunk_of, column, elements_of, flags, number, only
@@ -70,5 +71,5 @@ def restore_sgd_(
         FLAGS: flags(nesterov, maximize, fresh, n=n),
     }
     table = update_table(params, saved, grads, first_grads, masks, masters, {STATE: momentum_buffers}, numbers)
-    table.launch(restore_sgd_kernel, perturbed, lr, inv_scale, first_inv_scale, found_inf, LR_EACH=lr.dim() > 0)
-    perturbed.zero_()
+    launches = table.launches(restore_sgd_kernel, perturbed, lr, inv_scale, first_inv_scale, found_inf, LR_EACH=lr.dim() > 0)
+    send([*launches, perturbed.zero_])

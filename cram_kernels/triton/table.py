@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Action, launch
 from .number import STORED
 from .tuning import Tuning, tuning
 
@@ -211,14 +212,12 @@ class Table:
             for own, table in chunks.items():
                 yield Kind(dtype, master, own), table
 
-    def prepare(self, among: Callable[[int], bool] = lambda i: True) -> None:
-        """Bring to the device what a `launch` will need: all that takes memory comes before anything is changed."""
-        list(self.chunks(among))
-
-    def launch(self, kernel: Any, *arguments: Any, among: Callable[[int], bool] = lambda i: True, **constants: Any) -> None:
+    def launches(self, kernel: Any, *args: Any, among: Callable[[int], bool] = lambda i: True, **constants: Any) -> list[Action]:
         """A pass over all elements of the tensors in `among`."""
-        for kind, chunks in list(self.chunks(among)):
-            kernel[(len(chunks),)](self.rows, chunks, *arguments, **constants, **kind.constants, **kind.tuning.options)
+        return [
+            launch(kernel, len(chunks), self.rows, chunks, *args, **constants, **kind.constants, **kind.tuning.options)
+            for kind, chunks in self.chunks(among)
+        ]
 
 
 @triton.jit

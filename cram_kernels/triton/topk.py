@@ -6,6 +6,7 @@ that costs time, never exactness. Nothing is read back: the device decides.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Action, launch, send
 from .number import NAN_KEY, magnitude_key, rounded, widen
 from .perturb import perturb_table, raise_flag, rho_of, save, uphill, weight_at
 from .table import MASK, PARAM, PLACE, SAVED, Table, chunk_of, column, constant, elements_of, only, store_bits
@@ -167,26 +169,28 @@ def solve(
     served = list(table.chunks(lambda i: perturbation["PERTURB"] or sets[i] >= 0))
     spans = [torch.empty(len(chunks), 2, dtype=torch.int64, device=device) for _, chunks in served]
 
-    def each(kernel: Any, *arguments: Any, **more: Any) -> None:
-        for (kind, chunks), span in zip(served, spans, strict=True):
-            constants = perturbation | kind.constants | kind.tuning.options | more
-            kernel[(len(chunks),)](table.rows, chunks, span, candidates, *arguments, **constants)
+    def each(kernel: Any, *args: Any, **more: Any) -> list[Action]:
+        return [
+            launch(
+                kernel, len(chunks), table.rows, chunks, span, candidates, *args,
+                **(perturbation | kind.constants | kind.tuning.options | more),
+            )
+            for (kind, chunks), span in zip(served, spans, strict=True)
+        ]  # fmt: skip
 
-    sampled = list(table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA))
-    if perturbed is not None:  # all memory is there
-        raise_flag("perturb_topk_", perturbed)
-    for kind, chunks in sampled:
+    actions: list[Action] = [] if perturbed is None else [partial(raise_flag, "perturb_topk_", perturbed)]
+    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA):
         options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
-        sample_kernel[(len(chunks),)](table.rows, chunks, fields, histogram=samples, **perturbation, **options)
-    bracket_kernel[(num_sets + 1,)](fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False)
-    each(stream_kernel, places, fields, state, found_inf=found_inf)
+        actions.append(launch(sample_kernel, len(chunks), table.rows, chunks, fields, histogram=samples, **perturbation, **options))
+    actions.append(launch(bracket_kernel, num_sets + 1, fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False))
+    actions += each(stream_kernel, places, fields, state, found_inf=found_inf)
     if num_sets > 0:
-        verify_kernel[(-(-num_sets // SETS),)](fields, k, state, num_sets, SETS=SETS, num_warps=4)
-        for _ in range(ROUNDS):
-            each(count_kernel, state, histogram=histogram, RECORDS=records())
-            narrow_kernel[(num_sets,)](state, histogram, thresholds, stats, num_warps=8)
+        actions.append(launch(verify_kernel, -(-num_sets // SETS), fields, k, state, num_sets, SETS=SETS, num_warps=4))
+        narrow = launch(narrow_kernel, num_sets, state, histogram, thresholds, stats, num_warps=8)
+        actions += [*each(count_kernel, state, histogram=histogram, RECORDS=records()), narrow] * ROUNDS
         if write:
-            each(finish_kernel, places, state, RECORDS=records())
+            actions += each(finish_kernel, places, state, RECORDS=records())
+    send(actions)
     return thresholds, stats
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Action, send
 from .number import magnitude_key, widen
 from .perturb import rho_of, uphill, weight_at
 from .table import GRAD, MASTER, PARAM, PLACE, Table, chunk_of, elements_of
@@ -59,7 +60,10 @@ def topk_histogram(
     histogram = torch.zeros(prefix.numel(), 1 << bits, dtype=torch.int64, device=prefix.device)
     table = Table(params, {PARAM.value: params, GRAD.value: grads, MASTER.value: masters}, {PLACE.value: sets})
     constants: dict[str, Any] = {"RHO_EACH": rho.dim() > 0, "BITS": bits}
+    launches: list[Action] = []
     for moves in (True, False):  # where there is no gradient, the weight counts as it is
         own = [i for i, s in enumerate(sets) if s >= 0 and (table[i, GRAD] != 0) == moves]
-        table.launch(histogram_kernel, rho, inv_scale, prefix, shift, histogram, among=set(own).__contains__, PERTURB=moves, **constants)
+        arguments = rho, inv_scale, prefix, shift, histogram
+        launches += table.launches(histogram_kernel, *arguments, among=set(own).__contains__, PERTURB=moves, **constants)
+    send(launches)
     return histogram
