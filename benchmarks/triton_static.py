@@ -39,36 +39,44 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "enable_fp_fusion")
 SIZE = 2**15  # elements: whole chunks
-STREAMS = {  # kernel -> what it reads and writes of each weight, in 16-byte accesses where the chunk is aligned; `name=value`: a constant's
-    "perturb_masked_kernel": (2, 2),
-    "stream_kernel PERTURB=True": (2, 2),
-    "stream_kernel PERTURB=False": (1, 0),
-    "count_kernel PERTURB=True": (2, 0),
-    "count_kernel PERTURB=False": (1, 0),
-    "finish_kernel PERTURB=True": (2, 1),
-    "finish_kernel PERTURB=False": (1, 1),
-    "histogram_kernel PERTURB=True": (2, 0),
-    "nm_kernel FORM=rows": (2, 2),
-    "nm_kernel FORM=windows PERTURB=True": (2, 2),
-    "nm_kernel FORM=windows PERTURB=False": (1, 1),
-    "nm_kernel FORM=columns": (1, 1),
-    "violations_kernel FORM=rows T=int16": (1, 0),  # a byte a number: 8 bytes at a time
-    "violations_kernel FORM=rows T=int32": (1, 0),
-    "restore_kernel": (1, 1),
-    "restore_combine_kernel": (3, 2),
-    "restore_sgd_kernel": (4, 2),
-    "restore_adam_kernel": (5, 3),
-    "chunk_sums_kernel": (1, 0),
-    "pack_24_kernel": (1, 0.5),
-    "unpack_24_kernel": (0.5, 1),
+STREAMS = {  # kernel, and constants as `name=value` -> what it reads and writes of each weight, a letter a number (`stream_bytes`)
+    "perturb_masked_kernel": ("TTM", "TT"),
+    "stream_kernel PERTURB=True": ("TTM", "TT"),
+    "stream_kernel PERTURB=False": ("T", ""),
+    "count_kernel PERTURB=True": ("PMT", ""),
+    "count_kernel PERTURB=False": ("T", ""),
+    "finish_kernel PERTURB=True": ("PMT", "T"),
+    "finish_kernel PERTURB=False": ("T", "T"),
+    "histogram_kernel PERTURB=True": ("PMT", ""),
+    "histogram_kernel PERTURB=False": ("T", ""),
+    "nm_kernel FORM=single": ("", ""),  # group by group: no number lies beside the next
+    "nm_kernel PERTURB=True": ("TTM", "TT"),
+    "nm_kernel PERTURB=False": ("T", "T"),
+    "violations_kernel FORM=rows T=int16": ("T", ""),  # a byte a number: 8 bytes at a time
+    "violations_kernel FORM=rows T=int32": ("T", ""),
+    "restore_kernel": ("PM", "T"),
+    "restore_combine_kernel": ("PMTT", "TT"),
+    "restore_sgd_kernel": ("PMTTS", "TMS"),
+    "restore_adam_kernel": ("PMTTSSS", "TMSSS"),
+    "chunk_sums_kernel": ("T", ""),
+    "pack_24_kernel": ("T", "h"),
+    "unpack_24_kernel": ("h", "T"),
 }
 
 
-class Launch:
-    """A kernel and what one launch of it makes the compiler know."""
+def stream_bytes(letters: str, constants: dict[str, Any]) -> float:
+    """T: a stored number, h: half of one; S: one of the state; M: a float32 where there are masters, P: a T where there are none."""
+    number, state, masters = constants["T"].primitive_bitwidth // 8, constants["S"].primitive_bitwidth // 8, constants["MASTERS"]
+    sizes = {"T": number, "h": number / 2, "S": state, "M": 4 * masters, "P": number * (not masters)}
+    return sum(sizes[letter] for letter in letters)
 
-    def __init__(self, name: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.name, self.kernel = name, kernel
+
+class Launch:
+    """A kernel and what one launch of it makes the compiler know. `alone`: without a perturbation."""
+
+    def __init__(self, label: str, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> None:
+        alone = ", alone" if kwargs.get("PERTURB") is False else ""
+        self.name, self.kernel = f"{kernel.__name__}<{label}{alone}>", kernel
         self.options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
         self.signature: dict[str, str] = {}
         self.constants: dict[tuple[int], Any] = {}
@@ -102,9 +110,9 @@ class Launch:
         if not of_this:
             return 0, 0
         elements = constants["BLOCK"] if "BLOCK" in constants else constants["GROUPS"] * constants["LANES"]
-        accesses = elements * (constants["T"].primitive_bitwidth // 8) / (16 * 32 * self.options["num_warps"])
-        loads, stores = STREAMS[of_this[0]]
-        return int(loads * accesses), int(stores * accesses)
+        threads = 32 * self.options["num_warps"]
+        loads, stores = (int(elements * stream_bytes(letters, constants) / (16 * threads)) for letters in STREAMS[of_this[0]])
+        return loads, stores
 
     def forms(self, constants: dict[str, Any]) -> set[str]:
         return {self.kernel.__name__, *(f"{name}={value}" for name, value in constants.items())}
@@ -115,7 +123,7 @@ def record(run: Callable[[], Any], label: str) -> Iterator[Launch]:
     launches: list[Launch] = []
 
     def take(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> dict[Any, Callable[..., None]]:
-        launches.append(Launch(f"{self.__name__}<{label}>", self, args, dict(kwargs)))
+        launches.append(Launch(label, self, args, dict(kwargs)))
         return defaultdict(lambda: lambda *args: None)  # a compiled kernel: grid -> launcher
 
     launch, JITFunction.run = JITFunction.run, take
@@ -139,48 +147,55 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
     state = torch.float32 if masters else dtype
     params = make()
     shared: dict[str, Any] = {"masters": make(torch.float32) if masters else []}
-    saved = [p[:0] for p in params] if masters else make()
-    mask = [torch.zeros(-(-p.numel() // 8), dtype=torch.uint8) for p in params]
     amp = {"inv_scale": one(1), "found_inf": one(0)}
 
-    def perturbation() -> tuple:
-        return params, make(), saved, mask, one(0, torch.int32), one(0.05)
+    def perturbation(weights: list[Tensor] = params) -> tuple:
+        others = [[torch.empty_like(w) for w in weights] for _ in range(2)]
+        return weights, others[0], [] if masters else others[1], masks(weights), one(0, torch.int32), one(0.05)
 
     def update() -> tuple:
-        return params, saved, make(), make(), mask, one(1, torch.int32)
+        return params, [] if masters else make(), make(), make(), masks(params), one(1, torch.int32)
 
     top = ([0], torch.tensor([TopK(0.9).k(params[0].numel())]))
     digits = ([0], torch.zeros(1, dtype=torch.int64), 20, 11)
     yield "perturb_masked_", lambda: kernels.perturb_masked_(*perturbation(), **amp, **shared)
     yield "perturb_topk_", lambda: kernels.perturb_topk_(*perturbation(), *top, **amp, **shared)
     yield "topk_histogram", lambda: kernels.topk_histogram(params, make(), one(0.05), *digits, inv_scale=one(1), **shared)
-    yield "perturb_nm_ 2:4", lambda: kernels.perturb_nm_(*perturbation(), [1], 2, 4, **amp, **shared)
-    yield "restore_", lambda: kernels.restore_(params, saved, one(1, torch.int32), **shared)
+    yield "restore_", lambda: kernels.restore_(params, update()[1], one(1, torch.int32), **shared)
     yield "restore_combine_", lambda: kernels.restore_combine_(*update(), **amp, **shared)
     yield "restore_sgd_", lambda: kernels.restore_sgd_(*update(), make(state), [0], one(0.1), **amp, **shared)
     states = [make(state), make(state), make(state)]
     yield "restore_adam_", lambda: kernels.restore_adam_(*update(), *states, [one(0)], one(0.1), decoupled=True, **amp, **shared)
+    for lie, (weights, patterns) in layouts(params[0]).items():
+        own = {"masters": [w.float() for w in weights] if masters else []}
+        for n, m in patterns if aligned and not masters else patterns[:1]:
+            label = f"{lie} {n}:{m}"
+            yield f"perturb_nm_ {label}", lambda w=weights, n=n, m=m, o=own: kernels.perturb_nm_(*perturbation(w), [1], n, m, **amp, **o)
+            if not masters:
+                yield f"prune_nm_ {label}", lambda w=weights, n=n, m=m: kernels.prune_nm_(w, masks(w), [1], n, m)
+                yield f"nm_violations {label}", lambda w=weights, n=n, m=m: kernels.nm_violations(w, n, m)
     if masters:
         return  # what has no masters is compiled without
-    transposed, convolution = [make()[0].view(8, -1).t()], [make()[0][:, :288].reshape(64, 32, 3, 3)]
-    yield "prune_topk_", lambda: kernels.prune_topk_(params, mask, *top)
+    yield "prune_topk_", lambda: kernels.prune_topk_(params, masks(params), *top)
     yield "grad_norm", lambda: kernels.grad_norm(params, inv_scale=one(1))
-    yield "nm_violations", lambda: kernels.nm_violations(params, 2, 4)
     yield "pack_24_", lambda: kernels.pack_24_(*packing(params))
     yield "unpack_24_", lambda: kernels.unpack_24_(*packing(params))
-    if aligned:
-        for n, m in ((4, 8), (16, 32)):
-            yield f"perturb_nm_ {n}:{m}", lambda n=n, m=m: kernels.perturb_nm_(*perturbation(), [1], n, m, **amp, **shared)
-        flags = (one(0, torch.int32), one(0.05), [1], 2, 4)
-        yield (
-            "perturb_nm_ convolution",
-            lambda: kernels.perturb_nm_(
-                convolution, [w.clone() for w in convolution], [w.clone() for w in convolution], mask, *flags, **amp
-            ),
-        )
-        for name, weights in (("convolution", convolution), ("transposed", transposed)):
-            yield f"prune_nm_ {name}", lambda weights=weights: kernels.prune_nm_(weights, mask, [1], 2, 4)
-        yield "nm_violations convolution", lambda: kernels.nm_violations(convolution, 2, 4)
+
+
+def masks(weights: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros(-(-w.numel() // 8), dtype=torch.uint8) for w in weights]
+
+
+def layouts(w: Tensor) -> dict[str, tuple[list[Tensor], list[tuple[int, int]]]]:
+    """How groups can lie in memory, with the patterns that are compiled for it; of elements of w."""
+    flat = w.view(-1)
+    return {
+        "rows": ([w], [(2, 4), (1, 2), (4, 8), (8, 16), (16, 32), (32, 64), (256, 512)]),
+        "6 in a row": ([flat[: 64 * 504].view(64, 504)], [(3, 6)]),
+        "convolution": ([flat[: 64 * 288].view(64, 32, 3, 3)], [(2, 4), (4, 8), (8, 16), (16, 32)]),
+        "transposed": ([flat.view(32, -1).t()], [(2, 4), (4, 8), (16, 32)]),
+        "odd distance": ([flat[: 32 * 1023].view(32, 1023).t()], [(2, 4), (16, 32)]),
+    }
 
 
 def packing(weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

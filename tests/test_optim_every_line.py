@@ -1,7 +1,7 @@
-"""Ctrl-C at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
+"""KeyboardInterrupt at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
 
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,18 @@ def one_thread(set_threads):
     set_threads(1)
 
 
+def keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Trace:
-    """Within the block, notes the lines that are run in cram_kernels, and sends SIGINT before the n-th, if n is given.
+    """Within the block, notes the lines that are run in cram_kernels, and interrupts before the n-th, if n is given.
 
     A kernel that Triton's interpreter runs is not traced, as none that a GPU runs is.
     """
 
-    def __init__(self, n: int | None = None, source: str = SOURCE) -> None:
-        self.n, self.source, self.lines, self.before = n, source, [], None
+    def __init__(self, n: int | None = None, source: str = SOURCE, interrupt: Callable[[], None] = keyboard_interrupt) -> None:
+        self.n, self.source, self.interrupt, self.lines, self.before = n, source, interrupt, [], None
 
     def __enter__(self) -> "Trace":
         self.before = sys.gettrace()  # coverage may be tracing
@@ -50,7 +54,7 @@ class Trace:
         if event == "line" and len(self.lines) != self.n:
             self.lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
             if len(self.lines) == self.n:
-                signal.raise_signal(signal.SIGINT)
+                self.interrupt()
         return self.line
 
     def last_times(self) -> list[int]:

@@ -201,7 +201,7 @@ class Gpu:
         return found
 
     def chunks(self) -> torch.Tensor:
-        return self.table.constant(self.table.upload_chunks, self, (3000, 40), (0, 1), (True, True), (1024, 1024))
+        return self.table.constant(self.table.upload_chunks, self, (3000, 40), (0, 1), (True, True), (1024, 1024), 8)
 
 
 @needs_triton

@@ -108,7 +108,7 @@ def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str,
 @pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_", "restore_sgd_", "restore_adam_"])
 def test_interrupted_at_every_line(op: str) -> None:
     """Ctrl-C at each line of this backend: all that the op writes is written, or nothing; and the interrupt is not lost."""
-    source = str(Path(launch.__file__).parent)
+    source, ctrl_c = str(Path(launch.__file__).parent), partial(signal.raise_signal, signal.SIGINT)
     states = [SAMPLES[op](), SAMPLES[op]()]
     getattr(ops, op)(**states[1])
     with Trace(source=source) as clean:
@@ -116,7 +116,7 @@ def test_interrupted_at_every_line(op: str) -> None:
     results = {}
     for n in clean.last_times():
         arguments = SAMPLES[op]()
-        with Trace(n, source) as trace:
+        with Trace(n, source, ctrl_c) as trace:
             getattr(ops, op)(**arguments)
         where = f"interrupted at {trace.lines[-1]}"
         assert trace.lines == clean.lines[:n] and trace.interrupted, where

@@ -28,17 +28,28 @@ SINGLE = tl.constexpr("single")  # far apart
 
 
 @triton.jit
+def is_before(key, other, j):
+    """1 where weight `other` of a group comes before weight j in the order of key and place, else 0."""
+    own = tl.sum(tl.where(j == other, key, 0), 1)[:, None]
+    return ((own < key) | ((own == key) & (other < j))).to(tl.int32)
+
+
+@triton.jit
 def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
     """key int32 [groups, LANES] -> bool: the N last of a group in the order of key and place.
 
-    Small groups rank each weight by counting those before it, large ones search for the first that stays, bit by bit.
+    Small groups rank each weight by counting those before it (a loop that is not unrolled needs half the registers from 16 on), large
+    ones search for the first that stays, bit by bit.
     """
     j = tl.arange(0, LANES)[None, :]
     if LANES <= 32:
         rank = tl.zeros(key.shape, tl.int32)
-        for other in tl.static_range(M):
-            own = tl.sum(tl.where(j == other, key, 0), 1)[:, None]
-            rank += ((own < key) | ((own == key) & (other < j))).to(tl.int32)
+        if LANES <= 8:
+            for other in tl.static_range(M):
+                rank += is_before(key, other, j)
+        else:
+            for other in range(M):
+                rank += is_before(key, other, j)
         return (rank >= M - N) & (key < NAN_KEY)
     else:
         order = tl.where(j < M, (key.to(tl.int64) << 10) | j, -1)
@@ -92,19 +103,29 @@ def groups_of(row, first, size, M: tl.constexpr, FORM: tl.constexpr, GROUPS: tl.
 
 
 @triton.jit
+def placed(
+    rows, chunks,
+    M: tl.constexpr, FORM: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Of this program: tensor, row, elements (of ROWS, WINDOWS) or groups, an element to count from, places behind it, which there are."""
+    if FORM == WINDOWS:
+        tensor, row, window, size = chunk_of(rows, chunks, 1, ALIGNED, WHOLE)
+        i, valid = elements_of(size, GROUPS * LANES)
+        return tensor, row, size, window * tl.load(row + SPAN), i, valid
+    else:
+        tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED, WHOLE)
+        start, i, valid = groups_of(row, first, size, M, FORM, GROUPS, LANES)
+        return tensor, row, size * M if FORM == ROWS else size, start, i, valid
+
+
+@triton.jit
 def nm_kernel(
     rows, chunks, rho, inv_scale, found_inf, scratch,
-    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, LANES: tl.constexpr,
+    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, FORM: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = GROUPS * LANES
-    if FORM == WINDOWS:
-        tensor, row, window, size = chunk_of(rows, chunks, 1, ALIGNED)
-        start = window * tl.load(row + SPAN)
-        i, valid = elements_of(size, BLOCK)
-    else:
-        tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
-        start, i, valid = groups_of(row, first, size, M, FORM, GROUPS, LANES)
+    tensor, row, size, start, i, valid = placed(rows, chunks, M, FORM, GROUPS, LANES, WHOLE, ALIGNED)
     if PERTURB:
         w = save(row, start, i, valid, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
@@ -112,14 +133,15 @@ def nm_kernel(
         u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     key = magnitude_key(widen(u))
     if FORM == WINDOWS:
-        keep = valid & kept_of_window(key, tl.load(row + PLACE).to(tl.int32), N, M, LANES, GROUPS)
+        keep = kept_of_window(key, tl.load(row + PLACE).to(tl.int32), N, M, LANES, GROUPS)
     else:
-        keep = valid & tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
+        keep = tl.reshape(kept(tl.reshape(key, [GROUPS, LANES]), N, M, LANES), valid.shape)
+    # Once more: the predicates of `valid` need not live across the ranking, where ptxas would spill them.
+    tensor, row, size, start, i, valid = placed(rows, chunks, M, FORM, GROUPS, LANES, WHOLE, ALIGNED)
+    keep = keep & valid
     tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
-    if FORM == ROWS:
-        store_bits(row, start, size * M, keep, BLOCK)
-    elif FORM == WINDOWS:
-        store_bits(row, start, size, keep, BLOCK)
+    if FORM == ROWS or FORM == WINDOWS:
+        store_bits(row, start, size, keep, GROUPS * LANES)
     else:
         own = tl.load(row + SCRATCH)
         tl.store(scratch + own + start + i, keep.to(tl.uint8), mask=only(valid, own >= 0))
@@ -195,8 +217,10 @@ class Layout:
             def units(kind: Kind, i: int, windows: bool = windows) -> int:
                 return self.spans[i] if windows else self.groups(kind)
 
-            for kind, chunks in table.chunks(own.__contains__, sizes, units):
-                options = kind.constants | kind.tuning.options | {"GROUPS": self.groups(kind), "LANES": self.lanes, "FORM": form}
+            whole = max(1, 8 // self.m) if form == ROWS.value else 8  # units whose bits are whole mask bytes, or that lie side by side
+            for kind, chunks in table.chunks(own.__contains__, sizes, units, whole):
+                shape = {"FORM": form, "GROUPS": self.groups(kind), "LANES": self.lanes, "WHOLE": whole}
+                options = kind.constants | kind.tuning.options | shape
                 del options["BLOCK"]
                 yield chunks, options
 

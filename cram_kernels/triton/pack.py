@@ -24,11 +24,11 @@ def as_integers(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @triton.jit
 def violations_kernel(
-    rows, chunks, found, n, FORM: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr,
+    rows, chunks, found, n, FORM: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Add a chunk to found int64 [tensors, 3]; -1, no place, is the largest of unsigned numbers."""
-    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED)
+    tensor, row, first, size = chunk_of(rows, chunks, GROUPS, ALIGNED, WHOLE)
     start, i, valid = groups_of(row, first, size, M, FORM, GROUPS, LANES)
     x = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
     number = ((x & tl.load(row + MAGNITUDE).to(T)) != 0).to(tl.int32)

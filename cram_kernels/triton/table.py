@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
     dtype: torch.dtype
     master: bool  # with float32 master weights
-    aligned: bool  # all addresses are multiples of 16 bytes, all sizes of 8 elements
+    aligned: bool  # all addresses are multiples of 16 bytes, all chunks of 8 elements
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -142,17 +142,22 @@ def upload_rows(upload: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) ->
 
 
 def upload_chunks(
-    upload: Callable[[Tensor], Tensor], sizes: tuple[int, ...], members: tuple[int, ...], aligned: tuple[bool, ...], blocks: tuple[int, ...]
+    upload: Callable[[Tensor], Tensor],
+    sizes: tuple[int, ...],
+    members: tuple[int, ...],
+    aligned: tuple[bool, ...],
+    blocks: tuple[int, ...],
+    whole: int,
 ) -> dict[bool, Tensor]:
-    """aligned -> int32 [chunks, 3]: tensor, number of the chunk in it, elements. sizes: of all tensors; aligned, blocks: of the members."""
+    """aligned -> int32 [chunks, 3]: tensor, number of the chunk in it, units. sizes: of all tensors; aligned, blocks: of the members."""
     numels, tensors, block = torch.tensor([sizes[i] for i in members]), torch.tensor(members), torch.tensor(blocks)
     counts = (numels + block - 1) // block
     member = torch.arange(len(members)).repeat_interleave(counts)
     local = torch.arange(len(member)) - (counts.cumsum(0) - counts)[member]
-    elements = torch.minimum(numels[member] - local * block[member], block[member])
-    chunks = torch.stack([tensors[member], local, elements], 1).int()
-    whole = torch.tensor(aligned)[member] & (elements % 8 == 0)
-    return {own: upload(chunks[whole == own].contiguous()) for own in (True, False) if bool((whole == own).any())}
+    units = torch.minimum(numels[member] - local * block[member], block[member])
+    chunks = torch.stack([tensors[member], local, units], 1).int()
+    fit = torch.tensor(aligned)[member] & (units % whole == 0)
+    return {own: upload(chunks[fit == own].contiguous()) for own in (True, False) if bool((fit == own).any())}
 
 
 class Table:
@@ -192,6 +197,7 @@ class Table:
         among: Callable[[int], bool] = lambda i: True,
         sizes: tuple[int, ...] | None = None,
         block: Callable[[Kind, int], int] = lambda kind, i: kind.tuning.block,
+        whole: int = 8,
     ) -> Iterator[tuple[Kind, Tensor]]:
         """A kind and its chunks, int32 [chunks, 3], for each launch of a pass.
 
@@ -199,6 +205,7 @@ class Table:
             among: the tensors to serve.
             sizes: of the tensors, where they are not counted in elements.
             block: units of `sizes` a program, for a tensor.
+            whole: an aligned chunk has a multiple of so many units.
         """
         sizes = self.sizes if sizes is None else sizes
         groups: dict[tuple[torch.dtype, bool], list[int]] = {}
@@ -208,7 +215,7 @@ class Table:
         for (dtype, master), members in groups.items():
             aligned = tuple(map(self._aligned, members))
             blocks = tuple(block(Kind(dtype, master, True), i) for i in members)
-            chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, blocks)
+            chunks = constant(upload_chunks, self.device, sizes, tuple(members), aligned, blocks, whole)
             for own, table in chunks.items():
                 yield Kind(dtype, master, own), table
 
@@ -221,13 +228,13 @@ class Table:
 
 
 @triton.jit
-def chunk_of(rows, chunks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of this program: tensor int64, its row, the first element int64, elements int32 (ALIGNED: a multiple of 8)."""
+def chunk_of(rows, chunks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr = 8):
+    """Of this program: tensor int64, its row, the first element (or other unit) int64, elements int32 (ALIGNED: a multiple of WHOLE)."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 3
     tensor = tl.load(chunk).to(tl.int64)
     size = tl.load(chunk + 2)
     if ALIGNED:
-        size = tl.multiple_of(size, 8)
+        size = tl.multiple_of(size, WHOLE)
     return tensor, rows + tensor * WIDTH, tl.load(chunk + 1).to(tl.int64) * BLOCK, size
 
 
