@@ -106,9 +106,35 @@ def test_static_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     found = {row["name"]: row for row in record["nvidia"]}
     for name, wide in (("restore_kernel<bf16>", True), ("restore_kernel<bf16 unaligned>", False)):
         assert (found[name]["loads 16 B"] > 0, found[name]["stores 16 B"] > 0, found[name]["spill bytes"]) == (wide, wide, 0)
-    monkeypatch.setitem(triton_static.STREAMS, "restore_kernel", (1, 9))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "op, file, access, fault",
+    [
+        ("restore_", "restore", "tl.store(column(row, PARAM, start, T, ALIGNED)", "restore_kernel<bf16> on sm_90: wants 1 stores"),
+        ("restore_adam_", "adam", "tl.load(largest", "restore_adam_kernel<bf16 masters> on sm_90: wants 10 loads"),
+        ("restore_adam_", "adam", "tl.store(second", "restore_adam_kernel<bf16 masters> on sm_90: wants 9 stores"),
+    ],
+)
+def test_static_report_sees_a_narrow_access(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, op: str, file: str, access: str, fault: str
+) -> None:
+    """One access of a kernel as it is, made without what the compiler has to know for 16 bytes."""
+    from benchmarks import triton_static
+
+    text = Path(triton_static.kernels.__file__).with_name(f"{file}.py").read_text()
+    narrow = access.replace("ALIGNED", "False") if "ALIGNED" in access else f"{access} + (options >> 62)"
+    assert access in text
+    (tmp_path / f"{file}.py").write_text(text.replace(access, narrow, 1))
+    spec = importlib.util.spec_from_file_location(f"cram_kernels.triton.narrow_{file}", tmp_path / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(triton_static.kernels, op, getattr(module, op))
+    name = fault[: fault.index(" on")]
+    arguments = ["--dtypes", "bf16", "--archs", "90", "--amd", "--only", name, "--jobs", "1", "--out", str(tmp_path)]
     assert triton_static.main(arguments) == 1
-    assert "FAULT: restore_kernel<bf16> on sm_90: wants 9 stores of 16 bytes, the machine code has 1" in capsys.readouterr().out
+    assert f"FAULT: {fault} of 16 bytes, the machine code has" in capsys.readouterr().out
 
 
 @needs_triton

@@ -17,7 +17,7 @@ from test_schema import SAMPLES, positional
 
 from cram_kernels import _triton, ops, reference
 from cram_kernels.backend import available, use_backend
-from cram_kernels.triton import launch, nm, tuning
+from cram_kernels.triton import launch, nm, table, tuning
 
 OP = pytest.mark.parametrize("op", SAMPLES)
 
@@ -66,6 +66,17 @@ def test_every_form_of_groups(monkeypatch: pytest.MonkeyPatch, shape: tuple[int,
     ops.perturb_nm_(**arguments)
     reference.perturb_nm_(**expected)
     compare_all("perturb_nm_", arguments, expected)
+
+
+@pytest.mark.parametrize("m", [2, 4, 8, 64, 256, 1024])
+def test_groups_side_by_side_are_aligned(monkeypatch: pytest.MonkeyPatch, m: int) -> None:
+    """All chunks, also where one holds fewer than 8 groups; where the weights end within 8, the last is not."""
+    monkeypatch.setattr(tuning, "TABLE", {"interpreter": tuning.TABLE["cuda"]})
+    for rows, expected in ((8, {True}), (1, {True, False} if m < 8 else {True})):
+        w = torch.zeros(rows, 5 * 1024 + (m if rows == 1 else 0))
+        layout = nm.Layout([w], [1], m)
+        launches = layout.passes(table.Table([w], {table.PARAM.value: [w]}))
+        assert {options["ALIGNED"] for _, options in launches} == expected
 
 
 def test_the_same_words_for_wrong_input() -> None:
