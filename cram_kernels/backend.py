@@ -117,8 +117,8 @@ def name_for(device_type: str) -> str:
 
 
 def select(tensors: Sequence[Tensor]) -> Any:
-    """The namespace whose functions implement the ops for these tensors (an empty list: for the CPU)."""
-    name = name_for(tensors[0].device.type if len(tensors) else "cpu")
+    """The namespace whose functions implement the ops for these tensors (an empty list: what was asked for, else the native one)."""
+    name = name_for(tensors[0].device.type) if len(tensors) else _chosen or "cpu"
     _require(name)
     if name == "reference":
         return _reference

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import OrderedDict
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,7 +212,7 @@ class Gpu:
         patch.setattr(torch.Tensor, "pin_memory", lambda t: self.pin(t.numel()) is None or t)
         patch.setattr(table, "pin", self.pin)
         patch.setattr(table, "send", lambda pinned, device: self.sent.append(pinned) or pinned.clone())
-        for name, empty in (("_constants", OrderedDict()), ("_captured", []), ("_reserve", table.Reserve())):
+        for name, empty in (("_constants", {}), ("_captured", []), ("_reserve", table.Reserve())):
             patch.setattr(table, name, empty)
 
     def pin(self, size: int) -> torch.Tensor:
@@ -221,9 +221,9 @@ class Gpu:
         return torch.zeros(size, dtype=torch.uint8)
 
     def rows(self, first: int) -> torch.Tensor:
-        numbers = tuple(range(first, first + 2 * self.table.WIDTH.value))
-        found = self.table.constant(self.table.upload_rows, self, numbers)
-        assert found.flatten().tolist() == list(numbers)
+        numbers = list(range(first, first + 2 * self.table.WIDTH.value))
+        found = self.table.constant(self.table.upload_rows, self, array("q", numbers).tobytes())
+        assert found.flatten().tolist() == numbers
         return found
 
     def chunks(self) -> torch.Tensor:

@@ -79,6 +79,20 @@ def test_groups_side_by_side_are_aligned(monkeypatch: pytest.MonkeyPatch, m: int
         assert {options["ALIGNED"] for _, options in launches} == expected
 
 
+@pytest.mark.parametrize("op", [op for op in SAMPLES if op not in ("grad_norm", "nm_violations", "pack_24_", "unpack_24_")])
+def test_no_tensors(op: str) -> None:
+    """Empty lists, with selection sets that nothing is in."""
+    calls = []
+    for _ in range(2):
+        arguments = {name: [] if isinstance(value, list) else value for name, value in SAMPLES[op]().items()}
+        arguments |= {name: arguments[name][:0] for name in ("lr", "rho") if name in arguments and arguments[name].dim()}
+        calls.append(arguments | ({"k": torch.zeros_like(arguments["k"])} if "k" in arguments else {}))
+    arguments, expected = calls
+    results = getattr(ops, op)(**arguments), getattr(reference, op)(**expected)
+    compare_all(op, arguments, expected)
+    compare_all(op, *map(contract_part, results))
+
+
 def test_the_same_words_for_wrong_input() -> None:
     arguments = SAMPLES["restore_"]()
     arguments["saved"] = arguments["saved"][:-1]

@@ -69,7 +69,7 @@ def places_of(row, line, first, PART: tl.constexpr, WORD: tl.constexpr, WIDTH: t
     start = line * cols + first // PART
     cols, inside = tl.multiple_of(cols.to(tl.int32), WORD), tl.multiple_of((cols - first // PART).to(tl.int32), WORD)
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH // PART)[None, :]
-    return start, r * cols + c, (c < inside) & (r >= 0)
+    return start, r.to(tl.int64) * cols + c, (c < inside) & (r >= 0)
 
 
 @triton.jit

@@ -5,6 +5,8 @@ one, and a second one for chunks whose addresses or sizes allow no 16-byte acces
 """
 
 import struct
+import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,7 +67,9 @@ def flags(*lists: Sequence[int], n: int) -> list[int]:
     return [sum((flag != 0) << i for i, flag in enumerate(own)) for own in zip(*(each(values, n) for values in lists), strict=True)]
 
 
-_constants: OrderedDict[Any, Any] = OrderedDict()  # (build, device, stream, key) -> device tensors that depend on nothing else
+KEPT = {"upload_rows": 32}  # tables that are remembered, by their build function's name; of others: 256
+_constants: dict[Any, OrderedDict[Any, Any]] = {}  # build function -> (device, stream, key) -> device tensors that depend on nothing else
+_lock = threading.RLock()  # of it: optimizers may step in several threads
 _captured: list[Any] = []  # what a captured graph reads must live as long as the process
 ROWS_IN_RESERVE = 32  # tables of rows
 
@@ -114,22 +118,23 @@ def constant(build: Callable[..., Any], device: torch.device, *key: Any) -> Any:
     """
     if device.type != "cuda":
         return build(lambda host: host, *key)
-    if torch.cuda.is_current_stream_capturing():
-        known = (value for where, value in _constants.items() if where[:2] == (build, device) and where[3:] == key)
-        value = next(known, None)
-        if value is None:
-            value = build(lambda host: _captured_copy(host, device), *key)
-        _captured.append(value)
-        return value
-    where = (build, device, torch.cuda.current_stream(device).cuda_stream, *key)
-    if where not in _constants:
-        _constants[where] = build(lambda host: send(host.pin_memory(), device), *key)
-        if len(_constants) > 256:
-            _constants.popitem(last=False)
-    _constants.move_to_end(where)
-    if build is upload_rows:
-        _reserve.prepare(ROWS_IN_RESERVE * 8 * len(key[0]))
-    return _constants[where]
+    with _lock:
+        tables = _constants.setdefault(build, OrderedDict())
+        if torch.cuda.is_current_stream_capturing():
+            value = next((value for where, value in tables.items() if where[0] == device and where[2:] == key), None)
+            if value is None:
+                value = build(lambda host: _captured_copy(host, device), *key)
+            _captured.append(value)
+            return value
+        where = (device, torch.cuda.current_stream(device).cuda_stream, *key)
+        if where not in tables:
+            tables[where] = build(lambda host: send(host.pin_memory(), device), *key)
+            if len(tables) > KEPT.get(build.__name__, 256):
+                tables.popitem(last=False)
+        tables.move_to_end(where)
+        if build is upload_rows:
+            _reserve.prepare(ROWS_IN_RESERVE * len(key[0]))
+        return tables[where]
 
 
 def _captured_copy(host: Tensor, device: torch.device) -> Tensor:
@@ -137,8 +142,10 @@ def _captured_copy(host: Tensor, device: torch.device) -> Tensor:
     return send(_captured[-1], device)
 
 
-def upload_rows(upload: Callable[[Tensor], Tensor], numbers: tuple[int, ...]) -> Tensor:
-    return upload(torch.tensor(numbers, dtype=torch.int64).view(len(numbers) // WIDTH.value, WIDTH.value))
+def upload_rows(upload: Callable[[Tensor], Tensor], numbers: bytes) -> Tensor:
+    """numbers: int64, in bytes, which are smaller than a tuple, and quicker to compare."""
+    of_none = bytes(8 * WIDTH.value)  # torch takes no empty buffer
+    return upload(torch.frombuffer(bytearray(numbers or of_none), dtype=torch.int64).view(-1, WIDTH.value))
 
 
 def upload_chunks(
@@ -175,7 +182,7 @@ class Table:
         self.sizes = tuple(t.numel() for t in like)
         self.dtypes = [t.dtype for t in like]
         self.device = like[0].device if len(like) else torch.device("cpu")
-        flat = [0] * (len(like) * WIDTH.value)
+        flat = array("q", bytes(8 * WIDTH.value * len(like)))
         for column, tensors in lists.items():
             for i, t in enumerate(tensors):
                 flat[i * WIDTH.value + column] = t.data_ptr() if t.numel() else 0
@@ -183,7 +190,7 @@ class Table:
             for i, value in enumerate(values):
                 flat[i * WIDTH.value + column] = value
         self.flat = flat
-        self.rows: Tensor = constant(upload_rows, self.device, tuple(flat))
+        self.rows: Tensor = constant(upload_rows, self.device, flat.tobytes())
 
     def __getitem__(self, place: tuple[int, tl.constexpr]) -> int:
         tensor, column = place
