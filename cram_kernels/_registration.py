@@ -4,6 +4,7 @@ Ops of the stable ABI do not bump the version counters of what they mutate by th
 silently wrong instead of raising.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
+
+from .signals import uninterrupted
 
 NATIVE = "cram_kernels"
 _libraries: list[torch.library.Library] = []  # what they registered ends with them
@@ -82,8 +85,9 @@ def _bump_versions(library: torch.library.Library, name: str) -> None:
     below, mutated = torch._C._after_ADInplaceOrView_keyset, _mutated(op)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        result = op.redispatch(keyset & below, *args, **kwargs)
-        _bump(mutated(args, kwargs))
+        with uninterrupted():
+            result = op.redispatch(keyset & below, *args, **kwargs)
+            _bump(mutated(args, kwargs))
         return result
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
@@ -100,9 +104,10 @@ def direct(namespace: str) -> SimpleNamespace:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*args, **kwargs)
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                result = op(*args, **kwargs)
-            _bump(mutated(args, kwargs))
+            with uninterrupted() if name in MUTATING else contextlib.nullcontext():
+                with torch._C._AutoDispatchBelowADInplaceOrView():
+                    result = op(*args, **kwargs)
+                _bump(mutated(args, kwargs))
             return result
 
         return call

@@ -16,6 +16,7 @@ from test_optim_every_line import Trace
 from test_schema import SAMPLES, positional
 
 from cram_kernels import _triton, ops, reference
+from cram_kernels import triton as kernels
 from cram_kernels.backend import available, use_backend
 from cram_kernels.triton import launch, nm, table, tuning
 
@@ -132,17 +133,18 @@ def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str,
 
 @pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_", "restore_sgd_", "restore_adam_"])
 def test_interrupted_at_every_line(op: str) -> None:
-    """Ctrl-C at each line of this backend: all that the op writes is written, or nothing; and the interrupt is not lost."""
+    """Ctrl-C at each line of this backend's function: all that it writes is written, or nothing; and the interrupt is not lost."""
+    call = getattr(kernels, op)
     source, ctrl_c = str(Path(launch.__file__).parent), partial(signal.raise_signal, signal.SIGINT)
     states = [SAMPLES[op](), SAMPLES[op]()]
-    getattr(ops, op)(**states[1])
+    call(**states[1])
     with Trace(source=source) as clean:
-        getattr(ops, op)(**SAMPLES[op]())
+        call(**SAMPLES[op]())
     results = {}
     for n in clean.last_times():
         arguments = SAMPLES[op]()
         with Trace(n, source, ctrl_c) as trace:
-            getattr(ops, op)(**arguments)
+            call(**arguments)
         where = f"interrupted at {trace.lines[-1]}"
         assert trace.lines == clean.lines[:n] and trace.interrupted, where
         of_states = [same_bits(*([t for _, t in named_tensors(own)] for own in (arguments, state))) for state in states]
@@ -150,28 +152,6 @@ def test_interrupted_at_every_line(op: str) -> None:
         results[n] = of_states.index(True)
     in_order = [results[n] for n in sorted(results)]
     assert set(in_order) == {0, 1} and in_order == sorted(in_order)
-
-
-def test_signals_wait_for_the_last_launch() -> None:
-    """All of them, and each is answered by the handler that its program gave it."""
-    events: list[Any] = []
-    own = signal.SIGRTMIN + 1  # a number without a name in Python
-
-    def handler(number: int, frame: Any) -> None:
-        events.append(number)
-        raise ValueError("own")
-
-    before = signal.signal(own, handler), signal.getsignal(signal.SIGINT)
-    sends = [partial(signal.raise_signal, number) for number in (own, signal.SIGINT)]
-    try:
-        with pytest.raises(KeyboardInterrupt) as error:
-            launch.send([*sends, partial(events.append, "last")])
-        assert events == ["last", own] and isinstance(error.value.__context__, ValueError)
-        assert (signal.getsignal(own), signal.getsignal(signal.SIGINT)) == (handler, before[1])
-        with pytest.raises(ValueError, match="own"):
-            signal.raise_signal(own)
-    finally:
-        signal.signal(own, before[0])
 
 
 def test_launches_of_another_thread() -> None:

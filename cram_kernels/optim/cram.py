@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..distributed import why_not_nm
 from ..patterns import NM, Pattern, TopK
+from ..signals import uninterrupted
 from . import masters
 from .amp import clipped, first_factor, second_factor, total_norm
 from .arena import Arena, Slot, release_gradients
@@ -343,6 +344,7 @@ class CrAM(Wrapper):
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     @torch.no_grad()
+    @uninterrupted()  # the weights, the state and the counters are those of one step
     def _update(self, given: dict[str, Any]) -> None:
         """The second half; `given` by a GradScaler."""
         arena = self._arena

@@ -4,17 +4,15 @@ What can fail, a compiler that Ctrl-C ends among it, fails before anything is ch
 answered after the last one.
 """
 
-import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from triton import knobs
 
+from ..signals import uninterrupted
+
 Action = Callable[[], Any]
-SIGNALS = tuple(signal.valid_signals())
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> Action:
@@ -32,38 +30,3 @@ def send(actions: Iterable[Action]) -> None:
     with uninterrupted():
         for act in ready:
             act()
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """A block in which no Python handler of a signal runs, and so none raises, as SIGINT's does (KeyboardInterrupt): they run after it.
-
-    Handlers run in the main thread only: in other threads there is nothing to put off.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers: dict[int, Any] = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
-    late: list[Action] = []
-
-    def note(number: int, frame: Any) -> None:
-        late.append(partial(handlers[number], number, frame))
-
-    try:
-        for number in handlers:
-            signal.signal(number, note)
-        yield
-    finally:
-        try:
-            _each([partial(signal.signal, number, handler) for number, handler in handlers.items()])
-        finally:
-            _each(late)
-
-
-def _each(actions: list[Action]) -> None:
-    """All of them, whatever one raises."""
-    if actions:
-        try:
-            actions[0]()
-        finally:
-            _each(actions[1:])

@@ -29,9 +29,9 @@ SINGLE = tl.constexpr("single")  # far apart
 
 @triton.jit
 def is_before(key, other, j):
-    """1 where weight `other` of a group comes before weight j in the order of key and place, else 0."""
+    """1 where weight `other` of a group comes before weight j in the order of key and place, else 0. Of integers: predicates are few."""
     own = tl.sum(tl.where(j == other, key, 0), 1)[:, None]
-    return ((own < key) | ((own == key) & (other < j))).to(tl.int32)
+    return ((own - key - (other < j).to(tl.int32)) >> 31) & 1  # the sign of a difference: keys are not negative
 
 
 @triton.jit
@@ -52,13 +52,21 @@ def kept(key, N: tl.constexpr, M: tl.constexpr, LANES: tl.constexpr):
                 rank += is_before(key, other, j)
         return (rank >= M - N) & (key < NAN_KEY)
     else:
-        order = tl.where(j < M, (key.to(tl.int64) << 10) | j, -1)
-        first = tl.sum(order * 0, 1)  # int64 [groups]
-        for bit in range(41):
-            higher = first | (tl.full([], 1 << 40, tl.int64) >> bit)
-            enough = tl.sum((order >= higher[:, None]).to(tl.int32), 1) >= N
-            first = tl.where(enough, higher, first)
-        return (order >= first[:, None]) & (key < NAN_KEY)
+        key = tl.where(j < M, key, -1)
+        last = largest(key, N, 31)  # the key of the N-th
+        equal, needed = key == last, N - tl.sum((key > last).to(tl.int32), 1)[:, None]
+        first = largest(tl.where(equal, j, -1), needed, 10)
+        return ((key > last) | (equal & (j >= first))) & (key < NAN_KEY)
+
+
+@triton.jit
+def largest(x, n, BITS: tl.constexpr):
+    """The n-th largest number of each row of x int32 [groups, LANES]: [groups, 1] in 0 ... 2 ** BITS - 1, for n < 1 the last."""
+    found = tl.max(x * 0, 1)[:, None]
+    for bit in range(BITS):
+        higher = found | (1 << (BITS - 1 - bit))
+        found = tl.where(tl.sum((x >= higher).to(tl.int32), 1)[:, None] >= n, higher, found)
+    return found
 
 
 @triton.jit
