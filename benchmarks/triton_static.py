@@ -90,8 +90,12 @@ class Launch:
                 self.signature[parameter.name] = TYPES[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     self.attributes[(i,)] = [["tt.divisibility", 16]]
+            elif value == 1:  # as at run time: a constant
+                self.signature[parameter.name], self.constants[(i,)] = "constexpr", value
             else:
                 self.signature[parameter.name] = "i32"
+                if value % 16 == 0:
+                    self.attributes[(i,)] = [["tt.divisibility", 16]]
 
     def compile(self, target: GPUTarget) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
@@ -158,17 +162,22 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
 
     top = ([0], torch.tensor([TopK(0.9).k(params[0].numel())]))
     digits = ([0], torch.zeros(1, dtype=torch.int64), 20, 11)
-    yield "perturb_masked_", lambda: kernels.perturb_masked_(*perturbation(), **amp, **shared)
-    yield "perturb_topk_", lambda: kernels.perturb_topk_(*perturbation(), *top, **amp, **shared)
     yield "topk_histogram", lambda: kernels.topk_histogram(params, make(), one(0.05), *digits, inv_scale=one(1), **shared)
     yield "restore_", lambda: kernels.restore_(params, update()[1], one(1, torch.int32), **shared)
-    yield "restore_combine_", lambda: kernels.restore_combine_(*update(), **amp, **shared)
-    yield "restore_sgd_", lambda: kernels.restore_sgd_(*update(), make(state), [0], one(0.1), **amp, **shared)
     states = [make(state), make(state), make(state)]
-    yield "restore_adam_", lambda: kernels.restore_adam_(*update(), *states, [one(0)], one(0.1), decoupled=True, **amp, **shared)
+    for label, scaling in (("", amp), (" no AMP", {})):
+        yield f"perturb_masked_{label}", lambda a=scaling: kernels.perturb_masked_(*perturbation(), **a, **shared)
+        yield f"perturb_topk_{label}", lambda a=scaling: kernels.perturb_topk_(*perturbation(), *top, **a, **shared)
+        yield f"perturb_nm_{label} 2:4", lambda a=scaling: kernels.perturb_nm_(*perturbation(), [1], 2, 4, **a, **shared)
+        yield f"restore_combine_{label}", lambda a=scaling: kernels.restore_combine_(*update(), **a, **shared)
+        yield f"restore_sgd_{label}", lambda a=scaling: kernels.restore_sgd_(*update(), make(state), [0], one(0.1), **a, **shared)
+        for decoupled in (True, False):
+            options = {"decoupled": decoupled, **scaling, **shared}
+            name = f"restore_adam_{label}" + " decoupled" * decoupled
+            yield name, lambda o=options: kernels.restore_adam_(*update(), *states, [one(0)], one(0.1), **o)
     for lie, (weights, patterns) in layouts(params[0]).items():
         own = {"masters": [w.float() for w in weights] if masters else []}
-        for n, m in patterns if aligned and not masters else patterns[:1]:
+        for n, m in patterns if not masters else patterns[:1]:
             label = f"{lie} {n}:{m}"
             yield f"perturb_nm_ {label}", lambda w=weights, n=n, m=m, o=own: kernels.perturb_nm_(*perturbation(w), [1], n, m, **amp, **o)
             if not masters:
@@ -193,6 +202,7 @@ def layouts(w: Tensor) -> dict[str, tuple[list[Tensor], list[tuple[int, int]]]]:
         "rows": ([w], [(2, 4), (1, 2), (4, 8), (8, 16), (16, 32), (32, 64), (256, 512)]),
         "6 in a row": ([flat[: 64 * 504].view(64, 504)], [(3, 6)]),
         "convolution": ([flat[: 64 * 288].view(64, 32, 3, 3)], [(2, 4), (4, 8), (8, 16), (16, 32)]),
+        "convolution of 48": ([flat[: 64 * 432].view(64, 48, 3, 3)], [(6, 12), (24, 48)]),
         "transposed": ([flat.view(32, -1).t()], [(2, 4), (4, 8), (16, 32)]),
         "odd distance": ([flat[: 32 * 1023].view(32, 1023).t()], [(2, 4), (16, 32)]),
     }
