@@ -77,7 +77,7 @@ cuda-static: setup
 test-triton: setup
 	CRAM_KERNELS_ALL_TRITON_TESTS=1 $(BIN)/python -m pytest tests/test_triton.py $(ARGS)
 
-# Every Triton kernel compiled for every arch, about 10 minutes; no GPU needed. Spills and lost 16-byte accesses are faults.
+# Every Triton kernel compiled for every arch, about half an hour on two cores; no GPU needed. Spills and lost 16-byte accesses are faults.
 triton-static: setup
 	$(BIN)/python -m benchmarks.triton_static $(ARGS)
 

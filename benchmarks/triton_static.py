@@ -37,7 +37,7 @@ ARCHS = ("80", "86", "89", "90", "100", "120")
 AMD = ("gfx90a", "gfx942")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
-OPTIONS = ("num_warps", "enable_fp_fusion")
+OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 SIZE = 2**15  # elements: whole chunks
 STREAMS = {  # kernel, and constants as `name=value` -> what it reads and writes of each weight, a letter a number (`stream_bytes`)
     "perturb_masked_kernel": ("TTM", "TT"),
@@ -305,8 +305,8 @@ def span(values: list[Any]) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where registers spill or vector accesses were lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_static")
-    parser.add_argument("--archs", nargs="*", choices=ARCHS, default=list(ARCHS))
-    parser.add_argument("--amd", nargs="*", choices=AMD, default=list(AMD))
+    parser.add_argument("--archs", nargs="*", choices=ARCHS, default=list(ARCHS), help="of NVIDIA; none after it: none")
+    parser.add_argument("--amd", nargs="*", choices=AMD, default=list(AMD), help="of AMD; none after it: none")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--only", default="", help="kernels whose name has this in it")
     parser.add_argument("--jobs", type=int, default=2)
@@ -318,6 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     for maker, archs in (("cuda", options.archs), ("hip", options.amd)):
         for arch in archs:
             LAUNCHES[arch] = launches_for(maker, int(arch) if maker == "cuda" else arch, options.dtypes, options.only)
+    if not any(LAUNCHES[arch] for arch in (*options.archs, *options.amd)):
+        parser.error(f"--only: no kernel of {', '.join((*options.archs, *options.amd)) or 'no arch'} has {options.only!r} in its name")
     faults: list[str] = []
     record: report.Row = {}
     with get_context("fork").Pool(options.jobs) if options.jobs > 1 else contextlib.nullcontext() as pool:

@@ -109,6 +109,15 @@ def test_static_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @needs_triton
+def test_static_report_of_nothing(capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import triton_static
+
+    with pytest.raises(SystemExit) as error:
+        triton_static.main(["--dtypes", "bf16", "--archs", "90", "--amd", "--only", "nosuch"])
+    assert error.value.code == 2 and "--only: no kernel of 90 has 'nosuch' in its name" in capsys.readouterr().err
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "op, file, access, fault",
     [

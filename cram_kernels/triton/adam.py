@@ -89,6 +89,9 @@ def restore_adam_kernel(
     tl.store(largest, rounded(v, S), mask=only(write, amsgrad))
     rate, root_c2 = tl.load(steps + tensor * 2), tl.load(steps + tensor * 2 + 1)
     w = w - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root_c2 + tl.zeros_like(v)) + eps)
+    # Once more: what is compared with `size` need not live until here, where ptxas would spill its predicates.
+    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
     store_update(row, start, i, valid, w, stored, updated, perturbed, T, MASTERS, ALIGNED)
 
 

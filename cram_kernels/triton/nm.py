@@ -228,7 +228,7 @@ class Layout:
             whole = max(1, 8 // self.m) if form == ROWS.value else 8  # units whose bits are whole mask bytes, or that lie side by side
             for kind, chunks in table.chunks(own.__contains__, sizes, units, whole):
                 shape = {"FORM": form, "GROUPS": self.groups(kind), "LANES": self.lanes, "WHOLE": whole}
-                options = kind.constants | kind.tuning.options | shape
+                options = kind.options | shape
                 del options["BLOCK"]
                 yield chunks, options
 

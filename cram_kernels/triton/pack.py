@@ -164,7 +164,7 @@ def launches(kernel: Any, weights: Sequence[Tensor], packed: Sequence[Tensor], m
     for kind, chunks in table.chunks(sizes=tuple(padded)):
         byte = kind.dtype == torch.int8
         layout = {"META_T": tl.int32 if byte else tl.int16, "ROWS": 16 if byte else 32, "WORD": 32 // kind.dtype.itemsize}
-        yield launch(kernel, len(chunks), table.rows, chunks, **kind.constants, **kind.tuning.options, **layout)
+        yield launch(kernel, len(chunks), table.rows, chunks, **kind.options, **layout)
 
 
 def pack_24_(weights: Sequence[Tensor], packed: Sequence[Tensor], metas: Sequence[Tensor]) -> None:

@@ -51,6 +51,14 @@ class Kind(NamedTuple):
     def tuning(self) -> Tuning:
         return tuning(torch.float32 if self.master else self.dtype)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a launch."""
+        own = self.constants | self.tuning.options
+        if not self.aligned and self.tuning.room is not None:
+            own["maxnreg"] = self.tuning.room
+        return own
+
 
 def bits(values: Sequence[float], n: int) -> list[int]:
     """n float64, of one for all or one a tensor, as the int64 with their bits."""
@@ -228,10 +236,7 @@ class Table:
 
     def launches(self, kernel: Any, *args: Any, among: Callable[[int], bool] = lambda i: True, **constants: Any) -> list[Action]:
         """A pass over all elements of the tensors in `among`."""
-        return [
-            launch(kernel, len(chunks), self.rows, chunks, *args, **constants, **kind.constants, **kind.tuning.options)
-            for kind, chunks in self.chunks(among)
-        ]
+        return [launch(kernel, len(chunks), self.rows, chunks, *args, **constants, **kind.options) for kind, chunks in self.chunks(among)]
 
 
 @triton.jit

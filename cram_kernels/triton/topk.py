@@ -173,14 +173,14 @@ def solve(
         return [
             launch(
                 kernel, len(chunks), table.rows, chunks, span, candidates, *args,
-                **(perturbation | kind.constants | kind.tuning.options | more),
+                **(perturbation | kind.options | more),
             )
             for (kind, chunks), span in zip(served, spans, strict=True)
         ]  # fmt: skip
 
     actions: list[Action] = [] if perturbed is None else [partial(raise_flag, "perturb_topk_", perturbed)]
     for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA):
-        options = kind.constants | kind.tuning.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
+        options = kind.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
         actions.append(launch(sample_kernel, len(chunks), table.rows, chunks, fields, histogram=samples, **perturbation, **options))
     actions.append(launch(bracket_kernel, num_sets + 1, fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False))
     actions += each(stream_kernel, places, fields, state, found_inf=found_inf)

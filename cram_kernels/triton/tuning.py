@@ -10,6 +10,7 @@ from triton.runtime import driver
 class Tuning(NamedTuple):
     block: int  # elements a program, a multiple of 1024
     num_warps: int
+    room: int | None = None  # registers that a thread may take on chunks that are not aligned: few, ends of tensors, so no need to spill
 
     @property
     def options(self) -> dict[str, Any]:
@@ -24,7 +25,7 @@ ONE_BYTE = (torch.int8,)
 # streams of top-k, N:M and Adam need twice the registers, so that as many bytes are in flight from half the warps, and more of them wait
 # for each other. The archs of a maker have the same rows as long as nobody has timed one; (maker, arch) would be looked up first.
 TABLE: dict[Any, dict[tuple[torch.dtype, ...], Tuning]] = {
-    "cuda": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 8)},
+    "cuda": {FOUR_BYTES: Tuning(1024, 4, 128), TWO_BYTES: Tuning(2048, 8, 128), ONE_BYTE: Tuning(4096, 8, 128)},
     # Warps of 64 threads; 4 elements a thread: with 8 gfx90a and gfx942 spill in some kernels.
     "hip": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 4)},
     # A program costs the interpreter about as much whatever its size.
