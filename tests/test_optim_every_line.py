@@ -1,7 +1,9 @@
 """KeyboardInterrupt at every line of the package that a step runs: it is done as a whole or not at all, and training goes on from there."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,16 @@ FIRST, SECOND = random_tensors(SHAPES, 1), random_tensors(SHAPES, 2)
 def one_thread(set_threads):
     """The tensors are small: a second thread would only wait."""
     set_threads(1)
+
+
+@contextlib.contextmanager
+def python_answers_ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def keyboard_interrupt() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from compare import named_tensors
 from optim_cases import random_tensors, same_bits
-from test_optim_every_line import Trace
+from test_optim_every_line import Trace, python_answers_ctrl_c
 from test_schema import SAMPLES
 
 from cram_kernels import CrAM, TopK, _registration, ops, signals
@@ -24,6 +24,12 @@ pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only: run without `-n`"
 )
 CTRL_C = partial(signal.raise_signal, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def sigint() -> Any:
+    with python_answers_ctrl_c():
+        yield
 
 
 @pytest.fixture

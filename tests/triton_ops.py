@@ -12,7 +12,7 @@ from calls import perturb
 from cases import Drawn, Spec
 from compare import compare_all, contract_part, named_tensors
 from optim_cases import same_bits
-from test_optim_every_line import Trace
+from test_optim_every_line import Trace, python_answers_ctrl_c
 from test_schema import SAMPLES, positional
 
 from cram_kernels import _triton, ops, reference
@@ -143,7 +143,7 @@ def test_interrupted_at_every_line(op: str) -> None:
     results = {}
     for n in clean.last_times():
         arguments = SAMPLES[op]()
-        with Trace(n, source, ctrl_c) as trace:
+        with python_answers_ctrl_c(), Trace(n, source, ctrl_c) as trace:
             call(**arguments)
         where = f"interrupted at {trace.lines[-1]}"
         assert trace.lines == clean.lines[:n] and trace.interrupted, where
