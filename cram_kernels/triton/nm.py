@@ -230,6 +230,8 @@ class Layout:
                 shape = {"FORM": form, "GROUPS": self.groups(kind), "LANES": self.lanes, "WHOLE": whole}
                 options = kind.options | shape
                 del options["BLOCK"]
+                if form == COLUMNS.value and kind.tuning.room is not None:
+                    options["maxnreg"] = kind.tuning.room  # left to itself, ptxas spills predicates here
                 yield chunks, options
 
 
