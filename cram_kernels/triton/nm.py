@@ -228,10 +228,8 @@ class Layout:
             whole = max(1, 8 // self.m) if form == ROWS.value else 8  # units whose bits are whole mask bytes, or that lie side by side
             for kind, chunks in table.chunks(own.__contains__, sizes, units, whole):
                 shape = {"FORM": form, "GROUPS": self.groups(kind), "LANES": self.lanes, "WHOLE": whole}
-                options = kind.options | shape
+                options = kind.options | shape | (kind.tuning.roomy if form == COLUMNS.value else {})
                 del options["BLOCK"]
-                if form == COLUMNS.value and kind.tuning.room is not None:
-                    options["maxnreg"] = kind.tuning.room  # left to itself, ptxas spills predicates here
                 yield chunks, options
 
 

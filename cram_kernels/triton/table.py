@@ -54,10 +54,7 @@ class Kind(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Of a launch."""
-        own = self.constants | self.tuning.options
-        if not self.aligned and self.tuning.room is not None:
-            own["maxnreg"] = self.tuning.room
-        return own
+        return self.constants | self.tuning.options | ({} if self.aligned else self.tuning.roomy)
 
 
 def bits(values: Sequence[float], n: int) -> list[int]:

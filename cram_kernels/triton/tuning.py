@@ -10,12 +10,17 @@ from triton.runtime import driver
 class Tuning(NamedTuple):
     block: int  # elements a program, a multiple of 1024
     num_warps: int
-    room: int | None = None  # registers that a thread may take on chunks that are not aligned: few, ends of tensors, so no need to spill
+    room: int | None = None  # registers that a thread may take where ptxas, left to itself, spills to fit more warps
 
     @property
     def options(self) -> dict[str, Any]:
         """Of a launch; every product and sum is rounded on its own."""
         return {"BLOCK": self.block, "num_warps": self.num_warps, "enable_fp_fusion": False}
+
+    @property
+    def roomy(self) -> dict[str, Any]:
+        """Further options: of chunks that are not aligned, which are few, and of N:M in columns."""
+        return {} if self.room is None else {"maxnreg": self.room}
 
 
 FOUR_BYTES = (torch.float32, torch.int32)
