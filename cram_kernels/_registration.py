@@ -1,7 +1,8 @@
 """What torch has to know of the ops beyond their schemas: result shapes for tracing, and version counters.
 
 Ops of the stable ABI do not bump the version counters of what they mutate by themselves; a backward that saved an old weight would then be
-silently wrong instead of raising.
+silently wrong instead of raising. The counters are bumped before the op runs: if an exception interrupts the call, such a backward raises
+although nothing may have changed, and never the other way round.
 """
 
 import contextlib
@@ -14,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
-
-from .signals import uninterrupted
 
 NATIVE = "cram_kernels"
 _libraries: list[torch.library.Library] = []  # what they registered ends with them
@@ -77,7 +76,8 @@ def _mutated(op: Any) -> Callable[[Any, Any], Iterable[Any]]:
 def _bump(values: Iterable[Any]) -> None:
     for value in values:
         if value is not None:
-            increment_version(value)
+            with contextlib.suppress(TypeError):  # of what is no tensor; the op says so in its own words
+                increment_version(value)
 
 
 def _bump_versions(library: torch.library.Library, name: str) -> None:
@@ -85,10 +85,8 @@ def _bump_versions(library: torch.library.Library, name: str) -> None:
     below, mutated = torch._C._after_ADInplaceOrView_keyset, _mutated(op)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        with uninterrupted():
-            result = op.redispatch(keyset & below, *args, **kwargs)
-            _bump(mutated(args, kwargs))
-        return result
+        _bump(mutated(args, kwargs))
+        return op.redispatch(keyset & below, *args, **kwargs)
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
@@ -104,11 +102,9 @@ def direct(namespace: str) -> SimpleNamespace:
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return op(*args, **kwargs)
-            with uninterrupted() if name in MUTATING else contextlib.nullcontext():
-                with torch._C._AutoDispatchBelowADInplaceOrView():
-                    result = op(*args, **kwargs)
-                _bump(mutated(args, kwargs))
-            return result
+            _bump(mutated(args, kwargs))
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return op(*args, **kwargs)
 
         return call
 

@@ -104,15 +104,14 @@ def all_mistakes() -> list:
 
 
 def assert_refused(op: str, argument: str, arguments: dict[str, Any]) -> None:
-    watched = [(name, t, t.clone(), t._version) for name, t in named_tensors(arguments) if t.device.type == "cpu"]
+    watched = [(name, t, t.clone()) for name, t in named_tensors(arguments) if t.device.type == "cpu"]
     with pytest.raises(RuntimeError) as refusal:
         getattr(ops, op)(**arguments)
     message = str(refusal.value)
     assert message.startswith(f"{op}: ") and argument in message and " must " in message and ", got " in message, message
-    for name, t, before, version in watched:
+    for name, t, before in watched:
         old, new = (x.to_dense() if x.is_sparse else x for x in (before, t))
         assert bool(((new == old) | (old != old)).all()), f"{op} changed {name} and then raised: {message}"
-        assert t._version == version, f"{op} bumped {name} and then raised: {message}"
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

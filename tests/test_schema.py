@@ -1,6 +1,7 @@
 """The ops as torch sees them: schemas, fakes, torch.compile, version counters."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from calls import adam, combine, f32, flag, mask_bytes, packing, perturb, poison
 from cases import Drawn, Spec, mixed
 from compare import MUTATED, clone, compare_all, contract_part, map_tensors, named_tensors
 from conftest import SIMD_LEVELS
+from optim_cases import same_bits
+from test_optim_every_line import Trace
 
-from cram_kernels import _native, backend, ops, reference
+from cram_kernels import _native, _registration, backend, ops, reference
 
 CASE = Drawn("normal", mixed([Spec((6, 8)), Spec((4, 8, 3, 3), order=(0, 2, 3, 1)), Spec((5, 4, 2)), Spec((7,))]))
 PACKED = Drawn("ties", mixed([Spec((32, 32)), Spec((64, 32)), Spec((32, 64))]))
@@ -140,6 +143,34 @@ def test_version_counters(op: str) -> None:
     for (name, t), version in zip(named_tensors(arguments), before, strict=True):
         if t.numel() > 0:
             assert (t._version > version) == (name.split("[")[0] in MUTATED[op]), f"{op}: {name}"
+
+
+@pytest.mark.parametrize("through", ["cram_kernels.ops", "torch.ops"])
+@pytest.mark.parametrize("op", ["prune_topk_", "perturb_nm_", "restore_sgd_"])
+def test_interrupted_at_every_line(op: str, through: str) -> None:
+    """Whatever a call has written when an interrupt ends it, its version counter was bumped."""
+
+    def call(arguments: dict[str, Any]) -> Any:
+        if through == "cram_kernels.ops":
+            return getattr(ops, op)(**arguments)
+        by_place, by_name = positional(op, arguments)
+        return native(op)(*by_place, **by_name)
+
+    arguments, source = SAMPLES[op](), str(Path(_registration.__file__).parent)
+    with Trace(source=source) as clean:
+        call(arguments)
+    written = set()
+    for n in range(1, len(clean.lines) + 1):
+        arguments, before = SAMPLES[op](), [t for _, t in named_tensors(SAMPLES[op]())]
+        versions = [t._version for _, t in named_tensors(arguments)]
+        with Trace(n, source) as trace:
+            call(arguments)
+        assert trace.interrupted
+        changed = [not same_bits([t], [old]) for (_, t), old in zip(named_tensors(arguments), before, strict=True)]
+        for (name, t), version, written_to in zip(named_tensors(arguments), versions, changed, strict=True):
+            assert t._version > version or not written_to, f"{name}, interrupted at {trace.lines[-1]}"
+        written.add(any(changed))
+    assert written == ({False, True} if through == "cram_kernels.ops" else {False})
 
 
 @pytest.mark.parametrize("op", ["prune_topk_", "perturb_nm_", "restore_", "restore_sgd_"])

@@ -1,16 +1,16 @@
-"""The launches of an op: compiled and loaded before the first is sent, and sent without an interruption: it happens whole or not at all.
+"""The launches of an op: all are compiled and loaded before the first is sent, and Ctrl-C waits until the last is.
 
-What can fail, a compiler that Ctrl-C ends among it, fails before anything is changed. A signal that arrives while launches are sent is
-answered after the last one.
+What can fail, a compiler that Ctrl-C ends among it, fails before anything is changed. Between two launches of a perturbation the flag is up
+while some weights are not saved yet: `restore_` would then write what their `saved` happens to hold.
 """
 
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from triton import knobs
-
-from ..signals import uninterrupted
 
 Action = Callable[[], Any]
 
@@ -25,8 +25,19 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> Action:
 
 
 def send(actions: Iterable[Action]) -> None:
-    """All of them, in order."""
+    """All of them, in order. A SIGINT in the meantime is handled afterwards: handlers run in the main thread, between two of its lines."""
     ready = list(actions)
-    with uninterrupted():
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         for act in ready:
             act()
+        return
+    late: list[Any] = []
+    try:
+        signal.signal(signal.SIGINT, lambda *caught: late.append(caught))
+        for act in ready:
+            act()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if late:
+            handler(*late[0])
