@@ -9,6 +9,7 @@ from .patterns import NM, Pattern, TopK
 from .prune import prune
 from .report import Report
 from .version import __version__
+from .warning import CrAMWarning
 
 if _native.why_missing("cpu") is None:
     _registration.register()
@@ -18,6 +19,7 @@ __all__ = [
     "SAM",
     "BackendUnavailable",
     "CrAM",
+    "CrAMWarning",
     "NMTopkCrAM",
     "Pattern",
     "Report",

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 OPEN_STEPS: WeakSet[Any] = WeakSet()  # of the optimizers whose weights are perturbed now; each answers holds(param)
@@ -39,3 +39,10 @@ def overlapping(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
         if device == next_device and begin < end:
             return other, one
     return None
+
+
+def embedding_tables(model: nn.Module) -> dict[int, str]:
+    """The parameters that are embedding tables: id -> why they stay dense. A table that is tied to another layer (a language model's head)
+    is a table there, too. Under a global threshold such tables, drawn with a standard deviation of 1, empty all other layers."""
+    reason = "embedding table (prune_embeddings=True prunes it)"
+    return {id(m.weight): reason for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}

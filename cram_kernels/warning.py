@@ -1,0 +1,20 @@
+"""The package's warnings: a class of their own, and shown at the line of the user's code that led to them."""
+
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+_TORCH = str(Path(__import__("torch").__file__).parent)  # its wrappers of step() and no_grad() stand between the user and us
+
+
+class CrAMWarning(UserWarning):
+    """Something that a user of cram_kernels should look at, though it is no error."""
+
+
+def warn(message: str) -> None:
+    """Warn with `CrAMWarning`, as if from the innermost line that is outside of this package and of torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, CrAMWarning, stacklevel=level - 1)
