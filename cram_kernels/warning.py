@@ -17,4 +17,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, CrAMWarning, stacklevel=level - 1)
+    warnings.warn(message, CrAMWarning, stacklevel=level)
