@@ -28,7 +28,7 @@ ISA_FLAGS = {
 }
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
-TORCH_FREE = ("nm", "pack", "perturb", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)  # what the harness links
+TORCH_FREE = ("nm", "perturb", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)  # what the harness links
 
 
 class BuildError(Exception):
@@ -210,7 +210,7 @@ def build(package: Path, sanitize: str = "") -> None:
 
 def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str, defines: str = "") -> str:
     """Kernels and launchers, their registration, and the checks that every backend shares."""
-    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp", CSRC / "check_pack.cpp"]
+    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp"]
     objects = [ninja.compile(source, defines) for source in cuda_sources()] + [
         ninja.compile(source, f"{stable_abi} {defines}") for source in glue
     ]

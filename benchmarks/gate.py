@@ -128,19 +128,11 @@ def grad_norm(op: str, arguments: Arguments) -> None:
     require(abs(found - expected) <= 2**-23 * expected, f"{op}: must be {expected}, got {found}")
 
 
-def nm_violations(op: str, arguments: Arguments) -> None:
-    """A dozen tensors give the rows of the reference."""
-    chosen, found = sample(arguments["weights"]), run(op, arguments)
-    expected = run_reference(op, arguments | {"weights": [arguments["weights"][i] for i in chosen]})
-    compare.assert_bitwise_equal(found[chosen], expected, f"{op}: rows {chosen}")
-
-
 REAL: dict[str, Callable[[str, Arguments], None]] = {
     "topk_threshold": topk_threshold,
     "prune_topk_": prune_topk,
     "perturb_topk_": perturb_topk,
     "grad_norm": grad_norm,
-    "nm_violations": nm_violations,
 }
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 
-from benchmarks import bench_adam, bench_nm, bench_norm, bench_pack, bench_perturb, bench_restore, bench_sgd, bench_topk
+from benchmarks import bench_adam, bench_nm, bench_norm, bench_perturb, bench_restore, bench_sgd, bench_topk
 from benchmarks.measure import Contest, Setup
 from benchmarks.run import Case
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install 'cram_kernels[dev]'")
 CASES = [
-    case
-    for bench in (bench_topk, bench_nm, bench_perturb, bench_restore, bench_sgd, bench_adam, bench_norm, bench_pack)
-    for case in bench.cases()
+    case for bench in (bench_topk, bench_nm, bench_perturb, bench_restore, bench_sgd, bench_adam, bench_norm) for case in bench.cases()
 ]
 
 

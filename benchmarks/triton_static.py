@@ -52,22 +52,18 @@ STREAMS = {  # kernel, and constants as `name=value` -> what it reads and writes
     "nm_kernel FORM=single": ("", ""),  # group by group: no number lies beside the next
     "nm_kernel PERTURB=True": ("TTM", "TT"),
     "nm_kernel PERTURB=False": ("T", "T"),
-    "violations_kernel FORM=rows T=int16": ("T", ""),  # a byte a number: 8 bytes at a time
-    "violations_kernel FORM=rows T=int32": ("T", ""),
     "restore_kernel": ("PM", "T"),
     "restore_combine_kernel": ("PMTT", "TT"),
     "restore_sgd_kernel": ("PMTTS", "TMS"),
     "restore_adam_kernel": ("PMTTSSS", "TMSSS"),
     "chunk_sums_kernel": ("T", ""),
-    "pack_24_kernel": ("T", "h"),
-    "unpack_24_kernel": ("h", "T"),
 }
 
 
 def stream_bytes(letters: str, constants: dict[str, Any]) -> float:
-    """T: a stored number, h: half of one; S: one of the state; M: a float32 where there are masters, P: a T where there are none."""
+    """T: a stored number, S: one of the state; M: a float32 where there are masters, P: a T where there are none."""
     number, state, masters = constants["T"].primitive_bitwidth // 8, constants["S"].primitive_bitwidth // 8, constants["MASTERS"]
-    sizes = {"T": number, "h": number / 2, "S": state, "M": 4 * masters, "P": number * (not masters)}
+    sizes = {"T": number, "S": state, "M": 4 * masters, "P": number * (not masters)}
     return sum(sizes[letter] for letter in letters)
 
 
@@ -182,13 +178,10 @@ def calls(dtype: torch.dtype, masters: bool, aligned: bool) -> Iterator[tuple[st
             yield f"perturb_nm_ {label}", lambda w=weights, n=n, m=m, o=own: kernels.perturb_nm_(*perturbation(w), [1], n, m, **amp, **o)
             if not masters:
                 yield f"prune_nm_ {label}", lambda w=weights, n=n, m=m: kernels.prune_nm_(w, masks(w), [1], n, m)
-                yield f"nm_violations {label}", lambda w=weights, n=n, m=m: kernels.nm_violations(w, n, m)
     if masters:
         return  # what has no masters is compiled without
     yield "prune_topk_", lambda: kernels.prune_topk_(params, masks(params), *top)
     yield "grad_norm", lambda: kernels.grad_norm(params, inv_scale=one(1))
-    yield "pack_24_", lambda: kernels.pack_24_(*packing(params))
-    yield "unpack_24_", lambda: kernels.unpack_24_(*packing(params))
 
 
 def masks(weights: list[Tensor]) -> list[Tensor]:
@@ -208,24 +201,9 @@ def layouts(w: Tensor) -> dict[str, tuple[list[Tensor], list[tuple[int, int]]]]:
     }
 
 
-def packing(weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    metas = [
-        torch.zeros(w.shape[0], w.shape[1] * w.element_size() // 32, dtype=torch.int32 if w.element_size() == 1 else torch.int16)
-        for w in weights
-    ]
-    return weights, [w.new_zeros(w.shape[0], w.shape[1] // 2) for w in weights], metas
-
-
-def byte_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    weights = [torch.zeros(64, SIZE // 64, dtype=torch.int8)]
-    yield "nm_violations", lambda: kernels.nm_violations(weights, 2, 4)
-    yield "pack_24_", lambda: kernels.pack_24_(*packing(weights))
-    yield "unpack_24_", lambda: kernels.unpack_24_(*packing(weights))
-
-
 def all_launches(dtypes: list[str]) -> list[Launch]:
     """Of every dtype, with and without masters, aligned and not; each compilation once."""
-    variants = [("int8", byte_calls())]
+    variants = []
     for name in dtypes:
         for masters in (False, True)[: 1 if name == "fp32" else 2]:
             for aligned in (True, False):

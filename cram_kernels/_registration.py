@@ -29,10 +29,8 @@ MUTATING = (
     "restore_combine_",
     "restore_sgd_",
     "restore_adam_",
-    "pack_24_",
-    "unpack_24_",
 )
-OPS = (*MUTATING, "topk_threshold", "topk_histogram", "nm_violations", "grad_norm")
+OPS = (*MUTATING, "topk_threshold", "topk_histogram", "grad_norm")
 
 
 def keep(library: torch.library.Library) -> torch.library.Library:
@@ -175,8 +173,6 @@ def _fake(name: str) -> Any:
             return prefix.new_empty(prefix.numel(), 2**bits)
         if name == "topk_threshold":
             return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
-        if name == "nm_violations":
-            return args[0][0].new_empty((len(args[0]), 3), dtype=torch.int64)
         if name == "grad_norm":
             return args[0][0].new_empty((), dtype=torch.float32)
         return None

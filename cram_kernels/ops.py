@@ -366,49 +366,6 @@ def restore_adam_(
 
 
 @torch.no_grad()
-def nm_violations(weights: Tensors, n: int, m: int) -> Tensor:
-    """How far weights are from n:m along axis 1, which must be a multiple of m.
-
-    Args:
-        weights: tensors of float32, bfloat16, float16, float8_e4m3fn, float8_e5m2 or int8, read only.
-        n, m: 1 <= n < m <= 1024.
-
-    Returns:
-        int64 [len(weights), 3]: groups with more than n numbers that are not zero; where the first of them begins, in memory order, or -1;
-        the numbers that are not zero.
-    """
-    if len(weights) == 0:
-        return torch.zeros(0, 3, dtype=torch.int64)
-    return backend.select(weights).nm_violations(list(weights), n, m)
-
-
-@torch.no_grad()
-def pack_24_(weights: Tensors, packed: Tensors, metas: Tensors) -> None:
-    """Write 2:4 weights (float32: 1:2) as the sparse tensor cores of SM 8.x read them, bit-equal to torch's own packer.
-
-    A group with too many numbers loses some, as in torch: `nm_violations` says beforehand.
-
-    Args:
-        weights: [rows, cols] contiguous tensors, read only: float16 or bfloat16 (rows a multiple of 32, cols of 32), int8 (16, 64), or
-            float32 (32, 16).
-        packed: [rows, cols / 2] of the weight's dtype, contiguous, written: the numbers that stay.
-        metas: contiguous, written: where they come from, 4 bits a group. 16-bit weights: int16 [rows, cols / 16]; int8: int32
-            [rows, cols / 32]; float32: int16 [rows, cols / 8].
-    """
-    if len(weights) == 0:
-        return
-    backend.select(weights).pack_24_(list(weights), list(packed), list(metas))
-
-
-@torch.no_grad()
-def unpack_24_(weights: Tensors, packed: Tensors, metas: Tensors) -> None:
-    """The inverse of `pack_24_`: `weights` is written, `packed` and `metas` are read only."""
-    if len(weights) == 0:
-        return
-    backend.select(weights).unpack_24_(list(weights), list(packed), list(metas))
-
-
-@torch.no_grad()
 def grad_norm(grads: Tensors, *, inv_scale: Tensor | None = None) -> Tensor:
     """The Euclidean norm of all gradients as one vector, summed in float64 in a fixed order.
 

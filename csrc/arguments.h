@@ -78,11 +78,4 @@ void check_restore_adam_(CRAM_ADAM_ARGUMENTS);
 std::vector<Item> norm_items(const Tensors& grads, const MaybeTensor& inv_scale);
 void check_grad_norm(const Tensors& grads, const MaybeTensor& inv_scale);
 
-std::vector<GroupItem> violation_items(const Tensors& weights, int64_t n, int64_t m);
-void check_nm_violations(const Tensors& weights, int64_t n, int64_t m);
-std::vector<PackItem> pack_items(const Tensors& weights, const Tensors& packed, const Tensors& metas);
-void check_pack_24_(const Tensors& weights, const Tensors& packed, const Tensors& metas);
-std::vector<PackItem> unpack_items(const Tensors& weights, const Tensors& packed, const Tensors& metas);
-void check_unpack_24_(const Tensors& weights, const Tensors& packed, const Tensors& metas);
-
 }  // namespace cram

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "item.h"
-#include "pack.h"
 
 namespace cram {
 
@@ -72,11 +71,6 @@ class Check {
   void nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m);
   void satisfy_nm(int64_t n, int64_t m) const;
 
-  // 2-D weights with their packed numbers and metadata; either side is written.
-  std::vector<PackItem> packed(const Tensors& weights, const Tensors& packed, const Tensors& metas, bool weights_written);
-  // Weights whose axis 1 is a multiple of m.
-  std::vector<GroupItem> groups(const Tensors& weights, int64_t n, int64_t m);
-
   // One element of `dtype` on the device of the list.
   void* scalar(Place place, const Tensor& t, torch::headeronly::ScalarType dtype, bool written);
   void* scalar(const char* name, const MaybeTensor& t, bool written) {
@@ -122,7 +116,6 @@ class Check {
   // Where the tensor's memory is; no_overlap looks at it.
   void* remember(Place place, const Tensor& t, int64_t bytes, bool written);
   void sort_starts();
-  void* matrix(Place place, const Tensor& t, torch::headeronly::ScalarType dtype, int64_t rows, int64_t cols, bool written);
 
   const char* op_;
   std::optional<std::pair<int32_t, int32_t>> device_;

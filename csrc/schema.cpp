@@ -49,9 +49,6 @@ const Op kOps[] = {
          "int[] amsgrad=[0], int[] maximize=[0], " +
          kUpdateOptions,
      "()"},
-    {"pack_24_", "Tensor[] weights, Tensor(a!)[] packed, Tensor(b!)[] metas", "()"},
-    {"unpack_24_", "Tensor(a!)[] weights, Tensor[] packed, Tensor[] metas", "()"},
-    {"nm_violations", "Tensor[] weights, int n, int m", "Tensor"},
     {"grad_norm", "Tensor[] grads, *, Tensor? inv_scale=None", "Tensor"},
 };
 
@@ -82,9 +79,6 @@ STABLE_TORCH_LIBRARY(cram_kernels, m) {
   define(restore_combine_) \
   define(restore_sgd_)    \
   define(restore_adam_)   \
-  define(pack_24_)        \
-  define(unpack_24_)      \
-  define(nm_violations)   \
   define(grad_norm)
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CompositeExplicitAutograd, m) {

@@ -6,7 +6,6 @@ import torch
 from cases import Case, Spec, fill
 from torch import Tensor
 
-from cram_kernels import reference
 from cram_kernels.patterns import TopK
 
 EMPTY = torch.empty(0)
@@ -146,24 +145,6 @@ def combine(case: Case, variant: str = "plain") -> dict[str, Any]:
     elif variant == "unperturbed":
         arguments |= {"perturbed": flag(0), "saved": []}
     return arguments
-
-
-def packing(case: Case, written: bool = False) -> dict[str, Any]:
-    """Arguments of pack_24_ on 2:4 weights (float32: 1:2), outputs poisoned; of unpack_24_, where the weights are written."""
-    weights = case.tensors("weights")
-    for w in weights:
-        n, m = (1, 2) if w.dtype == torch.float32 else (2, 4)
-        w.mul_(reference.nm_keep(w, n, m))
-    packed = [w.new_full((w.shape[0], w.shape[1] // 2), 3) for w in weights]
-    metas = [torch.full(meta_shape(w), 0x5A5A, dtype=torch.int32 if w.dtype == torch.int8 else torch.int16) for w in weights]
-    if written:
-        reference.pack_24_(weights, packed, metas)
-        weights = [torch.full_like(w, 3) for w in weights]
-    return {"weights": weights, "packed": packed, "metas": metas}
-
-
-def meta_shape(w: Tensor) -> tuple[int, int]:
-    return w.shape[0], w.shape[1] // {1: 32, 2: 16, 4: 8}[w.element_size()]
 
 
 def restore(case: Case, variant: str = "plain") -> dict[str, Any]:

@@ -25,9 +25,6 @@ MUTATED = {  # op -> the arguments that it changes; everything else is read only
     "restore_sgd_": ("params", "perturbed", "momentum_buffers", "masters"),
     "restore_adam_": ("params", "perturbed", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "masters"),
     "grad_norm": (),
-    "nm_violations": (),
-    "pack_24_": ("packed", "metas"),
-    "unpack_24_": ("weights",),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import adam, combine, f32, flag, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
+from calls import adam, combine, f32, flag, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
 from cases import Drawn, Spec, mixed
 from compare import MUTATED, clone, compare_all, contract_part, map_tensors, named_tensors
 from conftest import SIMD_LEVELS
@@ -16,7 +16,6 @@ from test_optim_every_line import Trace
 from cram_kernels import _native, _registration, backend, ops, reference
 
 CASE = Drawn("normal", mixed([Spec((6, 8)), Spec((4, 8, 3, 3), order=(0, 2, 3, 1)), Spec((5, 4, 2)), Spec((7,))]))
-PACKED = Drawn("ties", mixed([Spec((32, 32)), Spec((64, 32)), Spec((32, 64))]))
 NM = {"prune": [1, 1, 1, 0], "n": 2, "m": 4}
 
 
@@ -56,9 +55,6 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {  # op -> a typical call, wi
     "restore_sgd_": lambda: sgd(CASE, "masters") | numbers(SCALES),
     "restore_adam_": lambda: adam(CASE, "masters") | numbers(SCALES),
     "grad_norm": lambda: {"grads": CASE.tensors("grads"), "inv_scale": f32(0.5)},
-    "nm_violations": lambda: {"weights": CASE.tensors("params")[:3], "n": 2, "m": 4},
-    "pack_24_": lambda: packing(PACKED),
-    "unpack_24_": lambda: packing(PACKED, written=True),
 }
 
 

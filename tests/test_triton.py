@@ -25,15 +25,14 @@ from cram_kernels import _registration, _triton, backend, ops
 from cram_kernels.backend import BackendUnavailable, use_backend
 
 HERE = Path(__file__).parent
-OPS = [HERE / f"test_{op}.py" for op in ("topk", "nm", "perturb", "restore", "sgd", "adam", "norm", "histogram", "pack")]
+OPS = [HERE / f"test_{op}.py" for op in ("topk", "nm", "perturb", "restore", "sgd", "adam", "norm", "histogram")]
 # Of the op tests, what takes the interpreter two minutes: `make test-triton` runs all of them.
 SOME = (
     "(test_perturb_topk_variants and bits-shapes) or (test_prune_topk and groups and (nan-shapes or ties-shapes or bits-orders)) or "
     "test_ordinary_weights or (test_a_threshold and fp32) or (test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
     "(test_perturb_masked and bits-shapes) or (test_restore_combine and bits-shapes) or (test_restore and bits-orders) or "
     "(test_a_combination_a_tensor and (bits-shapes or denormal-scales)) or test_the_opposite or (test_bias_correction and 12345) or "
-    "test_the_order_of_additions or (test_grad_norm and bits-shapes) or (test_first_digit and bits-shapes) or test_bytes or "
-    "test_pack_and_unpack or (test_any_numbers and bits) or (test_nm_violations and bits and 7-16)"
+    "test_the_order_of_additions or (test_grad_norm and bits-shapes) or (test_first_digit and bits-shapes)"
 )
 missing = None if importlib.util.find_spec("triton") else "the package triton is not installed: `pip install 'cram_kernels[triton]'`"
 PTXEMU = os.environ.get("CRAM_KERNELS_PTXEMU", "")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import test_nm
 import torch
-from calls import adam, combine, f32, mask_bytes, packing, perturb, poisoned_masks, restore, selection, sgd
+from calls import adam, combine, f32, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
 from cases import Case, Drawn, Spec, mixed
 from compare import check, compare_all, named_tensors
 from optim_cases import same_bits
@@ -24,9 +24,6 @@ TIES = Drawn("two", LARGER.specs)
 LAYERS = Drawn("ties", [spec._replace(dtype=torch.bfloat16) for spec in test_nm.specs(4) if spec.numel])
 ZEROS = Drawn("zeros", mixed([Spec((8,)), Spec((40,))]))  # 0 - 0 is not the opposite of 0
 FAR = Drawn("ties", [Spec(shape, dtype, (1, 0)) for shape in ((1032, 8), (1001, 4)) for dtype in (torch.bfloat16, torch.float32)])
-MATRICES = Drawn(
-    "ties", [Spec((32, 32)), Spec((64, 32), torch.bfloat16), Spec((96, 160), torch.bfloat16, offset=1), Spec((64, 288), torch.float16)]
-)
 
 
 def topk(case: Drawn, name: str, variant: str = "plain") -> dict[str, Any]:
@@ -43,29 +40,8 @@ def digits(case: Drawn, bits: int) -> dict[str, Any]:
     return histogram(topk(case, "groups", "masters"), 31 - bits, bits, [0] * 4)
 
 
-def byte_matrices() -> list[torch.Tensor]:
-    """Every byte, as int8 and as float8; every third number zero."""
-    w = torch.arange(256).to(torch.uint8).repeat(24).view(48, 128)
-    w[:, ::3] = 0
-    return [w.view(torch.int8), w.view(torch.int8)[:32, 1:65].contiguous(), w.view(torch.float8_e4m3fn).t(), w.view(torch.float8_e5m2)]
-
-
-def packing_bytes(written: bool) -> dict[str, Any]:
-    weights = byte_matrices()[:1]
-    arguments = {"weights": weights, "packed": [w.new_full((w.shape[0], w.shape[1] // 2), 3) for w in weights]}
-    arguments["metas"] = [torch.full((w.shape[0], w.shape[1] // 32), 0x5A5A, dtype=torch.int32) for w in weights]
-    if written:
-        reference.pack_24_(**arguments)
-        arguments["weights"] = [torch.full_like(w, 3) for w in weights]
-    return arguments
-
-
 def layers(case: Drawn) -> dict[str, Any]:
     return {"prune": [int(len(s.shape) > 1 and s.shape[1] % 4 == 0) for s in case.specs], "n": 2, "m": 4}
-
-
-def layered(case: Drawn) -> list[torch.Tensor]:
-    return [w for w, own in zip(case.tensors("weights"), layers(case)["prune"], strict=True) if own]
 
 
 CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
@@ -88,12 +64,6 @@ CALLS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "prune_topk": lambda: ("prune_topk_", pruned(BF16)),
     "topk_histogram": lambda: ("topk_histogram", digits(SHAPES, 11)),
     "topk_histogram of many values": lambda: ("topk_histogram", digits(BF16, 16)),
-    "nm_violations": lambda: ("nm_violations", {"weights": layered(LAYERS), "n": 2, "m": 4}),
-    "nm_violations of bytes": lambda: ("nm_violations", {"weights": byte_matrices(), "n": 2, "m": 4}),
-    "pack_24": lambda: ("pack_24_", packing(MATRICES) | {"weights": MATRICES.tensors("weights")}),
-    "pack_24 of bytes": lambda: ("pack_24_", packing_bytes(False)),
-    "unpack_24": lambda: ("unpack_24_", packing(MATRICES, written=True)),
-    "unpack_24 of bytes": lambda: ("unpack_24_", packing_bytes(True)),
 }
 
 
@@ -107,7 +77,7 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk", "nm_violations of bytes", "pack_24 of bytes"),
+        *("perturb_masked", "restore_sgd bf16", "grad_norm", "prune_topk"),
         *("perturb_nm", "perturb_topk with a bracket"),
     ],
 )

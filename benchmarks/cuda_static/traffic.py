@@ -21,7 +21,6 @@ class Op:
     masks: int  # mask bits read or written
     launches: int  # for up to 450 tensors, 16 settings of an optimizer, and N:M tiles that fit into a chunk: docs/cuda.md
     ahead: int = 1  # vectors of each stream in float32 that a thread loads before it waits for one; of several kernels the fewest
-    width: int = 4  # bytes a weight of a stream
     passes: int = 1  # kernels that share out `loads`, one after the other
 
     def streams_through(self, kernel: str) -> bool:
@@ -31,7 +30,7 @@ class Op:
     @property
     def bytes(self) -> float:
         """A weight."""
-        return self.width * (len(self.loads) + len(self.stores)) + MASK * self.masks
+        return 4 * (len(self.loads) + len(self.stores)) + MASK * self.masks
 
     @property
     def in_flight(self) -> int:
@@ -58,9 +57,6 @@ OPS = (
     Op("restore_sgd_", "cuda", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1),
     Op("restore_adam_", "cuda", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1),
     Op("grad_norm", "cuda", ("norm_kernel",), ("grad",), (), 0, 2, 8),
-    Op("pack_24_", "cuda", ("pack_24_kernel<true>",), ("half the weight", "half the weight"), ("packed",), 2, 1, width=2),
-    Op("unpack_24_", "cuda", ("pack_24_kernel<false>",), ("packed",), ("half the weight", "half the weight"), 2, 1, width=2),
-    Op("nm_violations", "cuda", ("violations_kernel",), ("weight",), (), 0, 2, 4),
 )
 
 
@@ -108,7 +104,4 @@ VECTORS = {
         FROM + 2 * LOOP_OWN + 4 * LOOP_FROM, OWN + LOOP_OWN + 4 * LOOP_FROM, again=2 * LOOP_OWN, again_on=("80", "86", "89", "90")
     ),
     "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
-    "pack_24_kernel<true>": Vectors(2 * 3, 3),  # two vectors in, one out; numbers of 32, 16 and 8 bits
-    "pack_24_kernel<false>": Vectors(3, 2 * 3),
-    "violations_kernel": Vectors(4 * 3),  # four vectors in; numbers of 32, 16 and 8 bits
 }

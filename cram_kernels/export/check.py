@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..patterns import NM
 from .consumers import CONSUMERS, Facts, dtype_name
 from .report import NMReport, Row
@@ -83,7 +82,6 @@ def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
     name, shape, dtype = weight.name, tuple(t.shape), dtype_name(t.dtype)
     if why is not None:
         return Row(name, shape, dtype, weight.kind, weight.axis, None, t.numel(), _zeros(t), why_dense=why, aliases=weight.aliases)
-    t = dense(t)
     groups, first, nonzeros = violations(t, pattern.n, pattern.m)
     facts = Facts(is_24=_holds(t, 2, 4), is_12=_holds(t, 1, 2))
     return Row(
@@ -96,7 +94,7 @@ def _row(weight: Weight, pattern: NM, excluded: bool) -> Row:
         t.numel(),
         t.numel() - nonzeros,
         groups=t.numel() // pattern.m,
-        first=_place(t, first, pattern.m) if groups else None,
+        first=first,
         holds_along=_elsewhere(weight.kind, t, pattern) if groups else None,
         why_dense="excluded" if excluded and groups else None,
         verdicts={consumer.name: consumer.verdict(weight, facts) for consumer in CONSUMERS},
@@ -114,28 +112,29 @@ def _zeros(t: Tensor) -> int | None:
         return None
 
 
-def dense(t: Tensor) -> Tensor:
-    """t, or a copy without holes and on the CPU: what the op can count in."""
-    t = t.cpu()
-    return t if torch.empty_like(t, device="meta").stride() == t.stride() else t.contiguous()
+def nonzero(t: Tensor) -> Tensor:
+    """bool, the shape of t: a NaN is not zero, -0 is. By the bits, since torch can be set to take denormals for zero."""
+    if t.dtype == torch.int8:
+        return t != 0
+    bits = t.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+    return bits & torch.iinfo(bits.dtype).max != 0  # without the sign
 
 
-def violations(t: Tensor, n: int, m: int) -> tuple[int, int, int]:
-    """Groups that violate n:m along axis 1, where the first begins in memory order, and the numbers that are not zero."""
-    groups, first, nonzeros = ops.nm_violations([t], n, m)[0].tolist()
-    return groups, first, nonzeros
+def violations(t: Tensor, n: int, m: int) -> tuple[int, str | None, int]:
+    """Groups along axis 1 with more than n numbers that are not zero; the first of them, as an index into t ("[3, 4:8, 0, 1]"); and how
+    many numbers of t are not zero."""
+    counts = nonzero(t).unflatten(1, (-1, m)).sum(2, dtype=torch.int16)
+    wrong = counts > n
+    groups, nonzeros = int(wrong.sum()), int(counts.sum())
+    if groups == 0:
+        return 0, None, nonzeros
+    first = torch.unravel_index(wrong.flatten().to(torch.uint8).argmax(), wrong.shape)
+    place = (f"{i * m}:{(i + 1) * m}" if dim == 1 else str(int(i)) for dim, i in enumerate(first))
+    return groups, f"[{', '.join(place)}]", nonzeros
 
 
 def _holds(t: Tensor, n: int, m: int) -> bool:
     return t.dim() >= 2 and t.shape[1] % m == 0 and violations(t, n, m)[0] == 0
-
-
-def _place(t: Tensor, index: int, m: int) -> str:
-    """The group that begins at this element in memory order, as an index into t: [3, 4:8, 0, 1]."""
-    place = [0] * t.dim()
-    for stride, dim in sorted(((stride, dim) for dim, stride in enumerate(t.stride()) if t.shape[dim] > 1), reverse=True):
-        place[dim], index = divmod(index, stride)
-    return "[" + ", ".join(f"{i}:{i + m}" if dim == 1 else str(i) for dim, i in enumerate(place)) + "]"
 
 
 def _elsewhere(kind: str, t: Tensor, pattern: NM) -> str | None:

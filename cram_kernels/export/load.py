@@ -211,9 +211,8 @@ def _compress(model: nn.Module, row: Row, backend: str) -> None:
 
 
 def cutlass_tensor(w: Tensor) -> Any:
-    """w as torch's CUTLASS tensor, packed on the CPU."""
-    packed, meta = cutlass.pack(w.cpu())
-    return _cutlass(w.shape, packed.to(w.device), meta.to(w.device))
+    """w as torch's CUTLASS tensor."""
+    return _cutlass(w.shape, *cutlass.pack(w))
 
 
 def cusparselt_tensor(w: Tensor) -> Any:

@@ -13,7 +13,7 @@ from ..atomic import replacing, target
 from ..params import DTYPES
 from ..patterns import NM
 from . import bitmask, container, cutlass
-from .check import check_weights, dense
+from .check import check_weights
 from .files import read_safetensors
 from .onnx_model import write_onnx
 from .report import NMReport, Row
@@ -126,7 +126,7 @@ def _prune_(weights: list[Weight], pattern: NM) -> None:
             raise ValueError(f"export: tensor {weight.name!r} must be float32, bfloat16 or float16 to be pruned, got {weight.tensor.dtype}")
         if weight.tensor.isnan().any():
             raise ValueError(f"export: tensor {weight.name!r} must not be NaN to be pruned, got NaN")
-        pruned = dense(weight.tensor)
+        pruned = weight.tensor.contiguous()
         ops.prune_nm_([pruned], (), [1], pattern.n, pattern.m)
         if pruned is not weight.tensor:
             weight.tensor.copy_(pruned)

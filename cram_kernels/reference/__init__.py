@@ -7,7 +7,6 @@ from .adam import restore_adam_
 from .key import KEEP_ALL, NAN_KEY, canonical, magnitude_key
 from .nm import nm_keep, perturb_nm_, prune_nm_
 from .norm import grad_norm
-from .pack import PLACES, meta_places, nm_violations, pack_24_, unpack_24_
 from .perturb import perturb_masked_
 from .restore import restore_, restore_combine_
 from .sgd import restore_sgd_
@@ -16,14 +15,10 @@ from .topk import perturb_topk_, prune_topk_, topk_histogram, topk_threshold
 __all__ = [
     "KEEP_ALL",
     "NAN_KEY",
-    "PLACES",
     "canonical",
     "grad_norm",
     "magnitude_key",
-    "meta_places",
     "nm_keep",
-    "nm_violations",
-    "pack_24_",
     "perturb_masked_",
     "perturb_nm_",
     "perturb_topk_",
@@ -35,5 +30,4 @@ __all__ = [
     "restore_sgd_",
     "topk_histogram",
     "topk_threshold",
-    "unpack_24_",
 ]

@@ -8,7 +8,6 @@ debug.
 from .adam import restore_adam_
 from .nm import perturb_nm_, prune_nm_
 from .norm import grad_norm
-from .pack import nm_violations, pack_24_, unpack_24_
 from .perturb import perturb_masked_
 from .restore import restore_, restore_combine_
 from .sgd import restore_sgd_
@@ -17,8 +16,6 @@ from .topk_histogram import topk_histogram
 
 __all__ = [
     "grad_norm",
-    "nm_violations",
-    "pack_24_",
     "perturb_masked_",
     "perturb_nm_",
     "perturb_topk_",
@@ -30,5 +27,4 @@ __all__ = [
     "restore_sgd_",
     "topk_histogram",
     "topk_threshold",
-    "unpack_24_",
 ]

@@ -125,26 +125,6 @@ def prune_nm(lists: Lists) -> Arguments:
     return {"weights": arguments["params"], "masks": arguments["masks"], "prune": arguments["prune"], "n": 2, "m": 4}
 
 
-def pack(lists: Lists) -> Arguments:
-    """The matrices of the list, cut down to what can be packed, and one of int8; packing writes over numbers and metadata of any kind."""
-    weights = [w[: len(w) // 32 * 32, : w.shape[1] // 32 * 32].contiguous() for w in lists.tensors() if w.dim() == 2 and w.shape[1] >= 32]
-    weights.append((100 * torch.randn(64, 128, generator=lists.generator, device=lists.device)).to(torch.int8))
-    words = [(w.shape[1] // {1: 32, 2: 16, 4: 8}[w.element_size()], torch.int32 if w.element_size() == 1 else torch.int16) for w in weights]
-    metas = [
-        torch.randint(-(2**15), 2**15, (len(w), columns), generator=lists.generator, device=lists.device).to(dtype)
-        for w, (columns, dtype) in zip(weights, words, strict=True)
-    ]
-    return {"weights": weights, "packed": [w[:, : w.shape[1] // 2].clone() for w in weights], "metas": metas}
-
-
-def violations(lists: Lists) -> Arguments:
-    """Of matrices and convolutions; half of the rows hold the pattern."""
-    weights = [*pack(lists)["weights"], *(w for w in lists.tensors() if w.dim() > 2)]
-    for w in weights:
-        w[: len(w) // 2, ::2] = 0
-    return {"weights": weights, "n": 2, "m": 4}
-
-
 PROBLEMS: dict[str, Callable[[Lists], Arguments]] = {
     "topk_threshold": threshold,
     "topk_histogram": histogram,
@@ -153,9 +133,6 @@ PROBLEMS: dict[str, Callable[[Lists], Arguments]] = {
     "prune_nm_": prune_nm,
     "perturb_nm_": perturb_nm,
     "perturb_masked_": perturb,
-    "nm_violations": violations,
-    "pack_24_": pack,
-    "unpack_24_": pack,
     "restore_": restore,
     "restore_combine_": combine,
     "restore_sgd_": sgd,

@@ -53,10 +53,6 @@ void restore_sgd(const Context&, const std::vector<Item>&, const Update&, const 
 
 void restore_adam(const Context&, const std::vector<Item>&, const Update&, std::vector<AdamOptions>, const std::vector<AdamHyper>&);
 
-void pack_24(const Context&, const std::vector<PackItem>&);
-void unpack_24(const Context&, const std::vector<PackItem>&);
-void nm_violations(const Context&, const std::vector<GroupItem>&, int n, int m, Violations* found);
-
 float grad_norm(const Context&, const std::vector<Item>&, const float* inv_scale);
 
 // Where the unperturbed weights are, and how to read u from there: for ranges whose parameter may be overwritten already (`saved`) or not yet.

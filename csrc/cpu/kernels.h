@@ -4,7 +4,6 @@
 
 #include "../adam.h"
 #include "../item.h"
-#include "../pack.h"
 #include "../restore.h"
 #include "../sgd.h"
 
@@ -47,12 +46,6 @@ struct Candidates {
   uint16_t* offsets;  // from begin
 };
 
-struct Violations {
-  int64_t groups = 0;         // with more than n numbers that are not zero
-  int64_t first = INT64_MAX;  // where the first of them begins, in memory order
-  int64_t nonzeros = 0;       // in all groups
-};
-
 // Sources, items and options go by value: through references, all of them would be read again after each store.
 struct Kernels {
   const char* name;
@@ -76,12 +69,6 @@ struct Kernels {
   // weights: where the unperturbed weights are (saved, master, or the parameter itself). past_cache: write the parameter past the caches.
   void (*sgd)(Item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales, SgdOptions);
   void (*adam)(Item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales, AdamOptions, bool decays);
-
-  // 2:4 on a block of rows_multiple rows. places: one byte a group.
-  void (*pack_24)(const PackItem&, int64_t begin, uint8_t* places);
-  void (*unpack_24)(const PackItem&, int64_t begin, uint8_t* places);
-  // Counts the groups of whole tiles of m * inner weights.
-  void (*violations)(const GroupItem&, int64_t begin, int64_t end, int n, int m, Violations&);
 
   // sums[c] = folded squares of chunk c of 1024 elements, c in [begin, end).
   void (*norm)(const void* grad, DType, int64_t numel, int64_t begin, int64_t end, float inv_scale, bool scaled, double* sums);

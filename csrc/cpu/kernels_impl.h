@@ -1,6 +1,5 @@
 // The passes of kernels.h for the instruction set that this file is compiled for. Included by isa_*.cpp, once each.
 #include "nm_kernels.h"
-#include "pack_kernels.h"
 #include "topk_kernels.h"
 #include "update_kernels.h"
 
@@ -42,8 +41,7 @@ static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, in
   });
 }
 
-constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked,    nm,         round_master,
-                            combine,       sgd,         adam,       pack_24,        unpack_24, violations, norm};
+constexpr Kernels kTable = {CRAM_ISA_NAME, topk_stream, topk_apply, topk_histogram, masked, nm, round_master, combine, sgd, adam, norm};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

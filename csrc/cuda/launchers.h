@@ -7,7 +7,6 @@
 
 #include "../adam.h"
 #include "../item.h"
-#include "../pack.h"
 #include "../sgd.h"
 
 struct CUstream_st;
@@ -74,12 +73,6 @@ void restore_adam(const std::vector<Item>& items, const Update& update, const Le
 // sums: room for norm_sums(items) numbers.
 int64_t norm_sums(const std::vector<Item>& items);
 void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* sums, float* result, Stream stream);
-
-void pack_24(const std::vector<PackItem>& items, Stream stream);
-void unpack_24(const std::vector<PackItem>& items, Stream stream);
-
-// result: [items, 3], as nm_violations returns it.
-void nm_violations(const std::vector<GroupItem>& items, int n, int m, int64_t* result, Stream stream);
 
 }  // namespace cuda
 }  // namespace cram

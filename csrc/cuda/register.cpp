@@ -165,30 +165,6 @@ Tensor grad_norm_cuda(const Tensors& grads, const MaybeTensor& inv_scale) {
   return result;
 }
 
-// ---- Packed 2:4 ----
-
-void pack_24_cuda(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
-  const std::vector<PackItem> items = pack_items(weights, packed, metas);
-  if (items.empty()) return;
-  const Device device(weights[0]);
-  cuda::pack_24(items, device.stream());
-}
-
-void unpack_24_cuda(const Tensors& weights, const Tensors& packed, const Tensors& metas) {
-  const std::vector<PackItem> items = unpack_items(weights, packed, metas);
-  if (items.empty()) return;
-  const Device device(weights[0]);
-  cuda::unpack_24(items, device.stream());
-}
-
-Tensor nm_violations_cuda(const Tensors& weights, int64_t n, int64_t m) {
-  const std::vector<GroupItem> items = violation_items(weights, n, m);
-  const Device device(weights[0]);
-  Tensor result = torch::stable::new_empty(weights[0], {static_cast<int64_t>(items.size()), 3}, ScalarType::Long);
-  cuda::nm_violations(items, static_cast<int>(n), static_cast<int>(m), result.mutable_data_ptr<int64_t>(), device.stream());
-  return result;
-}
-
 }  // namespace
 }  // namespace cram
 
@@ -204,8 +180,5 @@ STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CUDA, m) {
   m.impl("restore_combine_", TORCH_BOX(&cram::restore_combine_cuda));
   m.impl("restore_sgd_", TORCH_BOX(&cram::restore_sgd_cuda));
   m.impl("restore_adam_", TORCH_BOX(&cram::restore_adam_cuda));
-  m.impl("pack_24_", TORCH_BOX(&cram::pack_24_cuda));
-  m.impl("unpack_24_", TORCH_BOX(&cram::unpack_24_cuda));
-  m.impl("nm_violations", TORCH_BOX(&cram::nm_violations_cuda));
   m.impl("grad_norm", TORCH_BOX(&cram::grad_norm_cuda));
 }

@@ -1,6 +1,5 @@
 // The arithmetic that the CPU shares with CUDA, as nvcc sees it: one weight a thread. tests/test_shared_headers.py reads and runs the PTX.
 #include "../../csrc/adam.h"
-#include "../../csrc/pack.h"
 #include "../../csrc/perturb.h"
 #include "../../csrc/sgd.h"
 
@@ -29,12 +28,4 @@ extern "C" __global__ void adam(float* w, const float* g, float* m, float* v, fl
   AdamOptions options = {0.9f, static_cast<float>(1 - 0.9), 0.999f, static_cast<float>(1 - 0.999), 1e-8f, 0, 0, 0, true, true, false};
   set_step(options, 0.9, 0.999, 0.001f, 0.01f, step);
   adam_step(w[i], m[i], v[i], x[i], g[i], true, options);
-}
-
-// One group of 16-bit numbers a thread: the places of its two, and where its metadata word lies in a matrix of `cols` words a row.
-extern "C" __global__ void pack(const unsigned short* x, int* places, long long* word, int rows, int cols, int n) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  places[i] = group_places((x[4 * i] & 0x7fff) != 0, (x[4 * i + 1] & 0x7fff) != 0, (x[4 * i + 3] & 0x7fff) != 0);
-  word[i] = meta_place(i / cols % rows, i % cols, rows, rows_multiple(Slot::kFloat16));
 }

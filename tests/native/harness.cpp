@@ -132,20 +132,6 @@ std::vector<char> run(const Kernels& kernels, int threads, DType dtype, bool tie
   note_all();
   const float norm = grad_norm(c, t.items, nullptr);
   note(&norm, 4);
-
-  const int64_t rows = 96, cols = 256;
-  std::mt19937 random(2);
-  for (Slot slot : {dtype == DType::kFloat32 ? Slot::kFloat32 : Slot::kFloat16, Slot::kInt8}) {
-    Buffer dense = numbers(rows * cols * size_of(slot) / size_of(dtype), dtype, random, ties);
-    Buffer packed{std::vector<char>(dense.bytes.size() / 2)}, meta{std::vector<char>(rows * meta_cols(slot, cols) * (slot == Slot::kInt8 ? 4 : 2))};
-    const std::vector<PackItem> matrix = {{slot, rows, cols, dense.data(), packed.data(), meta.data()}};
-    Violations found[2];
-    nm_violations(c, {{slot, rows * cols, 1, dense.data()}, {slot, rows * cols, 16, dense.data()}}, 2, 4, found);
-    note(found, sizeof found);
-    pack_24(c, matrix);
-    unpack_24(c, matrix);
-    for (Buffer* b : {&dense, &packed, &meta}) note(b->data(), b->bytes.size());
-  }
   return trace;
 }
 
