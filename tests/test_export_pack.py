@@ -135,7 +135,8 @@ def test_what_is_not_zero(dtype: torch.dtype) -> None:
 def test_shapes_that_do_not_fit(shape: tuple[int, ...], dtype: str) -> None:
     """torch's packer accepts two of these and then runs out of bounds."""
     t = getattr(torch, dtype)
-    with pytest.raises(ValueError, match="pack: w must be a matrix of a multiple of %d rows and %d columns" % MULTIPLES[t]):
+    rows, cols = MULTIPLES[t]
+    with pytest.raises(ValueError, match=f"pack: w must be a matrix of a multiple of {rows} rows and {cols} columns"):
         pack(torch.zeros(shape, dtype=t))
 
 
