@@ -1,13 +1,13 @@
 """What a parameter must be for the ops to work on it."""
 
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 OPEN_STEPS: WeakSet[Any] = WeakSet()  # of the optimizers whose weights are perturbed now; each answers holds(param)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,6 +17,8 @@ def why_unfit(param: Tensor) -> str | None:
     """None where the ops can work on the parameter, else what is wrong, as "must ..., got ..."."""
     if is_lazy(param):
         return "must have its shape: run the model once before making the optimizer, got an uninitialized one of a lazy module"
+    if not is_plain(param):
+        return f"must be a plain tensor, got a {'nested tensor' if param.is_nested else type(param).__name__}"
     if param.layout is not torch.strided:
         return f"must be dense (no holes, no overlap), got layout {param.layout}"
     if param.is_meta:
@@ -28,16 +30,33 @@ def why_unfit(param: Tensor) -> str | None:
     return None
 
 
-def overlapping(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """The names of two tensors that share memory, the one that begins later first; None where all have memory of their own."""
+def is_plain(t: Tensor) -> bool:
+    """Whether its memory holds its elements, which subclasses with operations of their own (DTensor, FakeTensor) do not promise."""
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_nested
+
+
+def overlapping(named: Iterable[tuple[str, Tensor]], among: Collection[str] | None = None) -> tuple[str, str] | None:
+    """The names of two tensors that share memory, of which one at least is in `among`, or None. The one that begins later is first."""
     extents = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.nbytes, name)
+        (
+            str(t.device),
+            t.data_ptr(),
+            t.data_ptr() + t.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))),
+            name,
+        )
         for name, t in named
         if t.numel() > 0 and t.data_ptr() != 0  # 0: freed for a while, or not torch's
     )
-    for (device, _, end, one), (next_device, begin, _, other) in pairwise(extents):
-        if device == next_device and begin < end:
-            return other, one
+    furthest: dict[
+        tuple[str, bool], tuple[int, str]
+    ] = {}  # device, whether in `among` -> the end that reaches furthest so far, whose it is
+    for device, begin, end, name in extents:
+        chosen = among is None or name in among
+        for others in (True, False) if chosen else (True,):
+            reached, other = furthest.get((device, others), (0, ""))
+            if begin < reached:
+                return name, other
+        furthest[device, chosen] = max(furthest.get((device, chosen), (0, "")), (end, name))
     return None
 
 
@@ -45,4 +64,48 @@ def embedding_tables(model: nn.Module) -> dict[int, str]:
     """The parameters that are embedding tables: id -> why they stay dense. A table that is tied to another layer (a language model's head)
     is a table there, too. Under a global threshold such tables, drawn with a standard deviation of 1, empty all other layers."""
     reason = "embedding table (prune_embeddings=True prunes it)"
-    return {id(m.weight): reason for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    own = [p for m in tables for p in m.parameters(recurse=False)]  # m.weight of a parametrized table is a temporary tensor, no parameter
+    return {id(p): reason for p in own} | {id(p): reason for m in tables for p in _parametrizations(m).parameters()}
+
+
+def outputs_on_axis_1(model: nn.Module) -> dict[int, str]:
+    """The weights that N:M leaves dense, because their axis 1 is not the input channels: id -> the reason."""
+    found = {}
+    for m in model.modules():
+        if isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            found[id(m._parameters.get("weight"))] = "axis 1 of a transposed convolution is the outputs"
+        elif type(m).__name__ == "Conv1D" and hasattr(m, "nf"):  # [inputs, outputs], in GPT-2
+            found[id(m._parameters.get("weight"))] = "axis 1 of transformers' Conv1D is the outputs"
+    return found
+
+
+def reparametrized(model: nn.Module) -> dict[int, str]:
+    """The parameters from which a weight is computed at each forward pass: id -> of what they are part, and what makes one weight of them.
+
+    Zeros in such a part are not zeros of the weight: weight norm divides by the norm of a row, spectral norm by a singular value, an
+    orthogonal matrix has no free zeros, and the masks of torch.nn.utils.prune hide part of `weight_orig`.
+    """
+    found = {}
+    for prefix, m in model.named_modules():
+        for name, parts in _parametrizations(m).items():
+            kinds = " and ".join(type(part).__name__.lstrip("_") for part in parts)
+            advice = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+            found |= {
+                id(p): f"a part of {f'{prefix}.{name}'.lstrip('.')!r} under {kinds}; {advice} makes one weight of it"
+                for p in parts.parameters()
+            }
+        for hook in m._forward_pre_hooks.values():
+            kind = type(hook).__name__
+            name = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)  # torch.nn.utils.prune, and the older norms
+            advice = {"WeightNorm": "torch.nn.utils.remove_weight_norm", "SpectralNorm": "torch.nn.utils.remove_spectral_norm"}
+            remove = f"{advice.get(kind, 'torch.nn.utils.prune.remove')}(layer, {name!r})"
+            for suffix in ("_orig", "_g", "_v"):
+                if isinstance(name, str) and (p := m._parameters.get(name + suffix)) is not None:
+                    found[id(p)] = f"a part of {f'{prefix}.{name}'.lstrip('.')!r} under {kind}; {remove} makes one weight of it"
+    return found
+
+
+def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+    """By the name of a tensor, what torch.nn.utils.parametrize computes it from."""
+    return module.parametrizations if is_parametrized(module) else nn.ModuleDict()  # type: ignore[return-value]

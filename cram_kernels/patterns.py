@@ -1,4 +1,4 @@
-"""What a compression is: data. `TopK` keeps the largest weights, `NM` keeps n of every m along the input channels."""
+"""What a compression is: data. `TopK` prunes a share of the weights, `NM` keeps n of every m along the input channels."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,30 @@ Scope = Literal["model", "group", "tensor"]
 
 @dataclass(frozen=True)
 class TopK:
-    """Unstructured: prune the share `sparsity` of the weights, the smallest, ranked over the model, a parameter group, or a tensor.
+    """Unstructured pruning: of the weights that are ranked together, set the share `sparsity`, the smallest in magnitude, to zero.
+
+    `TopK(sparsity=0.9)` prunes 90 % and keeps 10 %. Of n weights those stay whose magnitude is larger than the k-th largest,
+    k = ceil(n * (1 - sparsity)): the k-th itself and all that tie with it go, as in the published code.
+
+    Args:
+        sparsity: the share that becomes zero, in [0, 1); 0 prunes nothing.
+        scope: which weights are ranked together: of the whole "model", of a parameter "group" of the optimizer, or of each "tensor".
 
     Raises:
-        ValueError: sparsity outside [0, 1), or an unknown scope.
+        ValueError: sparsity is outside of [0, 1), or the scope is unknown.
+
+    Example:
+        >>> CrAM(model, torch.optim.SGD, lr=0.1, compression=[TopK(sparsity=0.5), TopK(sparsity=0.9)])
+        >>> prune(model, TopK(sparsity=0.9))
+
+    Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200: global magnitude pruning, the Top-K compression of its experiments.
     """
 
     sparsity: float
     scope: Scope = "model"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:  # also refuses NaN
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, Real) or not 0 <= self.sparsity < 1:  # also refuses NaN
             raise ValueError(f"TopK: sparsity must be a number in [0, 1), 0.9 for 90 %, got {self.sparsity!r}")
         if self.scope not in ("model", "group", "tensor"):
             raise ValueError(f"TopK: scope must be 'model', 'group' or 'tensor', got {self.scope!r}")
@@ -35,16 +48,31 @@ class TopK:
         """None where a weight of this shape can be pruned, else the reason why it stays dense."""
         return "fewer than 2 dims" if len(shape) < 2 else None
 
+    def __repr__(self) -> str:
+        return f"TopK(sparsity={self.sparsity!r}" + (")" if self.scope == "model" else f", scope={self.scope!r})")
+
     def __str__(self) -> str:
         return f"{100 * self.sparsity:g} %" + ("" if self.scope == "model" else f" per {self.scope}")
 
 
 @dataclass(frozen=True)
 class NM:
-    """Semi-structured: keep n of every m consecutive weights along axis 1 (2:4 is what sparse tensor cores read).
+    """Semi-structured pruning: keep the n largest of every m consecutive weights along the input channels, axis 1 of Linear and Conv.
+
+    `NM(2, 4)` keeps 2 of 4: 50 % become zero, in the pattern that sparse tensor cores read. On a tie the later weight stays. A weight
+    whose axis 1 is not a multiple of m stays dense as a whole, and reports say so.
+
+    Args:
+        n, m: ints, 1 <= n < m <= 1024.
 
     Raises:
-        ValueError: not ints with 1 <= n < m <= 1024.
+        ValueError: n or m is anything else.
+
+    Example:
+        >>> CrAM(model, torch.optim.SGD, lr=0.1, compression=[NM(2, 4), NM(4, 8)])
+        >>> prune(model, NM(2, 4))
+
+    Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200: CrAM+ N:M, trained with 2:4 and 4:8 in turn.
     """
 
     n: int

@@ -11,18 +11,37 @@ class Layer:
     """One parameter; a tied one appears once, under its first name."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None  # None: of a lazy module that is not initialised, or a nested tensor
     pattern: str | None  # None: left dense
     numel: int
-    zeros: int  # counted after pruning, in dense parameters too
+    zeros: int | None  # counted after pruning, in dense parameters too; None: torch cannot count them (no data, float8, sparse, ...)
     why_dense: str | None
+
+    @property
+    def emptied(self) -> bool:
+        """Whether it was pruned and has only zeros left."""
+        return self.pattern is not None and self.zeros == self.numel > 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """All parameters of a model. `str()` is a table, which sums up in one line what has fewer than 2 dims; the rest is exact data."""
+    """What `prune` did to each parameter of a model, as exact data; `str()` is a table.
+
+    Attributes:
+        layers: every parameter: name, shape, the pattern or why it stayed dense, how many elements, how many of them are zero.
+        remarks: what `prune` warned about, in sentences.
+        pruned, dense, emptied: the layers that were pruned, that stayed dense, and that were pruned and have no weight left.
+
+    Example:
+        >>> report = prune(model, NM(2, 4))
+        >>> [layer.name for layer in report.emptied]
+        []
+        >>> json.loads(report.to_json())["all"]["sparsity"]
+        0.4954
+    """
 
     layers: tuple[Layer, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> tuple[Layer, ...]:
@@ -32,38 +51,66 @@ class Report:
     def dense(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.pattern is None)
 
+    @property
+    def emptied(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.emptied)
+
     def to_dict(self) -> dict[str, Any]:
-        """Layers and totals, of JSON's types only."""
+        """Layers, totals (of zeros that could be counted), the names of emptied layers and the remarks, of JSON's types only."""
         return {
-            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "layers": [asdict(layer) | {"shape": None if layer.shape is None else list(layer.shape)} for layer in self.layers],
             "pruned": _total(self.pruned),
             "all": _total(self.layers),
+            "emptied": [layer.name for layer in self.emptied],
+            "remarks": list(self.remarks),
         }
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        vectors = [layer for layer in self.dense if len(layer.shape) < 2]
-        shown = [layer for layer in self.layers if layer not in vectors]
-        rows = [_row(layer.name, _shape(layer), layer.pattern or "dense", [layer], layer.why_dense or "") for layer in shown]
+        """A table, which sums up in one line what is dense for having fewer than 2 dims, with the remarks below."""
+        vectors = [layer for layer in self.dense if layer.shape is not None and len(layer.shape) < 2 and layer.zeros is not None]
+        rows = [
+            _row(
+                layer.name,
+                _shape(layer),
+                f"{layer.pattern or 'dense'}{' (emptied)' if layer.emptied else ''}",
+                [layer],
+                layer.why_dense or "",
+            )
+            for layer in self.layers
+            if layer not in vectors
+        ]
         if vectors:
             rows.append(_row(f"({len(vectors)} more)", "", "dense", vectors, "fewer than 2 dims"))
         rows += [_row("pruned layers", "", "", self.pruned), _row("all parameters", "", "", self.layers)]
-        return table(("layer", "shape", "pattern", "weights", "zeros", "sparsity", "why dense"), rows, "<<<>>><")
+        return "\n".join(
+            [table(("layer", "shape", "pattern", "weights", "zeros", "sparsity", "why dense"), rows, "<<<>>><"), *self.remarks]
+        )
 
 
 def _total(layers: Sequence[Layer]) -> dict[str, int | float]:
-    numel, zeros = sum(layer.numel for layer in layers), sum(layer.zeros for layer in layers)
-    return {"layers": len(layers), "numel": numel, "zeros": zeros, "sparsity": zeros / numel if numel else 0.0}
+    """The sparsity is that of the parameters whose zeros are known."""
+    known = [layer for layer in layers if layer.zeros is not None]
+    numel, zeros = sum(layer.numel for layer in known), sum(layer.zeros or 0 for layer in known)
+    return {
+        "layers": len(layers),
+        "numel": sum(layer.numel for layer in layers),
+        "zeros": zeros,
+        "sparsity": zeros / numel if numel else 0.0,
+    }
 
 
 def _shape(layer: Layer) -> str:
-    return " x ".join(map(str, layer.shape))
+    return "unknown" if layer.shape is None else " x ".join(map(str, layer.shape))
 
 
 def _row(name: str, shape: str, pattern: str, layers: Sequence[Layer], note: str = "") -> tuple[str, ...]:
-    total = _total(layers)
+    total, unknown = _total(layers), sum(layer.zeros is None for layer in layers)
+    if unknown and len(layers) == unknown:
+        return name, shape, pattern, f"{total['numel']:,}", "unknown", "unknown", note
+    note = f"{note}, zeros of {unknown} unknown".lstrip(", ") if unknown else note
     return name, shape, pattern, f"{total['numel']:,}", f"{total['zeros']:,}", f"{total['sparsity']:.2%}", note
 
 

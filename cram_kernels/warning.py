@@ -1,11 +1,13 @@
 """The package's warnings: a class of their own, and shown at the line of the user's code that led to them."""
 
+import os
 import sys
 import warnings
-from pathlib import Path
 
-_PACKAGE = str(Path(__file__).parent)
-_TORCH = str(Path(__import__("torch").__file__).parent)  # its wrappers of step() and no_grad() stand between the user and us
+import torch
+
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # its wrappers of step() and no_grad() stand between the user and us
 
 
 class CrAMWarning(UserWarning):

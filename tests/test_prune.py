@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cram_kernels import CrAM, reference
+from cram_kernels import CrAM, CrAMWarning, reference
 from cram_kernels.patterns import NM, TopK
 from cram_kernels.prune import prune
 from cram_kernels.report import Layer, Report
 
-PATTERNS = pytest.mark.parametrize("pattern", [TopK(0.0), TopK(0.5), TopK(0.9), TopK(0.7, scope="tensor"), NM(2, 4), NM(4, 8)], ids=str)
+PATTERNS = pytest.mark.parametrize(
+    "pattern", [TopK(sparsity=0.0), TopK(sparsity=0.5), TopK(sparsity=0.9), TopK(sparsity=0.7, scope="tensor"), NM(2, 4), NM(4, 8)], ids=str
+)
 
 
 class Network(nn.Module):
@@ -25,6 +27,7 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm2d(16)
         self.conv1d = nn.Conv1d(16, 8, 3)
         self.embedding = nn.Embedding(10, 16)
+        nn.init.normal_(self.embedding.weight, std=0.1)  # as large as the other weights, so that a global threshold empties none
         self.head = nn.Linear(16, 10)
         self.head.weight = self.embedding.weight
         self.view = nn.Linear(16, 10, bias=False)
@@ -50,22 +53,22 @@ def largest(weights: list[Tensor], sparsity_k: int) -> list[Tensor]:
 def test_topk_ranks_all_weights_of_the_model():
     model = Network()
     before = weights_of(model)
-    report = prune(model, TopK(0.9))
+    report = prune(model, TopK(sparsity=0.9), prune_embeddings=True)
     names = ["stem.weight", "conv.weight", "conv1d.weight", "embedding.weight"]
     n = sum(before[name].numel() for name in names)
     after = weights_of(model)
-    for name, wanted in zip(names, largest([before[name] for name in names], TopK(0.9).k(n)), strict=True):
+    for name, wanted in zip(names, largest([before[name] for name in names], TopK(sparsity=0.9).k(n)), strict=True):
         assert torch.equal(after[name], wanted), name
     assert [layer.name for layer in report.pruned] == names
-    assert sum(layer.zeros for layer in report.pruned) == n - TopK(0.9).k(n) + 1  # the k-th itself goes
+    assert sum(layer.zeros for layer in report.pruned) == n - TopK(sparsity=0.9).k(n) + 1  # the k-th itself goes
 
 
 def test_topk_ranks_each_tensor():
     model = Network()
     before = weights_of(model)
-    prune(model, TopK(0.5, scope="tensor"))
+    prune(model, TopK(sparsity=0.5, scope="tensor"))
     for name in ("stem.weight", "conv.weight"):
-        assert torch.equal(model.get_parameter(name), largest([before[name]], TopK(0.5).k(before[name].numel()))[0]), name
+        assert torch.equal(model.get_parameter(name), largest([before[name]], TopK(sparsity=0.5).k(before[name].numel()))[0]), name
 
 
 @PATTERNS
@@ -73,7 +76,7 @@ def test_report_tells_what_happened(pattern):
     model = Network()
     before = weights_of(model)
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
-    report = prune(model, pattern)
+    report = prune(model, pattern, prune_embeddings=True)
     assert [layer.name for layer in report.layers] == [name for name, _ in model.named_parameters() if name != "view.weight"]
     for layer in report.layers:
         p = model.get_parameter(layer.name)
@@ -99,8 +102,8 @@ def test_dtypes_may_mix():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).bfloat16(), nn.Linear(64, 64).half())
     weights = [layer.weight.detach().clone() for layer in model]
-    prune(model, TopK(0.75))
-    wanted = largest([w.float() for w in weights], TopK(0.75).k(3 * 64 * 64))
+    prune(model, TopK(sparsity=0.75))
+    wanted = largest([w.float() for w in weights], TopK(sparsity=0.75).k(3 * 64 * 64))
     for layer, w in zip(model, wanted, strict=True):
         assert torch.equal(layer.weight.float(), w)
 
@@ -109,7 +112,7 @@ def test_dtypes_may_mix():
 def test_excluded_by_any_of_its_names(exclude):
     model = Network()
     before = weights_of(model)
-    report = prune(model, TopK(0.9), exclude=exclude)
+    report = prune(model, TopK(sparsity=0.9), exclude=exclude)
     assert torch.equal(model.embedding.weight, before["embedding.weight"])
     assert [layer.why_dense for layer in report.layers if layer.name == "embedding.weight"] == ["excluded"]
     assert "conv.weight" in [layer.name for layer in report.pruned]
@@ -166,17 +169,19 @@ def test_refused_before_anything_is_changed(spoil, message):
     spoil(model)
     before = model.stem.weight.detach().clone(), model.embedding.weight.detach().clone()
     with pytest.raises(ValueError, match="prune: " + message):
-        prune(model, TopK(0.5))
+        prune(model, TopK(sparsity=0.5))
     assert torch.equal(model.stem.weight, before[0]) and torch.equal(model.embedding.weight, before[1])
-    if spoil not in (lazy, sparse):
-        assert prune(model, TopK(0.5), exclude=["conv.*"]).dense  # excluded, it is in nobody's way
+    report = prune(
+        model, TopK(sparsity=0.5), exclude=["conv.*", "extra"] if spoil is sparse else ["conv.*"]
+    )  # excluded, it is in nobody's way
+    assert [layer.name for layer in report.dense if layer.why_dense == "excluded" and "weight" in layer.name] == ["conv.weight"]
 
 
 @pytest.mark.parametrize(
     ("pattern", "exclude", "message"),
     [
-        (TopK(0.5, scope="group"), (), r"pattern must have scope 'model' or 'tensor', got 'group'"),
-        (TopK(0.5), ["haed.*"], r"exclude must match the name of a parameter, got 'haed\.\*'"),
+        (TopK(sparsity=0.5, scope="group"), (), r"pattern must have scope 'model' or 'tensor', got 'group'"),
+        (TopK(sparsity=0.5), ["haed.*"], r"exclude must match the name of a parameter, got 'haed\.\*'"),
     ],
     ids=["group", "exclude"],
 )
@@ -189,13 +194,13 @@ def test_refused_arguments(pattern, exclude, message):
 
 
 def test_a_model_without_weights():
-    assert prune(nn.Sequential(nn.ReLU()), TopK(0.5)) == Report(())
-    with pytest.warns(UserWarning, match="prunes nothing"):
+    assert prune(nn.Sequential(nn.ReLU()), TopK(sparsity=0.5)) == Report(())
+    with pytest.warns(CrAMWarning, match="prunes nothing"):
         assert prune(nn.BatchNorm1d(3), NM(2, 4)).pruned == ()
 
 
 def test_report_as_data():
-    data = json.loads(prune(Network(), NM(2, 4)).to_json())
+    data = json.loads(prune(Network(), NM(2, 4), prune_embeddings=True).to_json())
     assert data["layers"][0] == {
         "name": "stem.weight",
         "shape": [8, 1, 3, 3],
@@ -233,9 +238,9 @@ def test_a_perturbed_model_is_refused():
     model(torch.ones(1, 8)).sum().backward()
     optimizer.perturb()
     with pytest.raises(ValueError, match="parameter 'weight' must not be perturbed, got one within a step"):
-        prune(model, TopK(0.5))
+        prune(model, TopK(sparsity=0.5))
     optimizer.restore()
-    prune(model, TopK(0.5))
+    prune(model, TopK(sparsity=0.5))
 
 
 def test_parameters_that_share_part_of_their_memory_are_refused_by_name():
@@ -243,11 +248,11 @@ def test_parameters_that_share_part_of_their_memory_are_refused_by_name():
     store = torch.randn(3, 8)
     model.a, model.b = nn.Parameter(store), nn.Parameter(store[1:])
     with pytest.raises(ValueError, match="parameter 'b' must have memory of its own, got some that 'a' has too"):
-        prune(model, TopK(0.5))
+        prune(model, TopK(sparsity=0.5))
 
 
-@pytest.mark.parametrize("model, pattern", [(nn.BatchNorm1d(4), TopK(0.9)), (nn.Linear(7, 4), NM(2, 4))], ids=str)
+@pytest.mark.parametrize("model, pattern", [(nn.BatchNorm1d(4), TopK(sparsity=0.9)), (nn.Linear(7, 4), NM(2, 4))], ids=str)
 def test_a_pattern_that_prunes_nothing_is_said(model, pattern):
-    with pytest.warns(UserWarning, match=f"prune: {pattern} prunes nothing: the report says why each of 2 parameters stays dense") as said:
+    with pytest.warns(CrAMWarning, match=f"prune: {pattern} prunes nothing: the report says why each of 2 parameters stays dense") as said:
         assert prune(model, pattern).pruned == ()
     assert said[0].filename == __file__
