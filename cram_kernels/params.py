@@ -86,26 +86,24 @@ def reparametrized(model: nn.Module) -> dict[int, str]:
     Zeros in such a part are not zeros of the weight: weight norm divides by the norm of a row, spectral norm by a singular value, an
     orthogonal matrix has no free zeros, and the masks of torch.nn.utils.prune hide part of `weight_orig`.
     """
-    found = {}
+    found: dict[int, str] = {}
     for prefix, m in model.named_modules():
-        for name, parts in _parametrizations(m).items():
-            kinds = " and ".join(type(part).__name__.lstrip("_") for part in parts)
-            advice = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
-            found |= {
-                id(p): f"a part of {f'{prefix}.{name}'.lstrip('.')!r} under {kinds}; {advice} makes one weight of it"
-                for p in parts.parameters()
-            }
-        for hook in m._forward_pre_hooks.values():
-            kind = type(hook).__name__
-            name = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None)  # torch.nn.utils.prune, and the older norms
-            advice = {"WeightNorm": "torch.nn.utils.remove_weight_norm", "SpectralNorm": "torch.nn.utils.remove_spectral_norm"}
-            remove = f"{advice.get(kind, 'torch.nn.utils.prune.remove')}(layer, {name!r})"
-            for suffix in ("_orig", "_g", "_v"):
-                if isinstance(name, str) and (p := m._parameters.get(name + suffix)) is not None:
-                    found[id(p)] = f"a part of {f'{prefix}.{name}'.lstrip('.')!r} under {kind}; {remove} makes one weight of it"
+        for name, parts in _parametrizations(m).named_children():
+            kinds = " and ".join(type(part).__name__.lstrip("_") for part in parts.children())
+            told = _part_of(prefix, name, kinds, "torch.nn.utils.parametrize.remove_parametrizations")
+            found |= {id(p): told for p in parts.parameters()}
+        for hook in m._forward_pre_hooks.values():  # torch.nn.utils.prune, and the older norms
+            weight, kind = getattr(hook, "_tensor_name", None) or getattr(hook, "name", None), type(hook).__name__
+            stored = [p for suffix in ("_orig", "_g", "_v") if (p := m._parameters.get(f"{weight}{suffix}")) is not None]
+            remove = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}.get(kind, "prune.remove")
+            found |= {id(p): _part_of(prefix, f"{weight}", kind, f"torch.nn.utils.{remove}") for p in stored}
     return found
 
 
-def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+def _part_of(prefix: str, name: str, kinds: str, remove: str) -> str:
+    return f"a part of {f'{prefix}.{name}'.lstrip('.')!r} under {kinds}; {remove}(layer, {name!r}) makes one weight of it"
+
+
+def _parametrizations(module: nn.Module) -> nn.Module:
     """By the name of a tensor, what torch.nn.utils.parametrize computes it from."""
     return module.parametrizations if is_parametrized(module) else nn.ModuleDict()  # type: ignore[return-value]

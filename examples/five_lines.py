@@ -22,7 +22,7 @@ def train(with_cram: bool) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     if with_cram:
-        optimizer = CrAM(optimizer, compression=[TopK(0.5), TopK(0.7), TopK(0.9)], rho=0.1)
+        optimizer = CrAM(optimizer, compression=[TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)], rho=0.1)
     for _ in range(1000):
         points, arm = spirals(256)
 
@@ -47,5 +47,5 @@ if __name__ == "__main__":
     for name in ("SGD", "CrAM+"):
         model = train(with_cram=name == "CrAM+")
         dense = accuracy(model)
-        prune(model, TopK(0.9))
+        prune(model, TopK(sparsity=0.9))
         print(f"{name:6} dense {dense:.1%}, without 90 % of its weights {accuracy(model):.1%}")

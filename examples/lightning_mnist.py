@@ -27,7 +27,7 @@ class Digits(TwoPassModule, pl.LightningModule):  # the mixin comes first; it ch
         base = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         if not self.with_cram:
             return base
-        return CrAM(base, compression=[TopK(0.5), TopK(0.7), TopK(0.9)], rho=0.1).attach(self)  # batch norm, clean checkpoints
+        return CrAM(base, compression=[TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)], rho=0.1).attach(self)  # batch norm, clean checkpoints
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -54,7 +54,7 @@ def main() -> None:
         trainer.fit(module, data)
         model = module.network.cpu()
         pruned = copy.deepcopy(model)
-        prune(pruned, TopK(0.9))
+        prune(pruned, TopK(sparsity=0.9))
         tune_batchnorm(pruned, data)
         loss, steps = trainer.callback_metrics["loss"], trainer.global_step
         dense, sparse = accuracy(model, x_test, y_test), accuracy(pruned, x_test, y_test)

@@ -36,10 +36,10 @@ Results = dict[str, list[dict[str, Any]]]  # by method, one for each seed
 WEIGHTS = "mnist_2of4.safetensors"
 METHODS: dict[str, tuple[str, list[Pattern]]] = {  # name: (label, compressions to train with)
     "sgd": ("SGD", []),
-    "multi": ("CrAM+ Multi", [TopK(0.5), TopK(0.7), TopK(0.9)]),
+    "multi": ("CrAM+ Multi", [TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)]),
     "nm": ("CrAM+ N:M", [NM(2, 4), NM(4, 8)]),
 }
-PATTERNS = [TopK(0.5), TopK(0.7), TopK(0.8), TopK(0.9), TopK(0.95), NM(2, 4), NM(4, 8)]  # to prune to afterwards
+PATTERNS = [TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.8), TopK(sparsity=0.9), TopK(sparsity=0.95), NM(2, 4), NM(4, 8)]  # to prune to afterwards
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def main() -> None:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         kind: type[Trainer] = Trainer
         if name == "CrAM+":
-            optimizer = CrAM(optimizer, compression=[TopK(0.5), TopK(0.7)], rho=0.05).attach(model)
+            optimizer = CrAM(optimizer, compression=[TopK(sparsity=0.5), TopK(sparsity=0.7)], rho=0.05).attach(model)
             kind = CrAMTrainer
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -91,7 +91,7 @@ def main() -> None:
             result = kind(model, arguments, train_dataset=train, optimizers=(optimizer, None)).train()
         model.cpu()
         pruned = copy.deepcopy(model)
-        prune(pruned, TopK(0.7))
+        prune(pruned, TopK(sparsity=0.7))
         dense, sparse = accuracy(model, test), accuracy(pruned, test)
         loss = result.training_loss
         print(f"{name:6} loss {loss:.3f}; test accuracy {dense:.1f} % dense, {sparse:.1f} % without 70 % of its weights", flush=True)

@@ -48,7 +48,7 @@ def export(
         path: of the file, NAME.safetensors, or NAME.onnx; a link is followed. A process that is killed leaves the old file, or none.
         format: "safetensors": dense with zeros; every reader reads it. "bitmask": smaller, for `read`. "cutlass-sm80": matrices packed for
             SM 8.x. "onnx": the model with dense weights, run through ONNX Runtime and compared.
-        pattern: what every tensor that is not excluded must hold, as far as its shape allows: see `check_nm`.
+        pattern: what every tensor but excluded ones and embedding tables must hold, as far as its shape allows: see `check_nm`.
         exclude: patterns of names that may stay dense, as in `fnmatch`.
         prune: prune what violates the pattern, in the file alone. Without it such a tensor is refused. Of a module no buffer is touched; a
             state dict does not tell buffers from weights: exclude them.
@@ -106,18 +106,22 @@ def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prun
     """The report of weights of which none violates the pattern; pruned in place where asked."""
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     report = check_weights(weights, pattern, exclude)
-    if prune and report.violating:
-        violating = {row.name for row in report.violating}
-        _prune_([weight for weight in weights if weight.name in violating], pattern)
+    if prune and (names := {row.name for row in _violating(report)}):
+        _prune_([weight for weight in weights if weight.name in names], pattern)
         report = check_weights(weights, pattern, exclude)
-    if report.violating:
-        row, *others = report.violating
+    if violating := _violating(report):
+        row, *others = violating
         more = f", and {len(others)} more tensors violate it" if others else ""
         how = "exclude it" if prune else "prune it (prune=True), or exclude it"
         raise ValueError(
             f"export: tensor {row.name!r} must be {pattern} along axis {row.axis}, got violations in {row.describe()}{more}; {how}"
         )
     return report
+
+
+def _violating(report: NMReport) -> list[Row]:
+    """Embedding tables may be dense, as `cram_kernels.prune` leaves them."""
+    return [row for row in report.violating if row.kind != "embedding"]
 
 
 def _prune_(weights: list[Weight], pattern: NM) -> None:
