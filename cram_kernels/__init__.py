@@ -4,10 +4,13 @@ from . import _native, _registration
 from .backend import BackendUnavailable, use_backend
 from .batchnorm import frozen_batchnorm, tune_batchnorm
 from .checkpoint import save
-from .optim import SAM, CrAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
+from .compat import SAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
+from .coverage import Coverage, CoverageTable
+from .optim import CrAM, StepInfo
 from .patterns import NM, Pattern, TopK
 from .prune import prune
 from .report import Report
+from .schedule import RhoWarmup, SparsityWarmup
 from .version import __version__
 from .warning import CrAMWarning
 
@@ -18,11 +21,16 @@ __all__ = [
     "NM",
     "SAM",
     "BackendUnavailable",
+    "Coverage",
+    "CoverageTable",
     "CrAM",
     "CrAMWarning",
     "NMTopkCrAM",
     "Pattern",
     "Report",
+    "RhoWarmup",
+    "SparsityWarmup",
+    "StepInfo",
     "TopK",
     "TopkCrAM",
     "TopkCrAMPeriod",

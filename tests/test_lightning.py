@@ -7,7 +7,7 @@ import torch
 from optim_cases import assert_same_bits, backward, batches, network, weights
 from torch import Tensor, nn
 
-from cram_kernels import CrAM, TopK
+from cram_kernels import CrAM, CrAMWarning, TopK
 from cram_kernels.integrations.lightning import TwoPassModule
 
 INSTALL = "`pip install 'cram_kernels[frameworks]'` brings it"
@@ -143,7 +143,8 @@ def test_fp16_takes_two_passes_with_the_mixin_alone(tmp_path):
     fit(net, tmp_path, plugins=[fp16()])
     assert len(net.losses) == 2 * STEPS and not net.second_pass
     assert_same_bits(weights(net.net), weights(judge))
-    fit(without, tmp_path, plugins=[fp16()])
+    with pytest.warns(CrAMWarning, match="plain step of the base"):
+        fit(without, tmp_path, plugins=[fp16()])
     assert len(without.losses) == STEPS
 
 

@@ -9,10 +9,8 @@ from optim_cases import assert_same_bits, backward, batches, clones, network, ra
 from torch import nn
 
 from cram_kernels import NM, CrAM, TopK, TopkCrAM, ops
-from cram_kernels.optim.arena import Arena, Slot
-from cram_kernels.optim.levels import _mix, draw
-from cram_kernels.optim.scalars import Scalars
-from cram_kernels.optim.selection import Selection
+from cram_kernels.optim.bucket import Slot, Workspace
+from cram_kernels.schedule import _mix, draw
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3)]
 
@@ -30,11 +28,11 @@ def gradients(seed: int, shapes=SHAPES) -> list[torch.Tensor]:
 
 def test_a_first_gradient_is_taken_over_without_a_copy():
     param = fresh()[0]
+    optimizer = CrAM([param], lr=0.1)
     param.grad = torch.ones_like(param)
-    slot, pointer = Slot(param), param.grad.data_ptr()
-    assert slot.has_gradient()
-    slot.keep_gradient()
-    assert slot.first.data_ptr() == pointer and slot.borrowed is None
+    pointer = param.grad.data_ptr()
+    optimizer.perturb()
+    assert [g.data_ptr() for g in optimizer.open_step.first[0]] == [pointer]
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -58,8 +56,8 @@ def test_strides_of_an_axis_of_size_1_cost_no_copy():
     param = nn.Parameter(torch.randn(8, 4, 1, 1))
     param.grad = torch.randn(8, 4).as_strided((8, 4, 1, 1), (4, 1, 4, 4))
     assert param.grad.stride() != param.stride()
-    slot = Slot(param)
-    assert slot.has_gradient() and slot.grad.stride() == param.stride() and slot.grad.data_ptr() == param.grad.data_ptr()
+    grad = Slot(param, 0, 0).fitted(param.grad)
+    assert grad.stride() == param.stride() and grad.data_ptr() == param.grad.data_ptr()
 
 
 # --- what a step is undone from ---
@@ -93,6 +91,7 @@ def test_an_interrupt_at_the_perturbing_op(monkeypatch, when, attached):
 
 
 def test_a_group_that_goes_between_the_halves_is_restored():
+    """The step is given up, and the next one is whole again."""
     params = fresh()
     optimizer = CrAM([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, compression=[TopK(0.5)])
     before = clones(params)
@@ -100,7 +99,10 @@ def test_a_group_that_goes_between_the_halves_is_restored():
     optimizer.perturb()
     del optimizer.param_groups[1]
     set_gradients(params, gradients(2))
-    optimizer.step()
+    with pytest.raises(RuntimeError, match="must be the same in both halves"):
+        optimizer.step()
+    assert_same_bits(params, before)
+    two_halves(optimizer, params[:2], gradients(1)[:2], gradients(2)[:2])
     assert_same_bits(params[2:], before[2:])
     assert not torch.equal(params[0], before[0])
 
@@ -134,7 +136,7 @@ def test_splitmix64():
 
 @pytest.mark.parametrize("seed", [0, -1, 2**64, 2**200])
 def test_any_seed_draws(seed):
-    drawn = [draw([{"cram_seed": seed, "cram_step": step}], 3) for step in range(300)]
+    drawn = [draw(seed, step, 3) for step in range(300)]
     assert all(70 <= drawn.count(level) <= 130 for level in range(3))
 
 
@@ -144,6 +146,7 @@ def test_a_step_that_was_given_up_draws_the_same_pattern():
     for seed in range(6):
         drawn = []
         for _ in range(3):
+            optimizer.restore()
             set_gradients(params, gradients(seed))
             optimizer.perturb()
             drawn.append(optimizer.last.pattern)
@@ -154,43 +157,48 @@ def test_a_step_that_was_given_up_draws_the_same_pattern():
 
 def test_numbers_stay_on_the_device_until_they_change():
     params = fresh()
-    slots = Arena().of([{"params": params[:1]}, {"params": params[1:]}])
-    scalars, cpu = Scalars(), torch.device("cpu")
-    same = [{"lr": 0.1}, {"lr": 0.1}]
-    rate = scalars.option("lr", same, slots, cpu)
-    assert rate.shape == () and scalars.option("lr", same, slots, cpu) is rate
-    assert scalars.option("lr", [{"lr": 0.1}, {"lr": 0.5}], slots, cpu).tolist() == torch.tensor([0.1, 0.5, 0.5]).tolist()
+    work, cpu = Workspace(), torch.device("cpu")
+    slots = work.follow([{"params": params[:1]}, {"params": params[1:]}])
+    rate = work.option("lr", [0.1, 0.1], slots, cpu)
+    assert rate.shape == () and work.option("lr", [0.1, 0.1], slots, cpu) is rate
+    assert work.option("lr", [0.1, 0.5], slots, cpu).tolist() == torch.tensor([0.1, 0.5, 0.5]).tolist()
     on_device = torch.tensor(0.25)
-    assert scalars.option("lr", [{"lr": on_device}, {"lr": 0.5}], slots, cpu).tolist() == [0.25, 0.5, 0.5]
-    assert scalars.option("lr", [{"lr": on_device}], slots[:1], cpu).data_ptr() == on_device.data_ptr()
+    assert work.option("lr", [on_device, 0.5], slots, cpu).tolist() == [0.25, 0.5, 0.5]
+    assert work.option("lr", [on_device], slots[:1], cpu).data_ptr() == on_device.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:CrAM. .* prunes none")
-def test_selection_is_kept_while_it_holds():
-    params = fresh()
-    optimizer = CrAM(params, lr=0.1)
-    slots, pattern = optimizer._arena.of(optimizer.param_groups), TopK(0.5)
-    first = optimizer._selection(pattern, slots)
-    assert first.sides[0].sets == [0, -1, 0] and first.sides[0].k == [pattern.k(128 + 288)]
-    assert optimizer._selection(pattern, list(slots)) is first
-    assert optimizer._selection(pattern, slots[:2]).sides[0].k == [pattern.k(128)]
-    optimizer.param_groups[0]["prune"] = False
-    assert optimizer._selection(pattern, slots).pruned == []
+def test_buckets_are_kept_while_they_hold():
+    params, pattern = fresh(), TopK(0.5)
+    groups = [{"params": params, "prune": True}]
+    work = Workspace()
+    slots = work.follow(groups)
+
+    def buckets(slots):
+        return work.buckets((pattern,), slots, groups, lambda slot, pattern: pattern.why_dense(slot.shape) if groups[0]["prune"] else "off")
+
+    first = buckets(slots)
+    assert first[0].sets == [0, -1, 0] and first[0].k.tolist() == [pattern.k(128 + 288)]
+    assert buckets(list(slots)) is first
+    assert buckets(slots[:2])[0].k.tolist() == [pattern.k(128)]
+    groups[0]["prune"] = False
+    assert buckets(slots)[0].pruned == []
 
 
 def test_weights_of_two_devices_are_not_ranked_together():
-    slots = [Slot(nn.Parameter(torch.empty(4, 4, device=device))) for device in ("cpu", "meta")]
+    work = Workspace()
+    slots = work.follow([{"params": [nn.Parameter(torch.empty(4, 4, device=device)) for device in ("cpu", "meta")]}])
     with pytest.raises(RuntimeError, match="one device, got cpu and meta"):
-        Selection(TopK(0.5), slots, [True, True])
-    assert [side.k for side in Selection(TopK(0.5, "tensor"), slots, [True, True]).sides] == [[8], [8]]
-    assert [side.sets for side in Selection(TopK(0.5), slots, [True, False]).sides] == [[0], [-1]]
+        work.make_buckets((TopK(0.5),), slots, lambda *_: None)
+    assert [b.numels for b in work.make_buckets((TopK(0.5, "tensor"),), slots, lambda *_: None)] == [(16,), (16,)]
+    assert [b.sets for b in work.make_buckets((TopK(0.5),), slots, lambda slot, _: None if slot is slots[0] else "other")] == [[0], [-1]]
 
 
 def test_masks_are_aligned_slices_of_one_buffer():
-    arena = Arena()
-    slots = arena.of([{"params": fresh([(3, 3), (16, 16), (2, 5)])}])
-    arena.allocate_bits(slots, 0)
-    bits = [s.bits[0] for s in slots]
+    work = Workspace()
+    slots = work.follow([{"params": fresh([(3, 3), (16, 16), (2, 5)])}])
+    work.allocate_masks(slots, TopK(0.5))
+    bits = [s.masks[TopK(0.5)] for s in slots]
     assert [b.numel() for b in bits] == [2, 32, 2] and all(b.data_ptr() % 16 == 0 for b in bits)
     assert len({b.untyped_storage().data_ptr() for b in bits}) == 1
 
@@ -223,7 +231,7 @@ def test_an_attached_model_is_copied(copied):
     optimizer.perturb()
     assert_same_bits(weights(alone), list(alone.state_dict(keep_vars=True)[k] for k, _ in alone.named_parameters()))
     for inside in (optimizer, model):
-        with pytest.raises(RuntimeError, match="within a step"):
+        with pytest.raises(RuntimeError, match="between perturb"):
             copied(inside)
     optimizer.restore()
     copied(model)

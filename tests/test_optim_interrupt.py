@@ -7,7 +7,7 @@ import torch
 from optim_cases import assert_same_bits, backward, batches, clones, network, weights
 from torch import nn
 
-from cram_kernels import NM, CrAM, TopK
+from cram_kernels import NM, CrAM, CrAMWarning, TopK
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 MULTI = {"compression": [TopK(0.8), TopK(0.5), NM(2, 4)], "mask_period": 2}
@@ -169,7 +169,8 @@ def test_perturb_heals_before_it_perturbs(pattern):
     optimizer.zero_grad()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         p.grad = q.grad = torch.full_like(p, 0.25)
-    optimizer.perturb()
+    with pytest.warns(CrAMWarning, match="perturb.. was called twice"):
+        optimizer.perturb()
     judge.perturb()
     assert_same_bits(weights(model), weights(other))
     backward(model, second)
@@ -243,7 +244,7 @@ def test_nested_blocks_are_refused_or_heal():
     try:
         with optimizer.perturbed():
             backward(model, batch)
-            with optimizer.perturbed():
+            with pytest.warns(CrAMWarning, match="called twice"), optimizer.perturbed():
                 pass
     except RuntimeError:
         pass

@@ -193,7 +193,7 @@ def test_an_optimizer_that_is_dropped_is_gone_at_once():
     p.grad = torch.ones(4, 4)
     optimizer.perturb()
     optimizer.restore()
-    gone = weakref.ref(optimizer._arena)
+    gone = weakref.ref(optimizer._workspace)
     gc.disable()
     try:
         del optimizer

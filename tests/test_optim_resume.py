@@ -120,7 +120,7 @@ def test_checkpoint_of_torch_loads(base):
     assert (group["lr"], group["rho"], group["cram_seed"], group["prune"]) == (options["lr"], 0.3, 4, True)
     for p in (params, other):
         set_gradients(p, grads(7))
-    ours.step()
+    ours.plain_step()
     theirs.step()
     for a, b in zip(params, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -141,7 +141,7 @@ def test_checkpoint_loads_into_torch(base):
     assert theirs.param_groups[0]["lr"] == options["lr"]
     for p in (params, other):
         set_gradients(p, grads(7))
-    ours.step()
+    ours.plain_step()
     theirs.step()
     for a, b in zip(params, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -164,18 +164,19 @@ def test_state_has_torchs_keys_dtypes_and_no_transients(base):
     assert set(theirs.state_dict()["param_groups"][0]) <= set(ours.state_dict()["param_groups"][0])
 
 
-def test_state_dict_between_the_halves():
-    """Taking one changes nothing: the step ends as it would have."""
+def test_state_dict_between_the_halves_is_refused():
+    """It would be that of half a step. Refusing it changes nothing: the step ends as it would have."""
     params, other = fresh(), fresh()
     ours, judge = (CrAM(p, compression=MIXED, lr=0.1, momentum=0.9) for p in (params, other))
     two_halves(judge, other, grads(1), grads(2))
     set_gradients(params, grads(1))
-    with ours.perturbed():
-        state = copy.deepcopy(ours.state_dict())
-        set_gradients(params, grads(2))
+    ours.perturb()
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) must not be called between perturb\(\) and step\(\), .* first"):
+        ours.state_dict()
+    set_gradients(params, grads(2))
     ours.step()
     assert_same_bits(params, other)
-    assert all(isinstance(v, (int, float, str, bool, list, tuple, type(None))) for v in state["param_groups"][0].values())
+    assert all(isinstance(v, (int, float, str, bool, list, tuple, type(None))) for v in ours.state_dict()["param_groups"][0].values())
 
 
 def test_loading_between_the_halves_heals_first():
@@ -187,6 +188,10 @@ def test_loading_between_the_halves_heals_first():
     set_gradients(params, grads(3))
     optimizer.perturb()
     optimizer.load_state_dict(checkpoint)
+    assert_same_bits(params, before)
+    set_gradients(params, grads(4))
+    with pytest.raises(RuntimeError, match="given up: the optimizer was loaded"):  # these gradients are those at perturbed weights
+        optimizer.step()
     assert_same_bits(params, before)
 
 
@@ -255,7 +260,7 @@ def test_old_and_fused_checkpoints_of_torch(kind, fused):
     ours.load_state_dict(checkpoint)
     for p in (params, other):
         set_gradients(p, grads(1))
-    ours.step()
+    ours.plain_step()
     theirs.step()
     for a, b in zip(params, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

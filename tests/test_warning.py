@@ -25,7 +25,8 @@ def test_frames_of_torch_are_passed_over() -> None:
 
 
 def test_embedding_tables_are_found_tied_ones_too() -> None:
-    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "bag": nn.EmbeddingBag(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)})
+    layers = {"table": nn.Embedding(8, 4), "bag": nn.EmbeddingBag(8, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 8, bias=False)}
+    model = nn.ModuleDict(layers)
     model["head"].weight = model["table"].weight
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in embedding_tables(model)]
     assert names == ["table.weight", "bag.weight", "head.weight"]

@@ -25,6 +25,10 @@ class TwoPassModule:
         Raises:
             RuntimeError: `accumulate_grad_batches` is not 1: Lightning has dropped the earlier batches, which the second pass needs.
         """
+        if getattr(self.trainer.fit_loop, "_skip_backward", False):  # the last epoch of StochasticWeightAveraging only measures batch norms
+            if optimizer_closure is not None:
+                optimizer_closure()
+            return
         accumulated = self.trainer.accumulate_grad_batches
         if accumulated != 1 and isinstance(optimizer.optimizer, CrAM):
             wanted = "be 1 (accumulate in manual optimization, with a closure over all micro-batches)"

@@ -1,7 +1,6 @@
-"""CrAM around torch's optimizers, and the published names for it."""
+"""CrAM around torch's optimizers."""
 
-from .cram import Coverage, CrAM
-from .last import Perturbation
-from .published import SAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
+from .cram import CrAM
+from .step_info import StepInfo
 
-__all__ = ["SAM", "Coverage", "CrAM", "NMTopkCrAM", "Perturbation", "TopkCrAM", "TopkCrAMPeriod"]
+__all__ = ["CrAM", "StepInfo"]

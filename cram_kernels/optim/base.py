@@ -6,29 +6,44 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from .options import unwrapped
+
 
 class Wrapper(Optimizer):
-    """Groups and state are the very objects of the base optimizer, whatever is added, loaded or copied.
+    """Groups and state live in the base optimizer alone: here they are properties, so they cannot part, whatever is loaded or assigned.
 
     Args:
         base: the base optimizer.
-        options: defaults of group options, beside those of the base.
+        options: defaults of our own group options.
     """
 
     _copied: tuple[str, ...] = ("base_optimizer",)  # attributes that go with a copy or a pickle, beside those of torch
 
     def __init__(self, base: Optimizer, options: dict[str, Any]) -> None:
-        self.base_optimizer = base
-        super().__init__(base.param_groups, {**base.defaults, **options})
-        self.state = base.state
-        self._link()
+        # torch's own constructor would add every group once more: its __setstate__ makes the hook tables, and nothing else.
+        Optimizer.__setstate__(self, {"base_optimizer": base, "defaults": {**base.defaults, **options}})
+        for group in base.param_groups:
+            for key, value in options.items():
+                group.setdefault(key, value)
 
-    def _link(self) -> None:
-        """Give the base our groups and state; its own __setstate__ does so, and brings what an old checkpoint lacks up to date."""
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base_optimizer.param_groups
 
-    def _check_group(self, index: int) -> None:
-        """Raise ValueError where a new group cannot be worked with."""
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def _check_new_group(self, index: int) -> None:
+        """Raise ValueError where the group at this index, just added, cannot be worked with."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; options that the group does not have are those of the constructor.
@@ -36,28 +51,29 @@ class Wrapper(Optimizer):
         Raises:
             ValueError: as the constructor. Nothing was changed.
         """
-        if self.param_groups is self.base_optimizer.param_groups:
-            self.base_optimizer.add_param_group(param_group)
-            for key, value in self.defaults.items():
-                param_group.setdefault(key, value)
-        else:  # within the constructor, where the base has the group already
-            super().add_param_group(param_group)
+        self.base_optimizer.add_param_group(param_group)
+        for key, value in self.defaults.items():
+            param_group.setdefault(key, value)
         try:
-            self._check_group(len(self.param_groups) - 1)
+            self._check_new_group(len(self.param_groups) - 1)
         except ValueError:
             self.param_groups.pop()
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {key: self.__dict__[key] for key in self._copied}
+        return {"defaults": self.defaults} | {key: self.__dict__[key] for key in self._copied}  # no hooks, as in torch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For copies and pickles, and as the last part of torch's load_state_dict: there, what a loaded group lacks keeps its value."""
-        for old, new in zip(self.__dict__.get("param_groups", ()), state["param_groups"], strict=False):
-            for key, value in old.items():
-                new.setdefault(key, value)
-        super().__setstate__(state)
-        self._link()
+        """For copies and pickles; and torch's load_state_dict and scripts call it with new state or groups, whose missing options keep their values."""
+        base = state.get("base_optimizer") or self.base_optimizer
+        shared = {key: value for key, value in state.items() if key in ("state", "param_groups")}
+        if "param_groups" in shared:
+            for old, new in zip(base.param_groups, shared["param_groups"], strict=False):
+                for key, value in old.items():
+                    new.setdefault(key, value)
+        super().__setstate__({key: value for key, value in state.items() if key not in shared})
+        if shared:  # the base's own __setstate__ brings what an old checkpoint lacks up to date
+            base.__setstate__({"state": base.state, "param_groups": base.param_groups} | shared)
 
 
 def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, options: dict[str, Any]) -> Optimizer:
@@ -68,14 +84,14 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, o
     """
     if isinstance(params, Optimizer):
         params, base_optimizer = None, params
+    if isinstance(params, nn.Module):
+        params = list(unwrapped(params).named_parameters())
     if isinstance(base_optimizer, Optimizer):
         base = base_optimizer
         if options:
             raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(options)} beside the instance")
         if params is not None:
             _name(base, params)
-    elif isinstance(params, nn.Module):
-        raise ValueError(f"CrAM: params must be parameters, got the model itself ({type(params).__name__}): model.parameters()")
     elif not callable(base_optimizer):
         raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
     elif params is None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..patterns import NM, Pattern, TopK
-from .arena import Slot
-from .cram import CrAM
+from .optim.bucket import Slot
+from .optim.cram import CrAM
+from .patterns import NM, Pattern, TopK
 
 
 class SAM(CrAM):
@@ -35,14 +35,15 @@ class SAM(CrAM):
             ValueError: no closure, and no step that `first_step()` began.
             RuntimeError: as `CrAM.step`.
         """
-        given = self._of_scaler(closure)
         if closure is not None:
+            self._of_scaler(closure)
             with self._released_on_error():
                 self._second_half(closure)
-        elif self._arena.begun is None:
+        elif self._workspace.open is None:
+            self._of_scaler(None)
             raise ValueError(f"{type(self).__name__}.step: closure must be given, got None; or call first_step() and second_step()")
         else:
-            self._update(given)
+            self._finish()
 
     def update_state_dict(self) -> None:
         """Nothing to do: the state of the base optimizer is ours."""

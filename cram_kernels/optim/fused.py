@@ -1,0 +1,166 @@
+"""The last part of a step: restore the weights, form the gradient of the update, and take a step of the base optimizer.
+
+SGD, Adam and AdamW are one op a device; their state is made and kept as torch makes it, so that checkpoints go both ways. New state hangs in
+`state` before the op runs, so an interrupt cannot lose it. Torch's flags for how to run (`foreach`, `fused`) choose among its own
+implementations; as in torch, `fused` and `capturable` put Adam's step counter on the device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from .. import ops
+from ..distributed import whole_of
+from .bucket import Slot, Workspace, kept_state, per_tensor
+from .open_step import Columns
+from .precision import Factor, on, skipped
+
+Hooks = list[Callable[..., Any]]
+
+
+class Update:
+    """One update of the base optimizer.
+
+    Args:
+        first: the factor of the first gradients.
+        second: the factor of the second gradients, or of those of a plain step.
+        perturbed: whether the update ends an open step.
+    """
+
+    def __init__(self, base: Optimizer, workspace: Workspace, first: Factor, second: Factor, perturbed: bool) -> None:
+        self.base, self.workspace, self.first, self.second, self.perturbed = base, workspace, first, second, perturbed
+        self.groups = base.param_groups
+
+    def run(self, parts: list[Columns], pre_hooks: Hooks, post_hooks: Hooks) -> None:
+        """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined gradient
+        in `p.grad`, where a pre-hook may change it."""
+        base, op = self.base, FUSED.get(type(self.base))
+        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for
+        if op is not None and not pre_hooks and not post_hooks:
+            for part in parts:
+                op(self, part)
+            return
+        parts = self._combined(parts)
+        if skipped(self.second):
+            return
+        self.second = Factor()
+        if op is None:
+            base.step()
+            return
+        for hook in pre_hooks:
+            hook(base, (), {})
+        for part in parts:
+            part.grads = [slot.nothing if slot.param.grad is None else slot.fitted(slot.param.grad) for slot in part.slots]
+            op(self, part)
+        for hook in post_hooks:
+            hook(base, (), {})
+
+    def _combined(self, parts: list[Columns]) -> list[Columns]:
+        """Restore the weights and put the combined gradient into `p.grad`; the columns of a plain step with it."""
+        for part in parts:
+            if self.perturbed or self.second.inv_scale is not None:
+                ops.restore_combine_(*part.common(), **self.factors(part))
+            for i, slot in enumerate(part.slots):
+                grad = part.grads[i] if part.grads else slot.nothing
+                slot.param.grad = whole_of(slot.param, part.first[i] if grad is slot.nothing else grad)
+        return [Columns(part.slots, part.grads, part.flag) for part in parts]
+
+    def factors(self, part: Columns) -> dict[str, Any]:
+        """The keyword arguments that every restoring op shares."""
+        return {
+            "inv_scale": on(self.second.inv_scale, part.device),
+            "first_inv_scale": on(self.first.inv_scale, part.device),
+            "found_inf": on(self.second.found_inf, part.device),
+            "masters": part.masters(),
+        }
+
+    def numbers(self, part: Columns, *names: str, kind: Callable[[Any], Any] = float) -> dict[str, list[Any]]:
+        """Group options as the ops take them: one value for all, or one a parameter."""
+        return {name: per_tensor([kind(group[name]) for group in self.groups], part.slots) for name in names}
+
+    def lr(self, part: Columns) -> Tensor:
+        return self.workspace.option("lr", [group["lr"] for group in self.groups], part.slots, part.device)
+
+    def sgd(self, part: Columns) -> None:
+        """One step of torch.optim.SGD."""
+        used = [group["momentum"] != 0 for group in self.groups]
+        buffers, new = [], []
+        for slot in part.slots:
+            if not used[slot.group]:
+                buffers += (slot.nothing,)
+                continue
+            state = self.base.state[slot.param]
+            buffer = state["momentum_buffer"] if "momentum_buffer" in state else None
+            if buffer is None:
+                buffer = state["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+                new.append(slot)
+            if (
+                slot.spread
+                or buffer.stride() != slot.strides
+                or buffer.dtype is not (slot.dtype if slot.master is slot.nothing else torch.float32)
+            ):
+                buffer = kept_state(state, slot, "momentum_buffer")
+            buffers += (buffer,)
+        try:
+            ops.restore_sgd_(
+                *part.common(),
+                buffers if any(used) else [],
+                [int(slot in new) for slot in part.slots] if new else [0],
+                self.lr(part),
+                **self.numbers(part, "momentum", "dampening", "weight_decay"),
+                **self.numbers(part, "nesterov", "maximize", kind=int),
+                **self.factors(part),
+            )
+        except Exception:
+            self._forget(new)
+            raise
+        if new and skipped(self.second):  # waits for the device, but only where a parameter takes its first step under a GradScaler
+            self._forget(new)
+
+    def _forget(self, slots: list[Slot]) -> None:
+        """The first momentum of these was not written: the next step is their first one."""
+        for slot in slots:
+            del self.base.state[slot.param]["momentum_buffer"]
+
+    def adam(self, part: Columns) -> None:
+        """One step of torch.optim.Adam or AdamW."""
+        decoupled = [group["decoupled_weight_decay"] for group in self.groups]
+        if any(decoupled) and not all(decoupled):
+            raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
+        slots = part.slots
+        states = [self._adam_state(slot) for slot in slots]
+        amsgrad = [group["amsgrad"] for group in self.groups]
+        ops.restore_adam_(
+            *part.common(),
+            [kept_state(state, slot, "exp_avg") for state, slot in zip(states, slots, strict=True)],
+            [kept_state(state, slot, "exp_avg_sq") for state, slot in zip(states, slots, strict=True)],
+            [kept_state(t, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for t, s in zip(states, slots, strict=True)],
+            [state["step"] for state in states],
+            self.lr(part),
+            beta1=per_tensor([float(group["betas"][0]) for group in self.groups], slots),
+            beta2=per_tensor([float(group["betas"][1]) for group in self.groups], slots),
+            decoupled=any(decoupled),
+            **self.numbers(part, "eps", "weight_decay"),
+            **self.numbers(part, "amsgrad", "maximize", kind=int),
+            **self.factors(part),
+        )
+
+    def _adam_state(self, slot: Slot) -> dict[str, Any]:
+        """As torch makes it, where it is not there yet."""
+        state, group = self.base.state[slot.param], self.groups[slot.group]
+        if "step" not in state:
+            home = slot.device if group["capturable"] or group["fused"] else "cpu"
+            first = {"step": torch.zeros((), dtype=torch.float32, device=home)}
+            first |= {key: torch.zeros_like(slot.param, dtype=slot.state_dtype()) for key in ("exp_avg", "exp_avg_sq")}
+            state.update(first)  # all of it or, out of memory, nothing
+        elif state["step"].dtype != torch.float32:  # made under a default dtype of float64
+            state["step"] = state["step"].float()
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+        return state
+
+
+FUSED = {SGD: Update.sgd, Adam: Update.adam, AdamW: Update.adam}

@@ -1,0 +1,157 @@
+"""The two halves of a step, in order. Whatever raises in one of them leads back to clean weights."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from .. import schedule
+from ..patterns import Pattern
+from ..warning import warn
+from .bucket import Bucket, Slot, by_device
+from .fused import Update
+from .open_step import Columns, OpenStep
+from .options import check_group_options
+from .precision import Factor, clipped, first_factor, note_versions, prepare_masters, second_factor, skipped, total_norm
+
+if TYPE_CHECKING:
+    from .cram import CrAM
+
+
+def check_groups(optimizer: "CrAM") -> None:
+    """Raise where somebody has put something into a group that a step cannot work with."""
+    for group in optimizer.param_groups:
+        if "rho" not in group or "cram_step" not in group:
+            message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
+            raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
+        check_group_options(group)
+
+
+def choices(optimizer: "CrAM") -> list[tuple[Pattern, ...]]:
+    """The patterns among which each group draws in the next step."""
+    found = []
+    for group in optimizer.param_groups:
+        own = group["compression"]
+        if own is None:
+            own = optimizer.compression
+        elif type(own) is not tuple:  # a script has put something there
+            own = schedule.checked_compression(own)
+        found.append(schedule.patterns_of(own, group["cram_step"]))
+    return found
+
+
+@torch.no_grad()
+def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
+    """The first half: move the weights uphill and prune them. Clean weights are given."""
+    work, groups = optimizer._workspace, optimizer.param_groups
+    check_groups(optimizer)
+    factor = first_factor(scaler, optimizer)
+    lists = choices(optimizer)
+    levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
+    patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
+    if optimizer._hooks is not None:
+        optimizer._hooks.check_synced(any(g["plus"] or (g["sparse_grad"] and p is not None) for g, p in zip(groups, patterns, strict=True)))
+    work.follow(groups)
+    active, grads = work.gradients(converted=True)
+    if not active:
+        warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
+    try:
+        if optimizer.master_weights:
+            prepare_masters(optimizer.base_optimizer, active)
+        factor, divisor, norm = _clipped(optimizer, active, grads, factor)
+        buckets = work.buckets(patterns, active, groups, optimizer._why_dense)
+        step = work.open = OpenStep(buckets, work.slots, optimizer._hooks, factor, scaler)
+        by_slot = dict(zip(active, grads, strict=True))
+        reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if optimizer.mask_period > 1 else set()
+        info = step.perturb(
+            by_slot,
+            groups,
+            work,
+            [schedule.rho_of(group) for group in groups],
+            divisor,
+            reused,
+            optimizer.mask_period > 1,
+            optimizer.master_weights,
+        )
+        work.last = replace(info, patterns=patterns, level=levels[0] if levels else None, first_grad_norm=norm)
+        step.keep_gradients(by_slot, groups)
+        for slot in active:
+            slot.param.grad = None
+        if optimizer._hooks is not None:
+            optimizer._hooks.reshard()
+            optimizer._hooks.unsynced.clear()
+        torch.clear_autocast_cache()  # of casts of the clean weights
+    except BaseException:
+        optimizer.restore()
+        raise
+
+
+def _reused(optimizer: "CrAM", buckets: list[Bucket], known: set[Pattern]) -> set[Pattern | None]:
+    """The patterns whose masks of an earlier step are taken. All masks must be there: a parameter may be new, or have its first gradient."""
+    optimizer._workspace.keep_masks(known)
+    uses = schedule.uses_of(optimizer.param_groups)
+    due = {p for p in known if uses.get(schedule.key_of(p), 0) % optimizer.mask_period == 0}
+    lacking = {b.pattern for b in buckets if any(b.pattern not in s.finished for s in b.pruned)}
+    return {b.pattern for b in buckets if b.pattern is not None} - due - lacking
+
+
+def _clipped(optimizer: "CrAM", slots: list[Slot], grads: list[Tensor], factor: Factor) -> tuple[Factor, Tensor | None, Tensor | None]:
+    """The factor that also clips; what divides rho, None where nothing does; the norm before clipping, None where nobody asks for it."""
+    if not slots or not (optimizer.normalize_grad or optimizer.grad_norms or optimizer.max_grad_norm is not None):
+        return factor, None, None
+    norm = after = total_norm(slots, grads, factor)
+    if optimizer.max_grad_norm is not None:
+        factor, after = clipped(factor, norm, optimizer.max_grad_norm)
+    return factor, after if optimizer.normalize_grad else None, norm
+
+
+@torch.no_grad()
+def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
+    """The second half, or a plain step where none is open; `given` by a GradScaler.
+
+    The order matters: state is there before an op writes it, and the step is counted last, so an interrupt at any line leaves clean weights,
+    or weights that `restore()` makes clean.
+    """
+    work, step, base = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer
+    try:
+        work.updating = True
+        check_groups(optimizer)
+        work.follow(optimizer.param_groups)
+        active, grads = work.gradients(converted=step is None)
+        columns, rest = [], active
+        if step is not None:
+            if step.slots is not work.slots:
+                raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")
+            if not active:
+                warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
+            step.check_first()
+            columns, rest = step.columns(active, grads)
+        if optimizer.master_weights:
+            prepare_masters(base, rest)
+        by_slot = dict(zip(active, grads, strict=True)) if rest else {}
+        columns += [Columns(slots, [by_slot[s] for s in slots], work.flag(device, 0)) for device, slots in by_device(rest)]
+        first = Factor() if step is None else step.factor
+        factor = second_factor(given, first, None if step is None else step.scaler, optimizer)
+        factor, _, norm = _clipped(optimizer, active, grads, factor)
+        pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if hook is not optimizer._guard]
+        Update(base, work, first, factor, step is not None).run(columns, pre_hooks, list(base._optimizer_step_post_hooks.values()))
+        for part in columns if optimizer.master_weights else ():
+            note_versions(part.slots)
+        if step is not None and step.renewed and skipped(factor):  # waits for the device, where masks are kept under a GradScaler
+            step.forget_masks()  # of gradients that overflowed
+    except BaseException:
+        optimizer.restore()
+        raise
+    finally:
+        work.updating = False
+    for slot in work.slots:
+        slot.param.grad = None
+    if step is None:
+        torch.clear_autocast_cache()  # of casts of the weights before the step
+        return
+    step.end()
+    work.open, work.last = None, work.last and replace(work.last, second_grad_norm=norm)
+    known = {schedule.key_of(p) for c in choices(optimizer) for p in c} if step.kept_patterns else set()
+    schedule.count(optimizer.param_groups, step.kept_patterns, known)

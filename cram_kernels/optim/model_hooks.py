@@ -1,0 +1,87 @@
+"""A model that knows of its optimizer: its state_dict() has no perturbed weights, what is loaded into it stays, its batch norms keep still."""
+
+import weakref
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from ..batchnorm import frozen_batchnorm
+
+if TYPE_CHECKING:
+    from .cram import CrAM
+
+
+class ModelHooks:
+    """Hooks of every module of the model, so that the state_dict of a part of it is right, too.
+
+    The hooks know the optimizer by a weak reference: a model keeps no optimizer, and none of its memory, alive. In a copy of the model they
+    do nothing; the copy of the optimizer, if it was copied too, attaches itself to it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: "CrAM") -> None:
+        self.model, self.optimizer = model, weakref.ref(optimizer)
+        self.handles: list[Any] = []
+        self.unsynced: dict[nn.Module, bool] = {}  # DDP -> whether it has left the gradients of its last pass to each rank
+        self.sharded = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]  # by FSDP2
+        for module in model.modules():
+            self.handles.append(module.register_state_dict_post_hook(_Hook(self, "after_state_dict")))
+            self.handles.append(module.register_load_state_dict_pre_hook(_Hook(self, "before_load")))
+            if isinstance(module, DDP):
+                self.handles.append(module.register_forward_hook(_Hook(self, "after_forward")))
+
+    def after_state_dict(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        optimizer = self.optimizer()
+        if optimizer is None or (step := optimizer.open_step) is None:
+            return
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if prefix + name in state_dict and (saved := step.unperturbed(param)) is not None:
+                state_dict[prefix + name] = saved
+
+    def before_load(self, *args: Any) -> None:
+        """What is loaded within a step must not be overwritten by the weights that were saved before: those come back first."""
+        if (optimizer := self.optimizer()) is not None:
+            optimizer.give_up("the model was loaded between perturb() and step()")
+
+    def after_forward(self, module: DDP, *_: Any) -> None:
+        if torch.is_grad_enabled():  # the pass after this one goes by it, whatever no_sync() does until then
+            self.unsynced[module] = not module.require_backward_grad_sync
+
+    def check_synced(self, needed: bool) -> None:
+        """Raise where the first gradients are needed on all ranks alike, and a DDP model has not shared them."""
+        if needed and any(self.unsynced.values()):
+            wanted = "be the same on all ranks (or plus=False, sparse_grad=False)"
+            raise RuntimeError(f"CrAM: the first gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
+
+    def frozen_batchnorm(self) -> AbstractContextManager[None]:
+        return frozen_batchnorm(self.model)
+
+    def reshard(self) -> None:
+        """The root of an FSDP model keeps a whole copy of its weights after a forward pass: an old one after a change of the shards."""
+        for module in self.sharded:
+            module.reshard()  # type: ignore[operator]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def __del__(self) -> None:
+        self.remove()
+
+
+class _Hook:
+    """A method of a `ModelHooks`, held weakly; a copy or a pickle of it does nothing."""
+
+    def __init__(self, hooks: ModelHooks | None = None, name: str = "") -> None:
+        self.hooks, self.name = (lambda: None) if hooks is None else weakref.ref(hooks), name
+
+    def __call__(self, *args: Any) -> None:
+        if (hooks := self.hooks()) is not None:
+            getattr(hooks, self.name)(*args)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        if (hooks := self.hooks()) is not None and (optimizer := hooks.optimizer()) is not None:
+            optimizer.refuse_within_step("copy or pickle of the model")
+        return _Hook, ()

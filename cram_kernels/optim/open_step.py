@@ -1,0 +1,324 @@
+"""What lives between the two halves of a step. The optimizer has one `OpenStep` or none; it alone brings the weights back."""
+
+import contextlib
+import sys
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+
+from .. import ops
+from ..distributed import local_of, local_ranks, whole_mesh, whole_of
+from ..params import OPEN_STEPS
+from ..patterns import NM, Pattern, TopK
+from ..schedule import Groups
+from .bucket import Bucket, Slot, Workspace, present
+from .model_hooks import ModelHooks
+from .precision import Factor, note_versions, on
+from .step_info import StepInfo
+
+NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
+
+
+class Columns:
+    """What an update takes: the parameters of one device as lists with one entry each. Empty lists: absent for all.
+
+    Attributes:
+        saved: where the clean weights are, of those that are perturbed; first: their first gradients; masks: of their second gradients.
+        grads: the second gradients, or those of a plain step.
+        flag: int32 [], whether they are perturbed.
+    """
+
+    def __init__(self, slots: list[Slot], grads: list[Tensor], flag: Tensor, saved: Any = (), first: Any = (), masks: Any = ()) -> None:
+        self.slots, self.grads, self.flag, self.saved, self.first, self.masks = slots, grads, flag, saved, first, masks
+        self.device, self.params = slots[0].device, [s.local for s in slots]
+
+    def common(self) -> tuple[Any, ...]:
+        """The arguments with which every restoring op begins: params ... perturbed."""
+        return self.params, self.saved, self.grads, self.first, self.masks, self.flag
+
+    def masters(self) -> list[Tensor]:
+        return present([s.master for s in self.slots], self.slots)
+
+
+class OpenStep:
+    """A step that `perturb()` has begun.
+
+    Args:
+        slots: of all parameters of the optimizer.
+        hooks: of the model, whose batch norms keep still meanwhile.
+        factor: of the first gradients.
+        scaler: theirs.
+
+    Attributes:
+        perturbed: whether weights are, or may be, perturbed: True before the op runs, False after it is undone.
+        given_up: why the step ended without an update, for the error of the `step()` that does not know of it yet.
+    """
+
+    def __init__(
+        self, buckets: list[Bucket], slots: list[Slot], hooks: ModelHooks | None, factor: Factor, scaler: GradScaler | None
+    ) -> None:
+        self.buckets, self.slots, self.hooks, self.factor, self.scaler = buckets, slots, hooks, factor, scaler
+        self.masks: list[list[Tensor]] = [[] for _ in buckets]  # of the second gradients
+        self.first: list[list[Tensor]] = [[] for _ in buckets]  # the first gradients, where they are part of the update
+        self.owners: list[list[Tensor]] = [[] for _ in buckets]  # what they are the local part of
+        self.versions: list[list[int]] = [[] for _ in buckets]
+        self.renewed: list[tuple[Slot, Pattern]] = []  # masks that this step has computed, to be kept
+        self.kept_patterns: list[Pattern] = []
+        self.perturbed = False
+        self.given_up: str | None = None
+        self.frozen: AbstractContextManager[None] = contextlib.nullcontext()
+
+    # --- the first half ---
+
+    def perturb(
+        self,
+        grads: dict[Slot, Tensor],
+        groups: Groups,
+        workspace: Workspace,
+        rhos: list[Any],
+        norm: Tensor | None,
+        reused: set[Pattern | None],
+        keep: bool,
+        masters: bool,
+    ) -> StepInfo:
+        """Save the weights, move them uphill and prune them.
+
+        Args:
+            grads: the gradient of each slot.
+            rhos: one a group.
+            norm: float32 []: divides rho.
+            reused: patterns whose masks of an earlier step are taken.
+            keep: the masks are kept for later steps.
+            masters: the optimizer keeps master weights.
+        """
+        for bucket in self.buckets:
+            bucket.prepare(masters)
+        self.perturbed = True
+        OPEN_STEPS.add(self)
+        if self.hooks is not None:
+            self.frozen = self.hooks.frozen_batchnorm()
+            self.frozen.__enter__()
+        results = []
+        for i, bucket in enumerate(self.buckets):
+            rho = workspace.option("rho", rhos, bucket.slots, bucket.device)
+            if norm is not None:
+                rho = rho / (norm.to(bucket.device) + 1e-12)
+            reuse = bucket.pattern in reused
+            masks = self._masks(bucket, groups, workspace, keep, reuse)
+            results.append(self._run(bucket, [grads[s] for s in bucket.slots], masks, rho, reuse))
+            for slot in bucket.pruned if keep else ():
+                slot.finished.add(bucket.pattern)  # type: ignore[arg-type]
+                if not reuse:
+                    self.renewed.append((slot, bucket.pattern))  # type: ignore[arg-type]
+            dense = [not groups[s.group]["sparse_grad"] for s in bucket.slots]
+            self.masks[i] = (
+                present([s.nothing if no else m for s, m, no in zip(bucket.slots, masks, dense, strict=True)], bucket.slots)
+                if masks
+                else []
+            )
+        self.kept_patterns = [b.pattern for b in self.buckets if b.pattern is not None] if keep else []
+        if self.factor.found_inf is not None:
+            for mesh in whole_mesh([s.param for bucket in self.buckets for s in bucket.slots]):
+                mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
+        found = [r for r in results if r is not None]
+        return StepInfo(
+            thresholds=_joined([thresholds for thresholds, _ in found]),
+            stats=_joined([stats for _, stats in found]),
+            numels=tuple(n for bucket in self.buckets for n in bucket.numels),
+        )
+
+    def _masks(self, bucket: Bucket, groups: Groups, workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
+        """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
+        masked = bucket.pruned if keep else [s for s in bucket.pruned if groups[s.group]["sparse_grad"]]
+        if not masked:
+            return []
+        key = bucket.pattern if keep else None
+        workspace.allocate_masks(masked, key)
+        if keep and not reuse:
+            for slot in masked:
+                slot.finished.discard(bucket.pattern)  # type: ignore[arg-type]
+        if len(masked) == len(bucket.slots):
+            return [s.masks[key] for s in masked]
+        wanted = set(masked)
+        return [s.masks[key] if s in wanted else s.nothing for s in bucket.slots]
+
+    def _run(self, bucket: Bucket, grads: list[Tensor], masks: list[Tensor], rho: Tensor, reuse: bool) -> tuple[Tensor, Tensor] | None:
+        """The op of this bucket; thresholds and statistics where it ranks."""
+        pattern = bucket.pattern
+        common = (bucket.params, grads, bucket.saved, masks, bucket.flag, rho)
+        found_inf = on(self.factor.found_inf, bucket.device)
+        amp: dict[str, Any] = {"inv_scale": on(self.factor.inv_scale, bucket.device), "found_inf": found_inf, "masters": bucket.masters}
+        result = None
+        if isinstance(pattern, TopK) and not reuse:
+            k, over_ranks = _local_k(bucket, grads, rho, amp)
+            thresholds, stats = ops.perturb_topk_(*common, bucket.sets, k, **amp)
+            result = thresholds if over_ranks is None else torch.where(over_ranks == NOT_SPREAD, thresholds, over_ranks), stats
+        elif isinstance(pattern, NM) and not reuse:
+            ops.perturb_nm_(*common, bucket.prune, pattern.n, pattern.m, **amp)
+        else:
+            ops.perturb_masked_(*common, **amp)
+        shared = self.factor.found_inf
+        if shared is not None and found_inf is not None and found_inf is not shared:  # a device that is not the scaler's
+            shared.add_(found_inf.to(shared.device))
+        return result
+
+    def keep_gradients(self, grads: dict[Slot, Tensor], groups: Groups) -> None:
+        """Keep the first gradients of the groups that add them to the second ones (`plus`)."""
+        plus = [group["plus"] for group in groups]
+        for i, bucket in enumerate(self.buckets):
+            if not any(plus):
+                continue
+            slots = [s if plus[s.group] else None for s in bucket.slots]
+            first = [b.nothing if s is None else grads[s] for s, b in zip(slots, bucket.slots, strict=True)]
+            owners: list[Any] = [g if s is None else s.param.grad for s, g in zip(slots, first, strict=True)]
+            # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
+            whole = [local_of(o) for o in owners] if bucket.spread else owners
+            for j, t in enumerate(whole):
+                if t._base is not None or t.untyped_storage().nbytes() != t.nbytes:
+                    slot = bucket.slots[j]
+                    if slot.borrowed is None:
+                        slot.borrowed = torch.empty_like(slot.local)
+                    first[j] = owners[j] = slot.borrowed.copy_(first[j])
+            self.first[i], self.owners[i] = first, owners
+            self.versions[i] = [g._version + o._version for g, o in zip(first, owners, strict=True)]
+
+    # --- the second half ---
+
+    def check_first(self) -> None:
+        """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
+        for i, bucket in enumerate(self.buckets):
+            now = [g._version + o._version for g, o in zip(self.first[i], self.owners[i], strict=True)]
+            if now != self.versions[i]:
+                slot = next(s for s, a, b in zip(bucket.slots, now, self.versions[i], strict=True) if a != b)
+                where = f"parameter {slot.position} of group {slot.group}"
+                raise RuntimeError(
+                    f"CrAM: the first gradient of {where} must be left alone after perturb(), got it overwritten: copy it before"
+                )
+
+    def forget_masks(self) -> None:
+        """The masks of this step are not to be used again."""
+        for slot, pattern in self.renewed:
+            slot.finished.discard(pattern)
+
+    def columns(self, active: list[Slot], grads: list[Tensor]) -> tuple[list[Columns], list[Slot]]:
+        """The perturbed parameters as an update takes them, and those of `active` that are not perturbed. Parameters with neither gradient
+        are restored here, with all others, and left out.
+
+        Args:
+            active: slots with a second gradient, and those gradients.
+        """
+        found: list[Columns] = []
+        if len(self.buckets) == 1 and self.buckets[0].slots == active:
+            bucket = self.buckets[0]
+            return [Columns(active, grads, bucket.flag, bucket.saved, self.first[0], self.masks[0])], []
+        second = dict(zip(active, grads, strict=True))
+        perturbed = {s for bucket in self.buckets for s in bucket.slots}
+        for i, bucket in enumerate(self.buckets):
+            lists = [
+                bucket.saved or [s.nothing for s in bucket.slots],
+                self.first[i] or [s.nothing for s in bucket.slots],
+                self.masks[i] or [s.nothing for s in bucket.slots],
+            ]
+            rows = [
+                (slot, second.get(slot, slot.nothing), *rest)
+                for slot, *rest in zip(bucket.slots, *lists, strict=True)
+                if slot in second or rest[1] is not slot.nothing
+            ]
+            if len(rows) < len(bucket.slots):
+                self.restore()
+            if rows:
+                slots, gradients, *rest = (list(column) for column in zip(*rows, strict=True))
+                found.append(Columns(slots, present(gradients, slots), bucket.flag, *(present(column, slots) for column in rest)))
+        return found, [s for s in active if s not in perturbed]
+
+    # --- the end ---
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the weights back, to the bit. Idempotent: the ops know by their flag whether they have something to do."""
+        if not self.perturbed:
+            return
+        for bucket in self.buckets:
+            if bucket.device.type == "cpu" and int(bucket.flag) == 0:
+                continue  # the op refused its arguments: it would refuse them here, too
+            same = [s for s in bucket.slots if s.holds()]
+            if len(same) < len(bucket.slots) and int(bucket.flag) != 0:  # the model was converted within the step: no op takes such a pair
+                for slot in set(bucket.slots).difference(same):
+                    local_of(slot.param).copy_(slot.saved if slot.master is slot.nothing else slot.master)
+            saved = [s.saved if s.master is s.nothing and s.saved is not None else s.nothing for s in same]
+            ops.restore_([s.local for s in same], present(saved, same), bucket.flag, masters=present([s.master for s in same], same))
+            note_versions(same)
+        self.end()
+
+    def end(self) -> None:
+        """The weights are back, by `restore` or by an update."""
+        torch.clear_autocast_cache()  # of casts of the perturbed weights
+        if self.hooks is not None:
+            self.hooks.reshard()
+        self.frozen.__exit__(None, None, None)
+        OPEN_STEPS.discard(self)
+        self.perturbed = False
+
+    def give_up(self, reason: str) -> None:
+        """End the step from outside; the next step() of its optimizer says why."""
+        self.restore()
+        self.given_up = reason
+        self.first, self.owners = [], []
+
+    def __del__(self) -> None:
+        """An optimizer that is collected within a step leaves the clean weights behind."""
+        if getattr(self, "perturbed", False) and not sys.is_finalizing():
+            self.restore()
+
+    # --- questions from outside ---
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[Bucket, int]]:
+        return {id(slot.param): (bucket, i) for bucket in self.buckets for i, slot in enumerate(bucket.slots)}
+
+    def _place(self, param: Tensor) -> tuple[Bucket, int] | None:
+        place = self._places.get(id(param)) if self.perturbed else None
+        return None if place is None or int(place[0].flag) == 0 else place
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether the parameter is perturbed now."""
+        return self._place(param) is not None
+
+    def unperturbed(self, param: Tensor) -> Tensor | None:
+        """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
+        if (place := self._place(param)) is None:
+            return None
+        slot = place[0].slots[place[1]]
+        saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
+        return whole_of(param, saved.clone())
+
+
+def _local_k(bucket: Bucket, grads: list[Tensor], rho: Tensor, amp: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """k on this rank, and the thresholds over all; k itself and None where no set is spread over ranks."""
+    k, thresholds = bucket.k, None
+    options = {key: amp[key] for key in ("inv_scale", "masters")}
+
+    def histogram(sets: list[int], prefix: Tensor, shift: int, bits: int) -> Tensor:
+        return ops.topk_histogram(bucket.params, grads, rho, sets, prefix, shift, bits, **options)
+
+    for spread in dict.fromkeys([s for s in bucket.spreads if s is not None]):  # in the same order on all ranks
+        chosen = [i for i, s in enumerate(bucket.spreads) if s == spread]
+        number = {own: i for i, own in enumerate(chosen)}
+        sets = [number.get(s, -1) for s in bucket.sets]
+        here, over_ranks = local_ranks(histogram, [s.param for s in bucket.slots], sets, bucket.k[chosen], spread)
+        if thresholds is None:
+            k, thresholds = k.clone(), torch.full_like(k, NOT_SPREAD, dtype=torch.int32)
+        k[chosen], thresholds[chosen] = here, over_ranks
+    return k, thresholds
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    """The entries of all buckets, on the device of the first."""
+    if len(tensors) < 2:
+        return tensors[0] if tensors else None
+    return torch.cat([t.to(tensors[0].device) for t in tensors])

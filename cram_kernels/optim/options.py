@@ -1,0 +1,128 @@
+"""What the options and the parameters of a group may be. All errors are ValueErrors that say wanted and found, raised before anything is changed."""
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..distributed import local_of
+from ..params import overlapping, why_unfit
+from ..schedule import Groups, checked_compression
+
+GROUP_OPTIONS = ("rho", "plus", "sparse_grad", "prune", "compression")  # a group may have its own
+OPTIMIZER_OPTIONS = (
+    "normalize_grad",
+    "max_grad_norm",
+    "master_weights",
+    "mask_period",
+    "seed",
+    "exclude",
+    "prune_embeddings",
+    "grad_norms",
+)
+
+
+def check_bool(name: str, value: Any) -> None:
+    if value is not True and value is not False:
+        raise ValueError(f"CrAM: {name} must be True or False, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float, Python's or numpy's; a bool is not."""
+    return hasattr(value, "__float__") and not isinstance(value, bool | Tensor | str) and math.isfinite(value)
+
+
+def check_optimizer_options(
+    normalize_grad: Any, max_grad_norm: Any, master_weights: Any, mask_period: Any, seed: Any, grad_norms: Any
+) -> None:
+    """Check the options that hold for the whole optimizer."""
+    for name, value in (("normalize_grad", normalize_grad), ("master_weights", master_weights), ("grad_norms", grad_norms)):
+        check_bool(name, value)
+    if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
+        raise ValueError(f"CrAM: max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
+    if type(mask_period) is not int or mask_period < 1:
+        raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
+    if type(seed) is not int:
+        raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
+
+
+def check_group_options(group: dict[str, Any]) -> None:
+    """Check the options of a group, which a script may have changed since the last step."""
+    rho = group["rho"]
+    if type(rho) is not float or not 0 <= rho < math.inf:
+        if isinstance(rho, Tensor):
+            if rho.numel() != 1:
+                raise ValueError(f"CrAM: rho must be a tensor of one element, got one of shape {tuple(rho.shape)}")
+        elif not callable(rho) and not (is_number(rho) and rho >= 0):
+            raise ValueError(
+                f"CrAM: rho must be a number >= 0, a tensor of one, or a schedule such as RhoWarmup(0.05, steps=500), got {rho!r}"
+            )
+    for key in ("plus", "sparse_grad", "prune"):
+        check_bool(key, group[key])
+    if group.get("differentiable"):
+        raise ValueError("CrAM: differentiable must be False, got True: the ops have no backward")
+
+
+def check_new_group(group: dict[str, Any], base_options: Iterable[str]) -> None:
+    """Check a group as a user gives it, and bring its `compression` into the stored form.
+
+    Args:
+        base_options: names that the base optimizer uses, which win over ours.
+    """
+    for key in OPTIMIZER_OPTIONS:
+        if key in group and key not in base_options:
+            raise ValueError(f"CrAM: {key} must be given to the optimizer, where it holds for all groups, got it in a parameter group")
+    if group.get("compression") is not None:
+        group["compression"] = checked_compression(group["compression"])
+    check_group_options(group)
+
+
+def check_params(groups: Groups, index: int) -> None:
+    """Check the parameters of one group against what the ops can work on; frozen ones may be anything."""
+    params = groups[index]["params"]
+    if len(set(map(id, params))) < len(params):
+        raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
+    for i, p in enumerate(params):
+        if p.requires_grad and (wrong := why_unfit(local_of(p))) is not None:
+            raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
+    named = [
+        (f"parameter {i} of group {g}", local_of(p))
+        for g, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if p.requires_grad
+    ]
+    if (shared := overlapping(named)) is not None:
+        raise ValueError(f"CrAM: {shared[0]} must have memory of its own, got some that {shared[1]} has too: tie modules by one Parameter")
+
+
+def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
+    """Each glob must match the name of a parameter: a misspelt one would prune what was to stay dense."""
+    if not globs:
+        return
+    if any("param_names" not in group for group in groups):
+        raise ValueError(
+            f"CrAM: exclude needs named parameters, such as the model itself or model.named_parameters(), got {list(globs)} and no names"
+        )
+    names = [name for group in groups for name in group["param_names"]]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(names)}")
+
+
+def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
+    """The name that the user gave the parameter, or "group.position"."""
+    names = group.get("param_names")
+    return names[position] if names else f"{group_index}.{position}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers such as DistributedDataParallel and torch.compile, whose parameters have the names that the user gave them."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif (inner := getattr(model, "_orig_mod", None)) is not None:
+            model = inner
+        else:
+            return model

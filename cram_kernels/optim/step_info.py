@@ -1,0 +1,82 @@
+"""What the last step did. Its tensors stay on the device and cost nothing until somebody reads them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patterns import Pattern
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What `perturb()`, and then `step()`, did. Thresholds and statistics have one entry a set of weights that were ranked together by a
+    `TopK`; they are None for N:M, without a pattern, and where masks of an earlier step were used. On a sharded model thresholds are over
+    all ranks, statistics of this rank.
+
+    Attributes:
+        patterns: the pattern of each parameter group, None where it was not pruned.
+        level: the index of the first group's pattern in its `compression`.
+        thresholds: int32 [sets], magnitude keys as `ops.topk_threshold` gives them.
+        stats: int64 [sets, 3], see `ops.prune_topk_`.
+        numels: how many weights each set has on this rank.
+        first_grad_norm, second_grad_norm: float32 [], the norm of the gradients of each pass, unscaled and before clipping; None where no
+            option needed it and `grad_norms` is False.
+    """
+
+    patterns: tuple[Pattern | None, ...] = ()
+    level: int | None = None
+    thresholds: Tensor | None = None
+    stats: Tensor | None = None
+    numels: tuple[int, ...] = ()
+    first_grad_norm: Tensor | None = None
+    second_grad_norm: Tensor | None = None
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern of the first parameter group."""
+        return self.patterns[0] if self.patterns else None
+
+    @property
+    def magnitudes(self) -> Tensor | None:
+        """float32 [sets]: weights up to this magnitude are pruned; NaN where none is kept, -1 where all are."""
+        if self.thresholds is None:
+            return None
+        return torch.where(self.thresholds < 0, -1.0, self.thresholds.view(torch.float32))
+
+    def _share(self, column: int) -> Tensor | None:
+        return None if self.stats is None else self.stats[:, column].sum() / max(1, sum(self.numels))
+
+    @property
+    def kept_share(self) -> Tensor | None:
+        """float32 []: the share of the ranked weights that was kept."""
+        return self._share(0)
+
+    @property
+    def candidate_share(self) -> Tensor | None:
+        """float32 []: the share of the weights that the backend looked at twice."""
+        return self._share(1)
+
+    @property
+    def fallback(self) -> Tensor | None:
+        """bool []: whether a guessed bracket missed the threshold somewhere, and a slower selection was taken."""
+        return None if self.stats is None else self.stats[:, 2].any()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for a log: level, pattern, threshold (the largest of several), kept, candidates, fallback, gradient norms. Waits for
+        the device."""
+        found: dict[str, Any] = {"level": self.level, "pattern": None if self.pattern is None else str(self.pattern)}
+        if len(set(self.patterns)) > 1:
+            found["pattern"] = ", ".join(map(str, dict.fromkeys(self.patterns)))
+        if self.magnitudes is not None and self.magnitudes.numel() > 0:
+            found["threshold"] = float(self.magnitudes.max())
+        numbers = {"kept": self.kept_share, "candidates": self.candidate_share, "fallback": self.fallback}
+        numbers |= {"first_grad_norm": self.first_grad_norm, "second_grad_norm": self.second_grad_norm}
+        return found | {name: float(value) for name, value in numbers.items() if value is not None}
+
+    def log(self, writer: Any, step: int, prefix: str = "cram/") -> None:
+        """The numbers of `to_dict` to a TensorBoard SummaryWriter, or to anything with add_scalar(tag, value, step)."""
+        for name, value in self.to_dict().items():
+            if isinstance(value, int | float):
+                writer.add_scalar(prefix + name, value, step)
