@@ -1,55 +1,103 @@
 """Batch-norm statistics beside pruning: keep them still in the perturbed pass, measure them anew after pruning."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the base of all kinds: 1d, 2d, 3d, Sync and their lazy forms
+from torch import nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase  # _NormBase: batch and instance norms of all kinds
 from torch.nn.modules.lazy import LazyModuleMixin
 
-_frozen: WeakKeyDictionary[_BatchNorm, set[object]] = WeakKeyDictionary()  # layer -> the blocks that keep it frozen
+from . import buffers
+from .batch import call, moved
+from .params import listed, perturbed
+from .warning import warn
+
+_UNTRACKED = (_BatchNorm.forward, SyncBatchNorm.forward)  # those that leave everything alone where track_running_stats is False
+_TOO_FEW = re.compile("Expected more than 1 (value per channel|spatial element) when training")
 
 
-def _tracking(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The layers that track statistics, or would if no block froze them."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and (m.track_running_stats or m in _frozen)}
+class _Hold:
+    """Keeps a module still as long as any block needs that."""
+
+    __slots__ = ("blocks", "saved", "tracks")
+
+    def __init__(self, module: Any, weights: set[int]) -> None:
+        batch_norm = isinstance(module, _BatchNorm)
+        self.blocks: set[object] = set()
+        self.tracks = batch_norm and module.track_running_stats
+        self.saved = [] if batch_norm and type(module).forward in _UNTRACKED else buffers.save(module, weights)
+
+    def release(self, module: nn.Module) -> None:
+        if self.tracks:
+            _track(module, True)
+        if self.saved:
+            buffers.restore(self.saved)
 
 
-def _is_lazy(layer: _BatchNorm) -> bool:
-    return isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
+def _track(module: nn.Module, tracks: bool) -> None:
+    """In train mode a batch norm that does not track normalises with the batch, and touches nothing."""
+    object.__setattr__(module, "track_running_stats", tracks)  # past nn.Module's own, which takes ten times as long
+
+
+_held: WeakKeyDictionary[nn.Module, _Hold] = WeakKeyDictionary()
 
 
 class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is used like: torch.no_grad
-    """Within the block the batch norms of the model keep running_mean, running_var and num_batches_tracked, to the bit.
+    """Forward passes within the block leave no trace in the statistics and other buffers of the model.
 
-    In train mode they still normalise with the statistics of the batch, as CrAM's second pass needs; eval mode is as ever.
-    Blocks may be nested or overlap, and `state_dict()` has the statistics within, too. A copy made within stays frozen. A batch that is
-    not finite does no harm either: the statistics are left alone, where a momentum of 0 would make them 0 * Inf = NaN. Works through
-    `torch.compile` (one more graph) and DDP (which, with broadcast_buffers, copies rank 0's statistics to the others at any forward).
+    CrAM's second pass runs in train mode on perturbed, pruned weights. It normalises with the statistics of the batch, but the running ones
+    must follow the first pass alone. An optimizer that knows its model uses this by itself; use it for passes of your own.
+
+    - `nn.BatchNorm*d`, `nn.SyncBatchNorm`: running_mean, running_var and num_batches_tracked are not touched, whatever the batch holds
+      (with a momentum of 0, one that is not finite would make them 0 * Inf = NaN); `state_dict()` has them within the block, too.
+    - All other buffers of the model are copied on entry and put back, to the bit, at the end of the block: `nn.InstanceNorm*d`, subclasses
+      of batch norm and norms of other libraries, the vectors of spectral norm, codebooks, queues, observers, counters. That costs two
+      copies of these buffers, no more, and nothing for a model that has none. Statistics that are no buffers move.
+
+    In eval mode modules work as ever. Blocks may be nested or overlap; the last one that ends puts back. A copy of the model made within
+    stays frozen. Works through `torch.compile` (one more graph) and DDP (which, with broadcast_buffers, copies rank 0's statistics to the
+    others at any forward). Call `backward()` within the block: past its end torch refuses to go through a buffer that was put back.
+
+    Args:
+        model: any module.
 
     Raises (on entry, before anything is changed):
-        RuntimeError: a lazy batch norm has not seen a batch yet.
+        RuntimeError: a lazy norm has not seen a batch yet.
+
+    Example:
+        >>> with frozen_batchnorm(model):
+        ...     loss(model(images), labels).backward()
+
+    Source: the published code of "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200, which sets the momentum of nn.BatchNorm2d to 0
+    in the second pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.blocks: list[tuple[object, list[_BatchNorm]]] = []
+        self.blocks: list[tuple[object, list[tuple[nn.Module, _Hold]]]] = []
 
     def __enter__(self) -> None:
-        layers = _tracking(self.model)
-        for name, layer in layers.items():
-            if _is_lazy(layer):
-                raise RuntimeError(f"frozen_batchnorm: layer {name!r} must be initialised, got a lazy one: run a forward pass first")
-        block = object()
-        self.blocks.append((block, list(layers.values())))  # first of all: whatever interrupts the rest, an exit finds what to undo
+        modules: list[Any] = [m for m in self.model.modules() if m._buffers]
+        if any(map(_is_lazy, modules)):
+            name = next(name for name, m in self.model.named_modules() if _is_lazy(m))
+            raise RuntimeError(f"frozen_batchnorm: layer {name!r} must be initialised, got a lazy one: run a forward pass first")
+        weights = set() if all(isinstance(m, _BatchNorm) for m in modules) else buffers.memory_of(self.model)
+        block: object = object()
+        held: list[tuple[Any, _Hold]] = []
+        self.blocks.append((block, held))  # first of all: whatever interrupts the rest, an exit finds what to undo
         try:
-            for layer in layers.values():
-                _frozen.setdefault(layer, set()).add(block)
-                layer.track_running_stats = False  # in train mode: normalise with the batch, and touch nothing
+            for m in modules:
+                hold = _held.get(m) or _Hold(m, weights)
+                held.append((m, hold))
+                hold.blocks.add(block)
+                _held[m] = hold
+                if hold.tracks:
+                    _track(m, False)
         except BaseException:
             self.__exit__()
             raise
@@ -58,67 +106,144 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
         """Of the innermost block. Interrupted, it can be called again; without a block it does nothing."""
         if not self.blocks:
             return
-        block, layers = self.blocks[-1]
-        for layer in layers:
-            others = _frozen.get(layer, set()) - {block}
-            if others:
-                _frozen[layer] = others
-            else:
-                layer.track_running_stats = True
-                _frozen.pop(layer, None)
+        block, held = self.blocks[-1]
+        for module, hold in held:
+            hold.blocks.discard(block)
+            if not hold.blocks:
+                hold.release(module)
+                _held.pop(module, None)
         self.blocks.pop()
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and isinstance(module, _NormBase) and module.has_uninitialized_params()
 
 
 def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) -> int:
     """Measure the running statistics of every batch norm anew, over `batches` batches of training data; use it after `prune`.
 
-    Only batch norms are in train mode (no dropout), and there are no gradients. All batches weigh the same (a cumulative average).
-    CrAM's published tuning has a momentum of 0.1, where the last twenty or so decide: the same accuracy within 0.3 points, but noisier.
-    Afterwards, and after an exception, modes and momentum are as they were.
+    The statistics of a trained model do not fit its pruned weights: without this a pruned network is worth little. Only batch and instance
+    norms that track statistics are in train mode (no dropout), and there are no gradients. All batches weigh the same (a cumulative
+    average, as with `momentum=None`). CrAM's published tuning has a momentum of 0.1, where the last twenty or so decide: the same accuracy
+    within 0.3 points, but noisier.
+
+    A batch that leaves a norm one value per channel, such as a last one of a single sample, is skipped with a warning. A norm that no batch
+    reaches keeps its statistics, with a warning. Afterwards modes and momenta are as they were; after an exception every buffer is, too.
 
     Args:
         model: runs eagerly, on its own device, to which batches are moved.
-        loader: gives x, (x, ...) or a dict of keyword arguments. Where it is shorter than `batches` it is started again; an
-            iterator that cannot be gives what it has.
+        loader: gives x, (x, ...) or a mapping of keyword arguments, of any types: named tuples, dataclasses, PackedSequence and nested
+            containers stay what they are. Where it is shorter than `batches` it is started again; an iterator that cannot be gives what
+            it has.
         batches: at least 1.
 
     Returns:
-        The number of batch norms tuned. 0: the model has none that track statistics, and nothing was done.
+        The number of norms tuned. 0: the model has none that track statistics, and nothing was done.
+
+    Warns:
+        CrAMWarning: a batch was skipped, a norm saw no batch, or the model has running statistics in modules that are not torch's norms or
+            subclasses of them (FrozenBatchNorm2d, EvoNorm, ...), which are left alone.
 
     Raises:
-        ValueError: `batches` is not an int of at least 1, or the loader is empty.
-        RuntimeError: a batch norm is frozen, by `frozen_batchnorm` or between the halves of a step. Nothing was changed.
+        ValueError: `batches` is not an int of at least 1, or the loader gives no batch, or none with more than one value per channel.
+        RuntimeError: a norm is frozen, by `frozen_batchnorm` or between the halves of a step; weights are perturbed; or statistics came out
+            that are not finite. In all cases, and where the loader or the model raises, the model is as it was.
+
+    Example:
+        >>> prune(model, TopK(sparsity=0.9))
+        >>> tune_batchnorm(model, loader)
+        53
+
+    Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200, section 4: batch-norm tuning after one-shot pruning.
     """
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"tune_batchnorm: batches must be an int of at least 1, got {batches!r}")
-    tracking = _tracking(model)
-    if held := [name for name, layer in tracking.items() if layer in _frozen]:
-        raise RuntimeError(f"tune_batchnorm: batch norms must not be frozen (frozen_batchnorm, an open step), got {held[0]!r} frozen")
-    layers = list(tracking.values())
-    if not layers:
+    if frozen := [name for name, m in model.named_modules() if m in _held]:
+        raise RuntimeError(f"tune_batchnorm: batch norms must not be frozen (frozen_batchnorm, an open step), got {frozen[0]!r} frozen")
+    if any(perturbed(p) for p in model.parameters()):
+        raise RuntimeError("tune_batchnorm: weights must not be perturbed, got some within a step: step() or restore() first")
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _NormBase) and m.track_running_stats}
+    if foreign := [
+        f"{name!r} ({type(m).__name__})" for name, m in model.named_modules() if _has_statistics(m) and not isinstance(m, _NormBase)
+    ]:
+        warn(f"tune_batchnorm: the statistics of {listed(foreign)} stay as they are, for these are not torch's batch or instance norms")
+    if not norms:
         return 0
     data = _repeated(loader, batches)
     if (first := next(data, None)) is None:
         raise ValueError("tune_batchnorm: loader must give at least one batch, got an empty one")
-    device = next(chain(model.parameters(), model.buffers())).device
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [layer.momentum for layer in layers]
+    weights = buffers.memory_of(model)
+    before = {m: buffers.save(m, weights) for m in model.modules()}
+    modes = [(m, m.training) for m in before]
+    momenta = [m.momentum for m in norms.values()]
+    calls = dict.fromkeys(norms, 0)
+    hooks = []
     try:
-        for module, _ in modes:
-            module.training = False  # not model.eval(), which models override
-        for layer in layers:
-            layer.training, layer.momentum = True, None
-            if not _is_lazy(layer):  # a lazy one begins anew anyway
-                layer.reset_running_stats()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # momentum None reads a counter: no whole graph
-            for batch in chain([first], data):
-                _forward(model, _moved(batch, device))
+        for name, norm in norms.items():
+            hooks.append(norm.register_forward_pre_hook(_cumulative(name, calls)))
+        for m in before:
+            m.training = False  # not model.eval(), which models override
+        for norm in norms.values():
+            norm.training = True
+            if not _is_lazy(norm):  # a lazy one begins anew anyway
+                norm.reset_running_stats()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the hooks count, and the momentum changes with each batch
+            _measure(model, chain([first], data), norms, calls)
+        for name, norm in norms.items():
+            if calls[name] == 0:
+                buffers.restore(before[norm])
+            elif not all(t.isfinite().all() for t in (norm.running_mean, norm.running_var) if t is not None):
+                raise RuntimeError(f"tune_batchnorm: statistics must be finite, got Inf or NaN in {name!r}")
+        if unseen := [repr(name) for name, count in calls.items() if count == 0]:
+            warn(f"tune_batchnorm: no batch reached {listed(unseen)}, which keep their statistics")
+    except BaseException:
+        buffers.restore(chain.from_iterable(before.values()))
+        raise
     finally:
-        for module, training in modes:
-            module.training = training
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-    return len(layers)
+        for hook in hooks:
+            hook.remove()
+        for m, training in modes:
+            m.training = training
+        for norm, momentum in zip(norms.values(), momenta, strict=True):
+            norm.momentum = momentum
+    return len(norms) - len(unseen)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+def _cumulative(name: str, calls: dict[str, int]) -> Callable[[nn.Module, Any], None]:
+    """A hook before each forward pass of a norm: pass k has the momentum 1 / k, which makes the running statistics the mean of all passes.
+    That is what `momentum=None` means to torch's own batch norms; subclasses and instance norms may not know it."""
+
+    def hook(norm: Any, _: Any) -> None:
+        calls[name] += 1
+        norm.momentum = 1 / calls[name]
+
+    return hook
+
+
+def _measure(model: nn.Module, data: Iterable[Any], norms: dict[str, _NormBase], calls: dict[str, int]) -> None:
+    device = next((t.device for t in chain(model.parameters(), model.buffers()) if not t.is_meta), torch.device("cpu"))
+    given = skipped = 0
+    for batch in data:
+        given += 1
+        before, counts = [saved for norm in norms.values() for saved in buffers.save(norm, set())], dict(calls)
+        try:
+            call(model, moved(batch, device))
+        except ValueError as error:
+            if not _TOO_FEW.search(str(error)):
+                raise
+            skipped += 1
+            buffers.restore(before)
+            calls.update(counts)
+    if skipped == given:
+        raise ValueError(f"tune_batchnorm: loader must give batches with more than one value per channel, got {given} without")
+    if skipped:
+        warn(
+            f"tune_batchnorm: {skipped} of {given} batches were skipped: they have one value per channel, such as a last one of one sample"
+        )
 
 
 def _repeated(loader: Iterable[Any], batches: int) -> Iterator[Any]:
@@ -133,20 +258,3 @@ def _repeated(loader: Iterable[Any], batches: int) -> Iterator[Any]:
                 return
         if count == before:
             return
-
-
-def _forward(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(batch[0] if isinstance(batch, list | tuple) else batch)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return [_moved(value, device) for value in batch]
-    return batch

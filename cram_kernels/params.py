@@ -1,6 +1,6 @@
 """What a parameter must be for the ops to work on it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -28,6 +28,11 @@ def why_unfit(param: Tensor) -> str | None:
     if torch.empty_like(param, device="meta").stride() != param.stride():  # empty_like keeps the strides of a dense tensor, and of no other
         return f"must be dense (no holes, no overlap), got strides {param.stride()} for shape {tuple(param.shape)}; make it contiguous"
     return None
+
+
+def perturbed(param: Tensor) -> bool:
+    """Whether an open step holds the parameter: its weights are not the clean ones."""
+    return any(step.holds(param) for step in OPEN_STEPS)
 
 
 def is_plain(t: Tensor) -> bool:
@@ -107,3 +112,8 @@ def _part_of(prefix: str, name: str, kinds: str, remove: str) -> str:
 def _parametrizations(module: nn.Module) -> nn.Module:
     """By the name of a tensor, what torch.nn.utils.parametrize computes it from."""
     return module.parametrizations if is_parametrized(module) else nn.ModuleDict()  # type: ignore[return-value]
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """For a message: all of a few, the first of many."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

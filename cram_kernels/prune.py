@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .distributed import is_spread
-from .params import OPEN_STEPS, embedding_tables, is_plain, outputs_on_axis_1, overlapping, reparametrized, why_unfit
+from .params import embedding_tables, is_plain, listed, outputs_on_axis_1, overlapping, perturbed, reparametrized, why_unfit
 from .patterns import NM, Pattern, TopK
 from .report import Layer, Report
 from .warning import warn
@@ -187,7 +187,7 @@ def _check(model: nn.Module, parameters: list[_Found], pruned: list[_Found]) -> 
         for p in found.objects:
             if id(p) in parts:
                 raise ValueError(f"prune: parameter {name!r} must be a weight itself, got {parts[id(p)]}, or exclude it")
-        if any(step.holds(p) for step in OPEN_STEPS for p in found.objects):
+        if any(perturbed(p) for p in found.objects):
             raise ValueError(f"prune: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
     with_memory = [(found.name, found.tensor) for found in parameters if found.has_memory]
     if (shared := overlapping(with_memory, {found.name for found in pruned})) is not None:
@@ -262,9 +262,9 @@ def _remarks(pattern: Pattern, layers: Sequence[Layer], weights: list[Tensor], s
     if emptied := [layer.name for layer in pruned if layer.emptied]:
         ranked_together = isinstance(pattern, TopK) and pattern.scope == "model"
         advice = "; scope='tensor' ranks each layer on its own, exclude= keeps a layer dense" if ranked_together else ""
-        yield f"{pattern} leaves no weight in {_listed([repr(name) for name in emptied])}{advice}"
+        yield f"{pattern} leaves no weight in {listed([repr(name) for name in emptied])}{advice}"
     if isinstance(pattern, TopK) and (far := list(_far(pattern, pruned, weights, sets, thresholds))):
-        yield f"{pattern} prunes more than was asked for: {_listed(far)}"
+        yield f"{pattern} prunes more than was asked for: {listed(far)}"
 
 
 def _far(pattern: TopK, pruned: list[Layer], weights: list[Tensor], sets: list[int], thresholds: list[float]) -> Iterator[str]:
@@ -281,7 +281,3 @@ def _far(pattern: TopK, pruned: list[Layer], weights: list[Tensor], sets: list[i
         where = f" of {pruned[members[0]].name!r}" if pattern.scope == "tensor" else ""
         cause = f"{tied:,} tie with the k-th largest and go with it" if tied > 1 else "the k-th largest goes too, which counts in so few"
         yield f"{zeros / numel:.0%} of the {numel:,} weights{where} ({cause})"
-
-
-def _listed(items: Sequence[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -27,7 +27,7 @@ class Digits(TwoPassModule, pl.LightningModule):  # the mixin comes first; it ch
         base = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         if not self.with_cram:
             return base
-        return CrAM(base, compression=[TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)], rho=0.1).attach(self)  # batch norm, clean checkpoints
+        return CrAM(base, compression=[TopK(sparsity=s) for s in (0.5, 0.7, 0.9)], rho=0.1).attach(self)  # batch norm, clean checkpoints
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch

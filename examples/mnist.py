@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, list[Pattern]]] = {  # name: (label, compressions 
     "multi": ("CrAM+ Multi", [TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)]),
     "nm": ("CrAM+ N:M", [NM(2, 4), NM(4, 8)]),
 }
-PATTERNS = [TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.8), TopK(sparsity=0.9), TopK(sparsity=0.95), NM(2, 4), NM(4, 8)]  # to prune to afterwards
+PATTERNS = [*(TopK(sparsity=share) for share in (0.5, 0.7, 0.8, 0.9, 0.95)), NM(2, 4), NM(4, 8)]  # to prune to afterwards
 
 
 @dataclass(frozen=True)

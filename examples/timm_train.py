@@ -78,7 +78,7 @@ def main() -> None:
 
     model = timm.create_model(given.model, in_chans=1, num_classes=10)
     base = create_optimizer_v2(model, "sgd", lr=0.05, weight_decay=5e-4, momentum=0.9)  # no decay of biases and norms
-    optimizer = CrAM(base, compression=[TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9)], rho=0.1, max_grad_norm=5.0).attach(model)
+    optimizer = CrAM(base, compression=[TopK(sparsity=s) for s in (0.5, 0.7, 0.9)], rho=0.1, max_grad_norm=5.0).attach(model)
     scheduler = CosineLRScheduler(optimizer, epochs * len(data), warmup_t=len(data) // 2, warmup_lr_init=0.005, t_in_epochs=False)
     average = ModelEmaV3(model, decay=0.9 if given.quick else 0.99)
     autocast = suppress if given.amp is None else lambda: torch.autocast("cpu", getattr(torch, given.amp))
