@@ -101,9 +101,6 @@ def test_a_batch_of_one_sample_is_skipped_as_a_whole(single: int) -> None:
     torch.testing.assert_close(model[0].running_var, torch.stack([x.var((0, 2, 3)) for x in kept]).mean(0))
     normed = [(x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt() for x in kept]
     hidden = [model[2](y.flatten(1)) for y in normed]
-        model[2](((x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()).flatten(1))
-        for x in kept
-    ]
     torch.testing.assert_close(model[3].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0))
     assert model[0].num_batches_tracked == model[3].num_batches_tracked == 4
 
