@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cram_kernels import NM, CrAMWarning, Pattern, TopK, prune
+from cram_kernels import NM, CrAM, CrAMWarning, Pattern, TopK, prune
 
 HALF = TopK(sparsity=0.5)
 
@@ -266,3 +266,21 @@ def test_nm_leaves_weights_dense_whose_axis_1_is_the_outputs(kind: str) -> None:
 def test_prune_embeddings_is_a_bool() -> None:
     with pytest.raises(ValueError, match="prune: prune_embeddings must be True or False, got 'false'"):
         prune(nn.Linear(4, 4), HALF, prune_embeddings="false")  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_the_model_leaves_the_same_weights_dense() -> None:
+    """Otherwise training would prepare other weights for pruning than prune prunes, and rows of a weight-normed layer would be 0 / 0."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(8, 64), parametrizations.weight_norm(nn.Linear(64, 64)), nn.Unflatten(1, (16, 2, 2)), nn.ConvTranspose2d(16, 8, 3))
+    nn.init.normal_(layers[3].weight, std=0.15)  # as large as the others, so that no pattern empties it
+    model = nn.Sequential(*layers)
+    for pattern, pruned in ((TopK(sparsity=0.9), ["0.weight", "3.weight"]), (NM(2, 4), ["0.weight"])):
+        optimizer = CrAM(model, torch.optim.SGD, lr=0.1, compression=pattern)
+        report = prune(copy.deepcopy(model), pattern, exclude=["1.*"])
+        assert (
+            [row.name for row in optimizer.coverage(pattern) if row.why_dense is None] == [layer.name for layer in report.pruned] == pruned
+        )
+        _, other = copy.deepcopy((model, optimizer))
+        assert [row.why_dense for row in other.coverage(pattern)] == [row.why_dense for row in optimizer.coverage(pattern)]
+        optimizer.step(lambda: model(torch.randn(4, 8)).square().sum().backward())
+        assert all(p.isfinite().all() for p in model.parameters())

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .. import schedule
 from ..coverage import Coverage, CoverageTable, kept_counts
 from ..distributed import why_not_nm
-from ..params import OPEN_STEPS, embedding_tables
+from ..params import OPEN_STEPS, embedding_tables, outputs_on_axis_1, reparametrized
 from ..patterns import NM, Pattern, TopK
 from ..warning import warn
 from . import halves, options
@@ -54,9 +54,10 @@ class CrAM(Wrapper):
     both ways.
 
     Args:
-        params: the model, which is then also attached (see `attach`), gives the parameters their names and keeps its embedding tables
-            dense; or as in torch tensors, (name, tensor) or groups; or an instance of a base optimizer. A group may have its own `rho`,
-            `plus`, `sparse_grad`, `prune` and `compression`. Parameters are float32, bfloat16 or float16, dense in any memory order.
+        params: the model, which is then also attached (see `attach`), gives the parameters their names and keeps embedding
+            tables and parts of parametrized weights dense, and what N:M does not fit, as `prune` does; or as in torch tensors,
+            (name, tensor) or groups; or an instance of a base optimizer. A group may have its own `rho`, `plus`, `sparse_grad`, `prune` and
+            `compression`. Parameters are float32, bfloat16 or float16, dense in any memory order.
         base_optimizer: a class, or an instance over the same parameters. SGD, Adam and AdamW are fused with the restore, any other takes
             its own step.
         compression: `TopK` and `NM` patterns; each step takes one, by a hash of `seed` and the number of steps. A callable, such as
@@ -92,7 +93,7 @@ class CrAM(Wrapper):
 
     _step_supports_amp_scaling = True  # a GradScaler hands its scale over to step(): grad_scale and found_inf
     _options = ("compression", "normalize_grad", "max_grad_norm", "master_weights", "mask_period", "exclude", "grad_norms")
-    _copied = (*Wrapper._copied, *_options, "_embeddings")
+    _copied = (*Wrapper._copied, *_options, "_dense", "_dense_under_nm")
 
     def __init__(
         self,
@@ -131,11 +132,14 @@ class CrAM(Wrapper):
             options.check_params(base.param_groups, index)
         options.check_exclude(base.param_groups, self.exclude)
         super().__init__(base, own | schedule.first_counters(seed))
-        self._embeddings: dict[str, str] = {}  # name of a table -> why it stays dense
-        if model is not None and not prune_embeddings:
-            reasons = embedding_tables(model)
-            names = [(name, p) for group in self.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)]
-            self._embeddings = {name: reasons[id(p)] for name, p in names if id(p) in reasons}
+        self._dense: dict[str, str] = {}  # name of a parameter -> why the model keeps it dense, under any pattern
+        self._dense_under_nm: dict[str, str] = {}
+        if model is not None:
+            reasons = reparametrized(model) | ({} if prune_embeddings else embedding_tables(model))
+            outputs = outputs_on_axis_1(model)
+            names = [(name, id(p)) for group in self.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)]
+            self._dense = {name: reasons[p] for name, p in names if p in reasons}
+            self._dense_under_nm = {name: outputs[p] for name, p in names if p in outputs}
         self._start()
         if model is not None:
             self.attach(model)
@@ -347,9 +351,9 @@ class CrAM(Wrapper):
         for glob in self.exclude:
             if fnmatchcase(name, glob):
                 return f"excluded by {glob!r}"
-        if name in self._embeddings:
-            return self._embeddings[name]
-        if isinstance(pattern, NM) and (wrong := why_not_nm(slot.param, pattern.m)) is not None:
+        if name in self._dense:
+            return self._dense[name]
+        if isinstance(pattern, NM) and (wrong := self._dense_under_nm.get(name) or why_not_nm(slot.param, pattern.m)) is not None:
             return wrong
         return pattern.why_dense(slot.param.shape)
 
