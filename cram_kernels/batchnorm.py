@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase  # _NormBase: batch and instance norms of all kinds
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -36,7 +36,7 @@ class _Hold:
         if self.tracks:
             _track(module, True)
         if self.saved:
-            buffers.restore(self.saved)
+            buffers.restore(module, self.saved)
 
 
 def _track(module: nn.Module, tracks: bool) -> None:
@@ -45,6 +45,12 @@ def _track(module: nn.Module, tracks: bool) -> None:
 
 
 _held: WeakKeyDictionary[nn.Module, _Hold] = WeakKeyDictionary()
+
+
+def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What the end of the block will put back into a module that is frozen now, by the names of its buffers."""
+    hold = _held.get(module)
+    return {} if hold is None else {saved.name: saved.values for saved in hold.saved}
 
 
 class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is used like: torch.no_grad
@@ -191,13 +197,14 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
             _measure(model, chain([first], data), norms, calls)
         for name, norm in norms.items():
             if calls[name] == 0:
-                buffers.restore(before[norm])
+                buffers.restore(norm, before[norm])
             elif not all(t.isfinite().all() for t in (norm.running_mean, norm.running_var) if t is not None):
                 raise RuntimeError(f"tune_batchnorm: statistics must be finite, got Inf or NaN in {name!r}")
         if unseen := [repr(name) for name, count in calls.items() if count == 0]:
             warn(f"tune_batchnorm: no batch reached {listed(unseen)}, which keep their statistics")
     except BaseException:
-        buffers.restore(chain.from_iterable(before.values()))
+        for m, saved in before.items():
+            buffers.restore(m, saved)
         raise
     finally:
         for hook in hooks:
@@ -229,14 +236,15 @@ def _measure(model: nn.Module, data: Iterable[Any], norms: dict[str, _NormBase],
     given = skipped = 0
     for batch in data:
         given += 1
-        before, counts = [saved for norm in norms.values() for saved in buffers.save(norm, set())], dict(calls)
+        before, counts = [(norm, buffers.save(norm, set())) for norm in norms.values()], dict(calls)
         try:
             call(model, moved(batch, device))
         except ValueError as error:
             if not _TOO_FEW.search(str(error)):
                 raise
             skipped += 1
-            buffers.restore(before)
+            for norm, saved in before:
+                buffers.restore(norm, saved)
             calls.update(counts)
     if skipped == given:
         raise ValueError(f"tune_batchnorm: loader must give batches with more than one value per channel, got {given} without")

@@ -14,7 +14,6 @@ from .params import is_plain
 class Saved(NamedTuple):
     """One buffer of a module, as it was."""
 
-    module: nn.Module
     name: str
     buffer: Tensor
     version: int
@@ -36,18 +35,18 @@ def save(module: nn.Module, weights: set[int]) -> list[Saved]:
     found = []
     for name, buffer in module._buffers.items():
         if buffer is not None and _has_memory(t := local_of(buffer)) and t.untyped_storage().data_ptr() not in weights:
-            found.append(Saved(module, name, buffer, t._version, t.clone()))
+            found.append(Saved(name, buffer, t._version, t.clone()))
     return found
 
 
 @torch.no_grad()
-def restore(saved: Iterable[Saved]) -> None:
-    """Put the values back, to the bit; a buffer that was replaced by one of its kind is put back itself.
+def restore(module: nn.Module, saved: Iterable[Saved]) -> None:
+    """Put the values of its buffers back, to the bit; a buffer that was replaced by one of its kind is put back itself.
 
     Not every write is seen in a version counter (`.data`, the running statistics of torch's batch norm), so all are copied. The counter
     goes up where it had gone up meanwhile: a backward pass that needs such a buffer raises, and one that needs a constant is not disturbed.
     """
-    for module, name, buffer, version, values in saved:
+    for name, buffer, version, values in saved:
         now = module._buffers[name] if name in module._buffers else None  # of a scripted module it has no get()
         if now is not buffer:
             if not isinstance(now, Tensor) or now.shape != buffer.shape:

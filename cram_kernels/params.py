@@ -18,13 +18,15 @@ def why_unfit(param: Tensor) -> str | None:
     if is_lazy(param):
         return "must have its shape: run the model once before making the optimizer, got an uninitialized one of a lazy module"
     if not is_plain(param):
-        return f"must be a plain tensor, got a {'nested tensor' if param.is_nested else type(param).__name__}"
+        return f"must be a plain tensor, got {'a nested tensor' if param.is_nested else f'type {type(param).__name__}'}"
     if param.layout is not torch.strided:
         return f"must be dense (no holes, no overlap), got layout {param.layout}"
     if param.is_meta:
         return "must have data, got a meta tensor"
     if param.dtype not in DTYPES:
         return f"must have dtype float32, bfloat16 or float16, got {param.dtype}"
+    if param.is_neg():
+        return "must hold its own values, got a view with the negative bit; call resolve_neg()"
     if torch.empty_like(param, device="meta").stride() != param.stride():  # empty_like keeps the strides of a dense tensor, and of no other
         return f"must be dense (no holes, no overlap), got strides {param.stride()} for shape {tuple(param.shape)}; make it contiguous"
     return None

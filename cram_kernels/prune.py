@@ -259,7 +259,7 @@ def _remarks(pattern: Pattern, layers: Sequence[Layer], weights: list[Tensor], s
     if layers and not weights:
         yield f"{pattern} prunes nothing: the report says why each of {len(layers)} parameters stays dense"
     pruned = [layer for layer in layers if layer.pattern is not None]
-    if emptied := [layer.name for layer in pruned if layer.emptied]:
+    if emptied := [layer.name for layer, w in zip(pruned, weights, strict=True) if layer.emptied and w.any()]:
         ranked_together = isinstance(pattern, TopK) and pattern.scope == "model"
         advice = "; scope='tensor' ranks each layer on its own, exclude= keeps a layer dense" if ranked_together else ""
         yield f"{pattern} leaves no weight in {listed([repr(name) for name in emptied])}{advice}"

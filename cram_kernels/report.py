@@ -30,7 +30,8 @@ class Report:
     Attributes:
         layers: every parameter: name, shape, the pattern or why it stayed dense, how many elements, how many of them are zero.
         remarks: what `prune` warned about, in sentences.
-        pruned, dense, emptied: the layers that were pruned, that stayed dense, and that were pruned and have no weight left.
+        pruned, dense, emptied: the layers that were pruned, that stayed dense, and that were pruned and have only zeros (in `remarks` are
+            those that had others before).
 
     Example:
         >>> report = prune(model, NM(2, 4))

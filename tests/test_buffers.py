@@ -206,7 +206,8 @@ def test_a_copy_made_within_the_block_is_put_back_on_its_own(kind: str) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["instance norm", "functional", "in place", "subclass", "spectral norm"])
-def test_through_compile(kind: str, backend: str) -> None:
+def test_through_compile(kind: str, backend: str, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(torch.compiler.reset)  # so many versions of Sequential.forward are the most that torch compiles
     model = torch.compile(made(kind), backend=backend)
     model(inputs(1)).sum().backward()
     before = buffers_of(model)
@@ -258,6 +259,19 @@ def test_an_optimizer_that_knows_the_model_counts_each_batch_once(kind: str) -> 
         optimizer.step(lambda x=x: model(x).square().sum().backward())
         judge(x)
     assert_same(buffers_of(model), buffers_of(judge))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "scripted"])
+def test_state_dict_between_the_halves_has_the_buffers_of_the_first_pass(kind: str) -> None:
+    model = made(kind)
+    optimizer = CrAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, compression=[]).attach(model)
+    model(inputs(2)).square().sum().backward()
+    wanted = {name: t.clone() for name, t in model.state_dict().items()}
+    optimizer.perturb()
+    model(inputs(3)).square().sum().backward()
+    assert_same(dict(model.state_dict()), wanted)
+    optimizer.restore()
+    assert_same(dict(model.state_dict()), wanted)
 
 
 def test_inference_tensors_and_other_odd_buffers_are_left_alone() -> None:

@@ -89,6 +89,13 @@ def test_what_was_zero_before_is_no_remark(pattern: Pattern) -> None:
     assert [layer.zeros for layer in report.layers] == [int((p == 0).sum()) for p in model]
 
 
+def test_a_layer_that_was_zero_before_is_no_remark() -> None:
+    """As LoRA begins, and zero-initialised residual branches."""
+    torch.manual_seed(0)
+    report, said = remarks(of(torch.randn(8, 8), torch.zeros(8, 8)), TopK(sparsity=0.6))
+    assert said == [] and [layer.name for layer in report.emptied] == ["1"]
+
+
 def test_bfloat16_ties_of_a_large_layer_are_no_remark() -> None:
     torch.manual_seed(0)
     assert remarks(of(torch.randn(256, 256, dtype=torch.bfloat16)), TopK(sparsity=0.5))[1] == []

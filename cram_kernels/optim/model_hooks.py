@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from ..batchnorm import frozen_batchnorm
+from ..batchnorm import frozen_batchnorm, kept_buffers
 
 if TYPE_CHECKING:
     from .cram import CrAM
@@ -39,6 +39,9 @@ class ModelHooks:
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if prefix + name in state_dict and (saved := step.unperturbed(param)) is not None:
                 state_dict[prefix + name] = saved
+        for name, values in kept_buffers(module).items():
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = values.clone()
 
     def before_load(self, *args: Any) -> None:
         """What is loaded within a step must not be overwritten by the weights that were saved before: those come back first."""
