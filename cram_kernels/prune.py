@@ -269,8 +269,10 @@ def _remarks(pattern: Pattern, layers: Sequence[Layer], weights: list[Tensor], s
 
 def _far(pattern: TopK, pruned: list[Layer], weights: list[Tensor], sets: list[int], thresholds: list[float]) -> Iterator[str]:
     """The selection sets in which far more weights go than the sparsity says, and the cause. What was zero before does not count."""
-    for chosen in dict.fromkeys(sets):
-        members = [i for i, own in enumerate(sets) if own == chosen]
+    together: dict[int, list[int]] = {}
+    for i, chosen in enumerate(sets):
+        together.setdefault(chosen, []).append(i)
+    for members in together.values():
         numel, zeros = (sum(getattr(pruned[i], what) for i in members) for what in ("numel", "zeros"))
         if zeros <= (pattern.sparsity + _FAR) * numel:
             continue
