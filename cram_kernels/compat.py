@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .optim.bucket import Slot
 from .optim.cram import CrAM
+from .optim.precision import given_by_scaler
 from .patterns import NM, Pattern, TopK
 
 
@@ -36,11 +37,11 @@ class SAM(CrAM):
             RuntimeError: as `CrAM.step`.
         """
         if closure is not None:
-            self._of_scaler(closure)
+            given_by_scaler(self, with_closure=True)
             with self._released_on_error():
                 self._second_half(closure)
         elif self._workspace.open is None:
-            self._of_scaler(None)
+            given_by_scaler(self, with_closure=False)
             raise ValueError(f"{type(self).__name__}.step: closure must be given, got None; or call first_step() and second_step()")
         else:
             self._finish()

@@ -117,10 +117,24 @@ def patterns_of(compression: Compression, step: int) -> tuple[Pattern, ...]:
     return checked_patterns("CrAM: what compression(step) returns", compression(step)) if callable(compression) else compression
 
 
+def choices(groups: Groups, default: Compression) -> list[tuple[Pattern, ...]]:
+    """The patterns among which each group draws in its next step: those of its own `compression`, or else of the optimizer's."""
+    own = [group["compression"] for group in groups]
+    stored = [
+        default if c is None else c if type(c) is tuple else checked_compression(c) for c in own
+    ]  # a script may have put a list there
+    return [patterns_of(c, group["cram_step"]) for c, group in zip(stored, groups, strict=True)]
+
+
 def rho_of(group: dict[str, Any]) -> float | Tensor:
     """The rho of the group's next step; a schedule is asked for it."""
     rho = group["rho"]
-    return rho(group["cram_step"]) if callable(rho) else rho
+    if not callable(rho):
+        return rho
+    value = rho(group["cram_step"])
+    if not 0 <= float(value) < float("inf"):
+        raise ValueError(f"CrAM: what rho(step) returns must be a number >= 0, got {value!r} at step {group['cram_step']}")
+    return value
 
 
 def first_counters(seed: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from optim_cases import assert_same_bits, backward, batches, clones, network, ra
 from torch import nn
 
 from cram_kernels import NM, CrAM, TopK, TopkCrAM, ops
-from cram_kernels.optim.bucket import Slot, Workspace
+from cram_kernels.optim.bucket import Slot
+from cram_kernels.optim.workspace import Workspace
 from cram_kernels.schedule import _mix, draw
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3)]

@@ -2,29 +2,49 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from .options import unwrapped
+from .. import schedule
+from ..params import OPEN_STEPS
+from . import options
+from .model_hooks import ModelHooks
+from .open_step import OpenStep
+from .precision import reload_float32
+from .workspace import Workspace
+
+MASKS = "cram_masks"  # the key of kept masks in a state_dict, beside torch's "state" and "param_groups"
 
 
 class Wrapper(Optimizer):
-    """Groups and state live in the base optimizer alone: here they are properties, so they cannot part, whatever is loaded or assigned.
+    """What `CrAM` is to torch. Groups and state live in the base optimizer alone: here they are properties, so they cannot part, whatever is
+    loaded or assigned.
 
     Args:
         base: the base optimizer.
-        options: defaults of our own group options.
+        group_options: defaults of our own group options.
     """
 
     _copied: tuple[str, ...] = ("base_optimizer",)  # attributes that go with a copy or a pickle, beside those of torch
 
-    def __init__(self, base: Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, base: Optimizer, group_options: dict[str, Any]) -> None:
         # torch's own constructor would add every group once more: its __setstate__ makes the hook tables, and nothing else.
-        Optimizer.__setstate__(self, {"base_optimizer": base, "defaults": {**base.defaults, **options}})
+        Optimizer.__setstate__(self, {"base_optimizer": base, "defaults": {**base.defaults, **group_options}})
         for group in base.param_groups:
-            for key, value in options.items():
+            for key, value in group_options.items():
                 group.setdefault(key, value)
+        self._start()
+
+    def _start(self) -> None:
+        """What an optimizer, or a copy of one, begins with."""
+        self._workspace = Workspace()
+        self._hooks: ModelHooks | None = None
+        refuse = WeakMethod(self._refuse_step_of_base)  # a base that is kept keeps no optimizer, and none of its memory, alive
+        self._guard = lambda *call: refuse() and refuse()(*call)  # type: ignore[misc]
+        self.base_optimizer.register_step_pre_hook(self._guard)
+        self._heal([p for group in self.param_groups for p in group["params"]])
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -42,42 +62,137 @@ class Wrapper(Optimizer):
     def state(self, state: Any) -> None:
         self.base_optimizer.state = state
 
-    def _check_new_group(self, index: int) -> None:
-        """Raise ValueError where the group at this index, just added, cannot be worked with."""
+    # --- the open step ---
+
+    @property
+    def open_step(self) -> OpenStep | None:
+        """The step that `perturb()` began and that is not over yet."""
+        step = self._workspace.open
+        return None if step is None or step.given_up is not None else step
+
+    def restore(self) -> None:
+        """Bring the weights back, to the bit, and give the open step up, if there is one."""
+        if (step := self._workspace.open) is not None:
+            step.restore()
+            self._workspace.open = None
+
+    def give_up(self, reason: str) -> None:
+        """Restore the weights where a step is open; the next `step()` raises with this reason, since its gradients are those at perturbed
+        weights. For code that changes the model or the optimizer between the halves of a step."""
+        if (step := self.open_step) is not None:
+            step.give_up(reason)
+
+    def refuse_within_step(self, what: str) -> None:
+        """Raise RuntimeError where a step is open."""
+        if self.open_step is not None:
+            raise RuntimeError(
+                f"CrAM: {what} must not be called between perturb() and step(), got it called there: step() or restore() first"
+            )
+
+    def _refuse_step_of_base(self, base: Optimizer, *_: Any) -> None:
+        if self.open_step is not None and not self._workspace.updating:
+            self.restore()
+            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
+
+    @staticmethod
+    def _heal(params: list[Tensor]) -> None:
+        """An optimizer that was interrupted within a step, and that something still holds, may have left these parameters perturbed."""
+        for step in list(OPEN_STEPS):
+            if any(step.holds(p) for p in params):
+                step.give_up("another optimizer took the parameters over between perturb() and step()")
+
+    # --- groups ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; options that the group does not have are those of the constructor.
+        """As in torch; options that the group does not have are those of the constructor. Where a step is open, it is given up: the next
+        `step()` raises.
 
         Raises:
             ValueError: as the constructor. Nothing was changed.
         """
+        ours = {key: self.defaults[key] for key in options.GROUP_OPTIONS}
+        options.check_new_group({**ours, **param_group}, self.base_optimizer.defaults)
+        self.give_up("a parameter group was added between perturb() and step()")
+        counters = {key: self.param_groups[0][key] for key in schedule.COUNTERS} if self.param_groups else {}
         self.base_optimizer.add_param_group(param_group)
-        for key, value in self.defaults.items():
-            param_group.setdefault(key, value)
+        param_group |= {**self.defaults, **param_group, **counters}
         try:
-            self._check_new_group(len(self.param_groups) - 1)
+            options.check_params(self.param_groups, len(self.param_groups) - 1)
+            self._check_names()
         except ValueError:
             self.param_groups.pop()
             raise
+        self._heal(param_group["params"])
+
+    def _check_names(self) -> None:
+        """Raise ValueError where an option needs names that a group does not have."""
+
+    # --- checkpoints and copies ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the base optimizer, into which it loads; with `mask_period` also the masks, under a key of their own that torch ignores.
+        Patterns and schedules are not part of it.
+
+        Raises:
+            RuntimeError: a step is open.
+        """
+        self.refuse_within_step("state_dict()")
+        options.check_groups(self.param_groups)
+        state_dict = super().state_dict()
+        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            group |= {"compression": None, "rho": schedule.rho_of(own)}
+        self._workspace.follow(self.param_groups)
+        if masks := self._workspace.pack_masks():
+            state_dict[MASKS] = masks
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Ours, or one of the base optimizer: options that it lacks keep their values, and so do patterns and schedules; masks that it
+        lacks are computed anew. Where a step is open, it is given up: the next `step()` raises."""
+        super().load_state_dict(state_dict)
+        if getattr(self, "master_weights", False):
+            reload_float32(self.state, self.param_groups, state_dict)
+        self._load_masks(state_dict.get(MASKS, {}))
+
+    def _load_masks(self, masks: dict[int, dict[str, Any]]) -> None:
+        self._workspace.follow(self.param_groups)
+        self._workspace.drop_masks()
+        self._workspace.load_masks(masks, self._patterns())
+
+    def _patterns(self) -> list[Any]:
+        """All patterns that the next step may draw."""
+        return []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults} | {key: self.__dict__[key] for key in self._copied}  # no hooks, as in torch
+        self.refuse_within_step("copy or pickle")
+        self._workspace.follow(self.param_groups)
+        ours = {MASKS: self._workspace.pack_masks(), "model": self._hooks and self._hooks.model}
+        return {"defaults": self.defaults} | {key: self.__dict__[key] for key in self._copied} | ours  # no hooks, as in torch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For copies and pickles; and torch's load_state_dict and scripts call it with new state or groups, whose missing options keep their values."""
-        base = state.get("base_optimizer") or self.base_optimizer
-        shared = {key: value for key, value in state.items() if key in ("state", "param_groups")}
-        if "param_groups" in shared:
-            for old, new in zip(base.param_groups, shared["param_groups"], strict=False):
-                for key, value in old.items():
-                    new.setdefault(key, value)
-        super().__setstate__({key: value for key, value in state.items() if key not in shared})
+        """For copies and pickles. Torch's load_state_dict, and scripts, call it with new state or groups, whose missing options, patterns and
+        schedules keep their values."""
+        state = dict(state)
+        shared = {key: state.pop(key) for key in ("state", "param_groups") if key in state}
+        masks, model, copied = state.pop(MASKS, {}), state.pop("model", None), "base_optimizer" in state
+        if not copied:
+            self.give_up("the optimizer was loaded between perturb() and step()")
+            for old, new in zip(self.param_groups, shared.get("param_groups", ()), strict=False):
+                fixed = {key: value for key, value in old.items() if key == "compression" or (key == "rho" and callable(value))}
+                new |= {**old, **new, **fixed}
+        super().__setstate__(state)
+        base = self.base_optimizer
         if shared:  # the base's own __setstate__ brings what an old checkpoint lacks up to date
             base.__setstate__({"state": base.state, "param_groups": base.param_groups} | shared)
+        if copied:
+            self._start()
+        if model is not None:
+            self._hooks = ModelHooks(model, self)
+        self._load_masks(masks)
 
 
-def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, options: dict[str, Any]) -> Optimizer:
-    """`base_optimizer(params, **options)`; or the instance that either argument is, to which `params` may give names.
+def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, base_options: dict[str, Any]) -> Optimizer:
+    """`base_optimizer(params, **base_options)`; or the instance that either argument is, to which `params` may give names.
 
     Raises:
         ValueError: no parameters, options beside an instance, other parameters than those of the instance, or not such an optimizer.
@@ -85,11 +200,11 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, o
     if isinstance(params, Optimizer):
         params, base_optimizer = None, params
     if isinstance(params, nn.Module):
-        params = list(unwrapped(params).named_parameters())
+        params = _named(params, base_optimizer)
     if isinstance(base_optimizer, Optimizer):
         base = base_optimizer
-        if options:
-            raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(options)} beside the instance")
+        if base_options:
+            raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
         if params is not None:
             _name(base, params)
     elif not callable(base_optimizer):
@@ -97,10 +212,19 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, o
     elif params is None:
         raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
     else:
-        base = base_optimizer(params, **options)
+        base = base_optimizer(params, **base_options)
     if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):
         raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
     return base
+
+
+def _named(model: nn.Module, base: Any) -> list[tuple[str, Tensor]]:
+    """The named parameters of a model, of an instance of a base optimizer those that it has."""
+    named = list(options.unwrapped(model).named_parameters())
+    if not isinstance(base, Optimizer):
+        return named
+    held = {id(p) for group in base.param_groups for p in group["params"]}
+    return [(name, p) for name, p in named if id(p) in held]
 
 
 def _name(base: Optimizer, params: Iterable[Any]) -> None:

@@ -3,25 +3,20 @@
 Nothing of it is optimizer state, which torch casts to the parameter's dtype when it loads a checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..distributed import Spread, is_spread, local_of, spread_of, whole_of
+from .. import ops
+from ..distributed import Spread, is_spread, local_of, local_ranks, spread_of, whole_of
 from ..patterns import Pattern, TopK
-from ..schedule import Groups, key_of
-from ..warning import warn
-from .step_info import StepInfo
 
 if TYPE_CHECKING:
-    from .open_step import OpenStep
+    pass
 
-ALIGNMENT = 16  # bytes, between the masks in their common buffer
 STRIDED = torch.strided
-MAX_PLANS = 16  # a sparsity warm-up draws a new pattern in every step
+NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
 
 
 class Slot:
@@ -125,179 +120,22 @@ class Bucket:
             saved = [s.nothing if s.saved is None or s.master is not s.nothing else s.saved for s in self.slots]
             self.saved, self.masters = present(saved, self.slots), present([s.master for s in self.slots], self.slots)
 
+    def local_k(self, grads: list[Tensor], rho: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """k on this rank, and the thresholds over all ranks; k itself and None where no set is spread over ranks."""
+        k, thresholds = self.k, None
 
-class Workspace:
-    """What an optimizer holds that changes from step to step. (Lightning calls methods on an object of its own, with the optimizer's
-    attributes: this one is common to both.) The slots follow the groups: whatever is replaced, added or removed there is replaced, added
-    or let go here."""
+        def histogram(sets: list[int], prefix: Tensor, shift: int, bits: int) -> Tensor:
+            return ops.topk_histogram(self.params, grads, rho, sets, prefix, shift, bits, **options)
 
-    def __init__(self) -> None:
-        self.open: OpenStep | None = None
-        self.last: StepInfo | None = None
-        self.updating = False  # whether the base may step although a step is open
-        self.warned_plain = False
-        self.slots: list[Slot] = []
-        self.sizes: list[int] = []  # parameters of each group
-        self.flags: dict[tuple[torch.device, int], Tensor] = {}
-        self.plans: dict[tuple[Pattern | None, ...], tuple[list[bool], list[Slot], list[Bucket]]] = {}  # by the pattern of each group
-        self.kept: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}  # see `tensor`
-
-    def follow(self, groups: Groups) -> list[Slot]:
-        """The slots of all parameters, in order."""
-        sizes = [len(group["params"]) for group in groups]
-        params = [p for group in groups for p in group["params"]]
-        if sizes != self.sizes or not all(map(is_, params, [s.param for s in self.slots])):
-            known = {id(s.param): s for s in self.slots}
-            slots = []
-            for i, group in enumerate(groups):
-                for j, param in enumerate(group["params"]):
-                    slot = known.get(id(param)) or Slot(param, i, j)
-                    slot.group, slot.position = i, j
-                    slots.append(slot)
-            self.slots, self.sizes = slots, sizes
-            self.plans.clear()
-        return self.slots
-
-    def gradients(self, converted: bool) -> tuple[list[Slot], list[Tensor]]:
-        """The slots whose parameter has a gradient, and those gradients as the ops take them.
-
-        Args:
-            converted: replace the slots of parameters that were converted or moved since their slot was made.
-        """
-        active = [s for s in self.slots if s.param.grad is not None]
-        # Whatever converts a parameter gives it other memory: where that is the same, nothing else need be looked at.
-        if converted and (stale := [s for s in active if (s.spread or s.param.data_ptr() != s.pointer) and not s.holds()]):
-            new = {s: Slot(s.param, s.group, s.position) for s in stale}
-            self.slots = [new.get(s, s) for s in self.slots]
-            self.plans.clear()
-            active = [new.get(s, s) for s in active]
-        if len(active) == len(self.slots):
-            active = self.slots
-        given: list[Any] = [s.param.grad for s in active]
-        grads = [
-            g if g.layout is STRIDED and g.stride() == s.strides and not s.spread else s.fitted(g)
-            for s, g in zip(active, given, strict=True)
-        ]
-        return active, grads
-
-    def flag(self, device: torch.device, number: int) -> Tensor:
-        """int32 [] on the device, 0 unless the bucket of this number is perturbed."""
-        if (device, number) not in self.flags:
-            self.flags[device, number] = torch.zeros((), dtype=torch.int32, device=device)
-        return self.flags[device, number]
-
-    def buckets(
-        self, patterns: tuple[Pattern | None, ...], active: list[Slot], groups: Groups, why_dense: Callable[[Slot, Pattern], str | None]
-    ) -> list[Bucket]:
-        """The buckets of a step, from the last one with these patterns where it still holds.
-
-        Args:
-            patterns: one a group.
-            active: the slots that are perturbed.
-            why_dense: None where the pattern prunes this slot.
-
-        Raises:
-            RuntimeError: weights of several devices, or of several device meshes, would be ranked together.
-        """
-        allowed = [group["prune"] for group in groups]
-        kept = self.plans.get(patterns)
-        if kept is None or kept[0] != allowed or kept[1] != active:
-            while len(self.plans) >= MAX_PLANS:
-                del self.plans[next(iter(self.plans))]
-            kept = self.plans[patterns] = allowed, list(active), self.make_buckets(patterns, active, why_dense)
-        return kept[2]
-
-    def make_buckets(
-        self, patterns: tuple[Pattern | None, ...], active: list[Slot], why_dense: Callable[[Slot, Pattern], str | None]
-    ) -> list[Bucket]:
-        """As `buckets`, made anew."""
-        made: list[Bucket] = []
-        numbers: dict[torch.device, int] = {}
-        for pattern in dict.fromkeys(patterns):
-            slots = [s for s in active if patterns[s.group] == pattern]
-            pruned = {s for s in slots if pattern is not None and why_dense(s, pattern) is None}
-            ranked = {s: _ranked_with(pattern, s, i) for i, s in enumerate(slots) if s in pruned} if isinstance(pattern, TopK) else {}
-            homes: dict[int, torch.device] = {}
-            for slot, key in ranked.items():
-                if homes.setdefault(key, slot.device) != slot.device:
-                    raise RuntimeError(
-                        f"CrAM: weights that {pattern} ranks together must be on one device, got {homes[key]} and {slot.device}"
-                    )
-            for device, part in by_device(slots):
-                number = numbers[device] = numbers.get(device, 0) + 1
-                made.append(Bucket(pattern, part, pruned, ranked, self.flag(device, number)))
-            if pattern is not None and slots and not pruned:
-                warn(f"CrAM: {pattern} prunes none of the {len(slots)} parameters; coverage(pattern) says why")
-        return made
-
-    # --- hyperparameters on the device ---
-
-    def tensor(self, name: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`values`, a number or a list, as a tensor, made anew only when the numbers change: a step that changes none copies nothing to a GPU.
-        `name` says which one it replaces."""
-        kept = self.kept.get((name, device))
-        if kept is None or kept[0] != values:
-            kept = self.kept[name, device] = (values, torch.tensor(values, dtype=dtype, device=device))
-        return kept[1]
-
-    def option(self, name: str, values: list[Any], slots: list[Slot], device: torch.device) -> Tensor:
-        """An option of which `values` has one a group, as float32 [] or [n]; a tensor (of lr, rho) is read on the device, without a
-        synchronisation."""
-        if any(isinstance(value, Tensor) for value in values):
-            each = [torch.as_tensor(value, dtype=torch.float32, device=device).reshape(()) for value in values]
-            return each[0] if len(values) == 1 else torch.stack([each[s.group] for s in slots])
-        numbers = per_tensor([float(value) for value in values], slots)
-        return self.tensor(name, numbers[0] if len(numbers) == 1 else numbers, torch.float32, device)
-
-    # --- masks that are kept for later steps (mask_period) ---
-
-    def allocate_masks(self, slots: list[Slot], pattern: Pattern | None) -> None:
-        """Memory for the mask of each slot: aligned slices of one buffer a device."""
-        for device, lacking in by_device([s for s in slots if pattern not in s.masks]):
-            sizes = [-(-s.local.numel() // 8) for s in lacking]
-            room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-            parts = torch.zeros(sum(room), dtype=torch.uint8, device=device).split(room)
-            for slot, part, size in zip(lacking, parts, sizes, strict=True):
-                slot.masks[pattern] = part[:size]
-
-    def keep_masks(self, patterns: Iterable[Pattern]) -> None:
-        """Let the masks of all other patterns go."""
-        known = {None, *patterns}
-        for slot in self.slots:
-            for pattern in [p for p in slot.masks if p not in known]:
-                del slot.masks[pattern]
-                slot.finished.discard(pattern)  # type: ignore[arg-type]
-
-    def drop_masks(self) -> None:
-        """They belong to weights that are gone."""
-        for slot in self.slots:
-            slot.finished.clear()
-
-    def pack_masks(self) -> dict[int, dict[str, dict[str, Any]]]:
-        """The masks that are kept, copied: {index of the parameter: {key of the pattern: {"bits": uint8 [ceil(numel / 8)], "stride": tuple}}}."""
-        return {
-            i: {key_of(pattern): {"bits": slot.masks[pattern].clone(), "stride": slot.strides} for pattern in slot.finished}
-            for i, slot in enumerate(self.slots)
-            if slot.finished and not slot.spread  # the mask of a shard means nothing to another number of ranks
-        }
-
-    def load_masks(self, packed: dict[int, dict[str, dict[str, Any]]], patterns: Sequence[Pattern]) -> None:
-        """What `pack_masks` gave. Bits are in memory order: a parameter with other strides gets none, they are computed anew."""
-        for i, slot in enumerate(self.slots):
-            masks = packed.get(i, {})
-            for pattern in patterns:
-                mask = masks.get(key_of(pattern))
-                if mask is not None and tuple(mask["stride"]) == slot.strides and not slot.spread:
-                    self.allocate_masks([slot], pattern)
-                    slot.masks[pattern].copy_(mask["bits"])
-                    slot.finished.add(pattern)
-
-
-def _ranked_with(pattern: TopK, slot: Slot, index: int) -> int:
-    """Equal for slots that are ranked together."""
-    if pattern.scope == "model":
-        return 0
-    return slot.group if pattern.scope == "group" else index
+        for spread in dict.fromkeys([s for s in self.spreads if s is not None]):  # in the same order on all ranks
+            chosen = [i for i, s in enumerate(self.spreads) if s == spread]
+            number = {own: i for i, own in enumerate(chosen)}
+            sets = [number.get(s, -1) for s in self.sets]
+            here, over_ranks = local_ranks(histogram, [s.param for s in self.slots], sets, self.k[chosen], spread)
+            if thresholds is None:
+                k, thresholds = k.clone(), torch.full_like(k, NOT_SPREAD, dtype=torch.int32)
+            k[chosen], thresholds[chosen] = here, over_ranks
+        return k, thresholds
 
 
 def per_tensor(values: list[Any], slots: list[Slot]) -> list[Any]:

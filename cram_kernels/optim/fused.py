@@ -14,9 +14,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops
 from ..distributed import whole_of
-from .bucket import Slot, Workspace, kept_state, per_tensor
+from .bucket import Slot, kept_state, per_tensor
 from .open_step import Columns
 from .precision import Factor, on, skipped
+from .workspace import Workspace
 
 Hooks = list[Callable[..., Any]]
 

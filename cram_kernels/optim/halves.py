@@ -1,6 +1,8 @@
 """The two halves of a step, in order. Whatever raises in one of them leads back to clean weights."""
 
+import sys
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,45 +12,35 @@ from torch.amp import GradScaler
 from .. import schedule
 from ..patterns import Pattern
 from ..warning import warn
+from . import options
 from .bucket import Bucket, Slot, by_device
 from .fused import Update
 from .open_step import Columns, OpenStep
-from .options import check_group_options
 from .precision import Factor, clipped, first_factor, note_versions, prepare_masters, second_factor, skipped, total_norm
 
 if TYPE_CHECKING:
     from .cram import CrAM
 
 
-def check_groups(optimizer: "CrAM") -> None:
-    """Raise where somebody has put something into a group that a step cannot work with."""
-    for group in optimizer.param_groups:
-        if "rho" not in group or "cram_step" not in group:
-            message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
-            raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
-        check_group_options(group)
-
-
-def choices(optimizer: "CrAM") -> list[tuple[Pattern, ...]]:
-    """The patterns among which each group draws in the next step."""
-    found = []
-    for group in optimizer.param_groups:
-        own = group["compression"]
-        if own is None:
-            own = optimizer.compression
-        elif type(own) is not tuple:  # a script has put something there
-            own = schedule.checked_compression(own)
-        found.append(schedule.patterns_of(own, group["cram_step"]))
-    return found
+def asked_by_checkpoint() -> bool:
+    """Whether torch.distributed.checkpoint calls, which has an optimizer make its state by a step with a rate and gradients of 0."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None or frame.f_code.co_name == "_init_optim_state":
+            break
+        frame = frame.f_back
+    else:
+        return False
+    return frame is not None
 
 
 @torch.no_grad()
 def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     """The first half: move the weights uphill and prune them. Clean weights are given."""
     work, groups = optimizer._workspace, optimizer.param_groups
-    check_groups(optimizer)
+    options.check_groups(groups)
     factor = first_factor(scaler, optimizer)
-    lists = choices(optimizer)
+    lists = schedule.choices(groups, optimizer.compression)
     levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
     patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
     if optimizer._hooks is not None:
@@ -117,7 +109,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     work, step, base = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer
     try:
         work.updating = True
-        check_groups(optimizer)
+        options.check_groups(optimizer.param_groups)
         work.follow(optimizer.param_groups)
         active, grads = work.gradients(converted=step is None)
         columns, rest = [], active
@@ -153,5 +145,5 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         return
     step.end()
     work.open, work.last = None, work.last and replace(work.last, second_grad_norm=norm)
-    known = {schedule.key_of(p) for c in choices(optimizer) for p in c} if step.kept_patterns else set()
+    known = {schedule.key_of(p) for p in optimizer._patterns()} if step.kept_patterns else set()
     schedule.count(optimizer.param_groups, step.kept_patterns, known)

@@ -12,16 +12,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .. import ops
-from ..distributed import local_of, local_ranks, whole_mesh, whole_of
+from ..distributed import local_of, whole_mesh, whole_of
 from ..params import OPEN_STEPS
 from ..patterns import NM, Pattern, TopK
 from ..schedule import Groups
-from .bucket import Bucket, Slot, Workspace, present
+from .bucket import NOT_SPREAD, Bucket, Slot, present
 from .model_hooks import ModelHooks
 from .precision import Factor, note_versions, on
 from .step_info import StepInfo
-
-NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
+from .workspace import Workspace
 
 
 class Columns:
@@ -155,7 +154,7 @@ class OpenStep:
         amp: dict[str, Any] = {"inv_scale": on(self.factor.inv_scale, bucket.device), "found_inf": found_inf, "masters": bucket.masters}
         result = None
         if isinstance(pattern, TopK) and not reuse:
-            k, over_ranks = _local_k(bucket, grads, rho, amp)
+            k, over_ranks = bucket.local_k(grads, rho, {key: amp[key] for key in ("inv_scale", "masters")})
             thresholds, stats = ops.perturb_topk_(*common, bucket.sets, k, **amp)
             result = thresholds if over_ranks is None else torch.where(over_ranks == NOT_SPREAD, thresholds, over_ranks), stats
         elif isinstance(pattern, NM) and not reuse:
@@ -296,25 +295,6 @@ class OpenStep:
         slot = place[0].slots[place[1]]
         saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
         return whole_of(param, saved.clone())
-
-
-def _local_k(bucket: Bucket, grads: list[Tensor], rho: Tensor, amp: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """k on this rank, and the thresholds over all; k itself and None where no set is spread over ranks."""
-    k, thresholds = bucket.k, None
-    options = {key: amp[key] for key in ("inv_scale", "masters")}
-
-    def histogram(sets: list[int], prefix: Tensor, shift: int, bits: int) -> Tensor:
-        return ops.topk_histogram(bucket.params, grads, rho, sets, prefix, shift, bits, **options)
-
-    for spread in dict.fromkeys([s for s in bucket.spreads if s is not None]):  # in the same order on all ranks
-        chosen = [i for i, s in enumerate(bucket.spreads) if s == spread]
-        number = {own: i for i, own in enumerate(chosen)}
-        sets = [number.get(s, -1) for s in bucket.sets]
-        here, over_ranks = local_ranks(histogram, [s.param for s in bucket.slots], sets, bucket.k[chosen], spread)
-        if thresholds is None:
-            k, thresholds = k.clone(), torch.full_like(k, NOT_SPREAD, dtype=torch.int32)
-        k[chosen], thresholds[chosen] = here, over_ranks
-    return k, thresholds
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:

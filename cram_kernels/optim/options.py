@@ -34,18 +34,29 @@ def is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, bool | Tensor | str) and math.isfinite(value)
 
 
-def check_optimizer_options(
-    normalize_grad: Any, max_grad_norm: Any, master_weights: Any, mask_period: Any, seed: Any, grad_norms: Any
-) -> None:
-    """Check the options that hold for the whole optimizer."""
-    for name, value in (("normalize_grad", normalize_grad), ("master_weights", master_weights), ("grad_norms", grad_norms)):
-        check_bool(name, value)
+def check_optimizer_options(optimizer: Any, seed: Any, prune_embeddings: Any) -> None:
+    """Check the options that hold for the whole optimizer, which has them as attributes."""
+    check_bool("prune_embeddings", prune_embeddings)
+    for name in ("normalize_grad", "master_weights", "grad_norms"):
+        check_bool(name, getattr(optimizer, name))
+    max_grad_norm, mask_period = optimizer.max_grad_norm, optimizer.mask_period
     if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"CrAM: max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
     if type(mask_period) is not int or mask_period < 1:
         raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
     if type(seed) is not int:
         raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
+    if wrong := [name for name in optimizer.exclude if not isinstance(name, str)]:
+        raise ValueError(f"CrAM: exclude must be names of parameters, got {wrong[0]!r}")
+
+
+def check_groups(groups: Groups) -> None:
+    """Check all groups before a step: a script may have changed them, or the base optimizer behind our back."""
+    for group in groups:
+        if "rho" not in group or "cram_step" not in group:
+            message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
+            raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
+        check_group_options(group)
 
 
 def check_group_options(group: dict[str, Any]) -> None:
@@ -109,12 +120,6 @@ def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(names)}")
-
-
-def name_of(group: dict[str, Any], group_index: int, position: int) -> str:
-    """The name that the user gave the parameter, or "group.position"."""
-    names = group.get("param_names")
-    return names[position] if names else f"{group_index}.{position}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

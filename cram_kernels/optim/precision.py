@@ -39,6 +39,31 @@ def skipped(factor: Factor) -> bool:
     return factor.found_inf is not None and float(factor.found_inf) != 0
 
 
+def given_by_scaler(optimizer: Any, with_closure: bool) -> dict[str, Any]:
+    """What a GradScaler that calls step() has set on the optimizer: `grad_scale` and `found_inf`; empty without one.
+
+    Raises:
+        RuntimeError: the scaler knows of one pass only. The weights are the clean ones, and the gradients are released.
+    """
+    given: dict[str, Any] = {key: optimizer.__dict__[key] for key in ("grad_scale", "found_inf") if key in optimizer.__dict__}
+    step = optimizer.open_step
+    scaled_first = step is not None and step.factor.found_inf is not None
+    wrong = None
+    if given and with_closure:
+        wrong = "step(closure) must not be called by a GradScaler, which cannot scale what the closure does: perturb(scaler) and step()"
+    elif given and step is not None and not scaled_first:
+        wrong = "perturb() must be given the GradScaler that calls step(), got none: perturb(scaler)"
+    elif not given and scaled_first and not with_closure:
+        wrong = "scaler.step(optimizer) must follow perturb(scaler), got step(): the second gradients are scaled"
+    if wrong is not None:
+        for key in given:
+            delattr(optimizer, key)
+        optimizer.restore()
+        optimizer.zero_grad()
+        raise RuntimeError(f"CrAM: {wrong}")
+    return given
+
+
 def first_factor(scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
     """The factor of the first pass. Its overflow flag is 0 here: the op that perturbs raises it.
 
