@@ -111,7 +111,7 @@ class Wrapper(Optimizer):
             ValueError: as the constructor. Nothing was changed.
         """
         ours = {key: self.defaults[key] for key in options.GROUP_OPTIONS}
-        options.check_new_group({**ours, **param_group}, self.base_optimizer.defaults)
+        options.check_new_group(param_group, ours, self.base_optimizer.defaults)
         self.give_up("a parameter group was added between perturb() and step()")
         counters = {key: self.param_groups[0][key] for key in schedule.COUNTERS} if self.param_groups else {}
         self.base_optimizer.add_param_group(param_group)

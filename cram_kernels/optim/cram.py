@@ -119,7 +119,7 @@ class CrAM(Wrapper):
         if master_weights and type(base) not in FUSED:
             raise ValueError(f"CrAM: master_weights must be False for a base that takes its own step, got True and {type(base).__name__}")
         for index, group in enumerate(base.param_groups):
-            options.check_new_group({**group_options, **group}, base.defaults)
+            options.check_new_group(group, group_options, base.defaults)
             options.check_params(base.param_groups, index)
         options.check_exclude(base.param_groups, self.exclude)
         names = [(n, id(p)) for group in base.param_groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)]

@@ -76,18 +76,19 @@ def check_group_options(group: dict[str, Any]) -> None:
         raise ValueError("CrAM: differentiable must be False, got True: the ops have no backward")
 
 
-def check_new_group(group: dict[str, Any], base_options: Iterable[str]) -> None:
+def check_new_group(group: dict[str, Any], ours: dict[str, Any], base_options: Iterable[str]) -> None:
     """Check a group as a user gives it, and bring its `compression` into the stored form.
 
     Args:
+        ours: the defaults of our options.
         base_options: names that the base optimizer uses, which win over ours.
     """
     for key in OPTIMIZER_OPTIONS:
         if key in group and key not in base_options:
             raise ValueError(f"CrAM: {key} must be given to the optimizer, where it holds for all groups, got it in a parameter group")
+    check_group_options({**ours, **group})
     if group.get("compression") is not None:
         group["compression"] = checked_compression(group["compression"])
-    check_group_options(group)
 
 
 def check_params(groups: Groups, index: int) -> None:
