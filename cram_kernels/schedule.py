@@ -1,4 +1,5 @@
-"""Which pattern and which rho a step takes, from plain numbers in the parameter groups: every checkpoint format keeps those, and all ranks agree."""
+"""Which pattern and which rho a step takes. They follow from plain numbers in the parameter groups: every checkpoint format keeps those,
+and all ranks agree."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -25,7 +25,9 @@ def grads(seed: int) -> list[torch.Tensor]:
 
 def language_model() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"table": nn.Embedding(100, 16), "norm": nn.BatchNorm1d(16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 100)})
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(100, 16), "norm": nn.BatchNorm1d(16), "body": nn.Linear(16, 16), "head": nn.Linear(16, 100)}
+    )
     model["head"].weight = model["table"].weight
     return model
 

@@ -19,14 +19,15 @@ MASKS = "cram_masks"  # the key of kept masks in a state_dict, beside torch's "s
 
 
 class Wrapper(Optimizer):
-    """What `CrAM` is to torch. Groups and state live in the base optimizer alone: here they are properties, so they cannot part, whatever is
-    loaded or assigned.
+    """What `CrAM` is to torch. Groups and state live in the base optimizer alone: here they are properties, so they cannot part, whatever
+    is loaded or assigned.
 
     Args:
         base: the base optimizer.
         group_options: defaults of our own group options.
     """
 
+    base_optimizer: Optimizer
     _copied: tuple[str, ...] = ("base_optimizer",)  # attributes that go with a copy or a pickle, beside those of torch
 
     def __init__(self, base: Optimizer, group_options: dict[str, Any]) -> None:
@@ -170,8 +171,8 @@ class Wrapper(Optimizer):
         return {"defaults": self.defaults} | {key: self.__dict__[key] for key in self._copied} | ours  # no hooks, as in torch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """For copies and pickles. Torch's load_state_dict, and scripts, call it with new state or groups, whose missing options, patterns and
-        schedules keep their values."""
+        """For copies and pickles. Torch's load_state_dict, and scripts, call it with new state or groups, whose missing options, patterns
+        and schedules keep their values."""
         state = dict(state)
         shared = {key: state.pop(key) for key in ("state", "param_groups") if key in state}
         masks, model, copied = state.pop(MASKS, {}), state.pop("model", None), "base_optimizer" in state
@@ -220,7 +221,7 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
 
 def _named(model: nn.Module, base: Any) -> list[tuple[str, Tensor]]:
     """The named parameters of a model, of an instance of a base optimizer those that it has."""
-    named = list(options.unwrapped(model).named_parameters())
+    named: list[tuple[str, Tensor]] = list(options.unwrapped(model).named_parameters())
     if not isinstance(base, Optimizer):
         return named
     held = {id(p) for group in base.param_groups for p in group["params"]}

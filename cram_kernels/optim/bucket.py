@@ -63,7 +63,7 @@ class Slot:
         if grad.stride() == self.strides:
             return grad
         if all(a == b or size == 1 for a, b, size in zip(grad.stride(), self.strides or (), grad.shape, strict=True)):
-            return grad.as_strided(grad.shape, self.strides)  # the stride of an axis of size 1 means nothing
+            return grad.as_strided(grad.shape, self.strides or ())  # the stride of an axis of size 1 means nothing
         return torch.empty_like(self.local).copy_(grad)
 
     def versions(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The last part of a step: restore the weights, form the gradient of the update, and take a step of the base optimizer.
 
-SGD, Adam and AdamW are one op a device; their state is made and kept as torch makes it, so that checkpoints go both ways. New state hangs in
-`state` before the op runs, so an interrupt cannot lose it. Torch's flags for how to run (`foreach`, `fused`) choose among its own
+SGD, Adam and AdamW are one op a device; their state is made and kept as torch makes it, so that checkpoints go both ways. New state hangs
+in `state` before the op runs, so an interrupt cannot lose it. Torch's flags for how to run (`foreach`, `fused`) choose among its own
 implementations; as in torch, `fused` and `capturable` put Adam's step counter on the device.
 """
 
@@ -36,8 +36,8 @@ class Update:
         self.groups = base.param_groups
 
     def run(self, parts: list[Columns], pre_hooks: Hooks, post_hooks: Hooks) -> None:
-        """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined gradient
-        in `p.grad`, where a pre-hook may change it."""
+        """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined
+        gradient in `p.grad`, where a pre-hook may change it."""
         base, op = self.base, FUSED.get(type(self.base))
         base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for
         if op is not None and not pre_hooks and not post_hooks:
@@ -78,7 +78,7 @@ class Update:
             "masters": part.masters(),
         }
 
-    def numbers(self, part: Columns, *names: str, kind: Callable[[Any], Any] = float) -> dict[str, list[Any]]:
+    def numbers(self, part: Columns, *names: str, kind: Callable[[Any], Any] = float) -> dict[str, Any]:
         """Group options as the ops take them: one value for all, or one a parameter."""
         return {name: per_tensor([kind(group[name]) for group in self.groups], part.slots) for name in names}
 
@@ -88,7 +88,8 @@ class Update:
     def sgd(self, part: Columns) -> None:
         """One step of torch.optim.SGD."""
         used = [group["momentum"] != 0 for group in self.groups]
-        buffers, new = [], []
+        buffers: list[Tensor] = []
+        new: list[Slot] = []
         for slot in part.slots:
             if not used[slot.group]:
                 buffers += (slot.nothing,)

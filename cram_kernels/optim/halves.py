@@ -81,12 +81,13 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
 
 
 def _reused(optimizer: "CrAM", buckets: list[Bucket], known: set[Pattern]) -> set[Pattern | None]:
-    """The patterns whose masks of an earlier step are taken. All masks must be there: a parameter may be new, or have its first gradient."""
+    """The patterns whose masks of an earlier step are taken. All must be there: a parameter may be new, or have its first gradient."""
     optimizer._workspace.keep_masks(known)
     uses = schedule.uses_of(optimizer.param_groups)
     due = {p for p in known if uses.get(schedule.key_of(p), 0) % optimizer.mask_period == 0}
     lacking = {b.pattern for b in buckets if any(b.pattern not in s.finished for s in b.pruned)}
-    return {b.pattern for b in buckets if b.pattern is not None} - due - lacking
+    wanted: set[Pattern | None] = {b.pattern for b in buckets if b.pattern is not None}
+    return wanted - due - lacking
 
 
 def _clipped(optimizer: "CrAM", slots: list[Slot], grads: list[Tensor], factor: Factor) -> tuple[Factor, Tensor | None, Tensor | None]:
@@ -103,8 +104,8 @@ def _clipped(optimizer: "CrAM", slots: list[Slot], grads: list[Tensor], factor: 
 def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     """The second half, or a plain step where none is open; `given` by a GradScaler.
 
-    The order matters: state is there before an op writes it, and the step is counted last, so an interrupt at any line leaves clean weights,
-    or weights that `restore()` makes clean.
+    The order matters: state is there before an op writes it, and the step is counted last, so an interrupt at any line leaves clean
+    weights, or weights that `restore()` makes clean.
     """
     work, step, base = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer
     try:
@@ -112,7 +113,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         options.check_groups(optimizer.param_groups)
         work.follow(optimizer.param_groups)
         active, grads = work.gradients(converted=step is None)
-        columns, rest = [], active
+        columns: list[Columns] = []
+        rest = active
         if step is not None:
             if step.slots is not work.slots:
                 raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")

@@ -1,4 +1,4 @@
-"""A model that knows of its optimizer: its state_dict() has no perturbed weights, what is loaded into it stays, its batch norms keep still."""
+"""A model that knows of its optimizer: its state_dict() has no perturbed weights, what is loaded stays, its batch norms keep still."""
 
 import weakref
 from contextlib import AbstractContextManager
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from ..batchnorm import frozen_batchnorm, kept_buffers
 
 if TYPE_CHECKING:
-    from .cram import CrAM
+    from .base import Wrapper
 
 
 class ModelHooks:
@@ -21,7 +21,7 @@ class ModelHooks:
     do nothing; the copy of the optimizer, if it was copied too, attaches itself to it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: "CrAM") -> None:
+    def __init__(self, model: nn.Module, optimizer: "Wrapper") -> None:
         self.model, self.optimizer = model, weakref.ref(optimizer)
         self.handles: list[Any] = []
         self.unsynced: dict[nn.Module, bool] = {}  # DDP -> whether it has left the gradients of its last pass to each rank

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -22,6 +23,8 @@ from .precision import Factor, note_versions, on
 from .step_info import StepInfo
 from .workspace import Workspace
 
+Tensors = Sequence[Tensor]
+
 
 class Columns:
     """What an update takes: the parameters of one device as lists with one entry each. Empty lists: absent for all.
@@ -36,7 +39,7 @@ class Columns:
         self.slots, self.grads, self.flag, self.saved, self.first, self.masks = slots, grads, flag, saved, first, masks
         self.device, self.params = slots[0].device, [s.local for s in slots]
 
-    def common(self) -> tuple[Any, ...]:
+    def common(self) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensor]:
         """The arguments with which every restoring op begins: params ... perturbed."""
         return self.params, self.saved, self.grads, self.first, self.masks, self.flag
 
@@ -248,7 +251,8 @@ class OpenStep:
             same = [s for s in bucket.slots if s.holds()]
             if len(same) < len(bucket.slots) and int(bucket.flag) != 0:  # the model was converted within the step: no op takes such a pair
                 for slot in set(bucket.slots).difference(same):
-                    local_of(slot.param).copy_(slot.saved if slot.master is slot.nothing else slot.master)
+                    clean = slot.saved if slot.master is slot.nothing else slot.master
+                    local_of(slot.param).copy_(clean)  # type: ignore[arg-type]
             saved = [s.saved if s.master is s.nothing and s.saved is not None else s.nothing for s in same]
             ops.restore_([s.local for s in same], present(saved, same), bucket.flag, masters=present([s.master for s in same], same))
             note_versions(same)

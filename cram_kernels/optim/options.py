@@ -1,4 +1,4 @@
-"""What the options and the parameters of a group may be. All errors are ValueErrors that say wanted and found, raised before anything is changed."""
+"""What the options and the parameters of a group may be. Errors say what was wanted and what was found, before anything is changed."""
 
 import math
 from collections.abc import Iterable
@@ -124,7 +124,7 @@ def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers such as DistributedDataParallel and torch.compile, whose parameters have the names that the user gave them."""
+    """The model inside wrappers such as DistributedDataParallel and torch.compile: its parameters have the names that the user knows."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -1,4 +1,4 @@
-"""Mixed precision and clipping: what the gradients of a pass are multiplied by, how an overflow reaches the GradScaler, float32 master weights."""
+"""Mixed precision and clipping: what gradients are multiplied by, how an overflow reaches the GradScaler, float32 master weights."""
 
 from typing import Any, NamedTuple
 

@@ -64,8 +64,8 @@ class StepInfo:
         return None if self.stats is None else self.stats[:, 2].any()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a log: level, pattern, threshold (the largest of several), kept, candidates, fallback, gradient norms. Waits for
-        the device."""
+        """Plain numbers for a log: level, pattern, threshold (the largest of several), kept, candidates, fallback, gradient norms. Waits
+        for the device."""
         found: dict[str, Any] = {"level": self.level, "pattern": None if self.pattern is None else str(self.pattern)}
         if len(set(self.patterns)) > 1:
             found["pattern"] = ", ".join(map(str, dict.fromkeys(self.patterns)))

@@ -127,8 +127,8 @@ class Workspace:
     # --- hyperparameters on the device ---
 
     def tensor(self, name: str, values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`values`, a number or a list, as a tensor, made anew only when the numbers change: a step that changes none copies nothing to a GPU.
-        `name` says which one it replaces."""
+        """`values`, a number or a list, as a tensor, made anew only when the numbers change: a step that changes none copies nothing to a
+        GPU. `name` says which one it replaces."""
         kept = self.kept.get((name, device))
         if kept is None or kept[0] != values:
             kept = self.kept[name, device] = (values, torch.tensor(values, dtype=dtype, device=device))
@@ -168,7 +168,7 @@ class Workspace:
             slot.finished.clear()
 
     def pack_masks(self) -> dict[int, dict[str, dict[str, Any]]]:
-        """The masks that are kept, copied: {index of the parameter: {key of the pattern: {"bits": uint8 [ceil(numel / 8)], "stride": tuple}}}."""
+        """The masks that are kept, copied: {index of the parameter: {key of the pattern: {"bits": uint8 [ceil(numel / 8)], "stride"}}}."""
         return {
             i: {key_of(pattern): {"bits": slot.masks[pattern].clone(), "stride": slot.strides} for pattern in slot.finished}
             for i, slot in enumerate(self.slots)
