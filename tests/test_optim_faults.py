@@ -131,7 +131,7 @@ def test_a_step_closes_whatever_its_numbers_are(base, form, lr, second):
 @pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("where", ["base", "wrapper"])
 def test_hooks_change_no_bit(base, kind, masters, where):
-    """Hooks of either optimizer, beside master weights or not. (`plus` is off for 16 bits: hooks see a gradient that is rounded to them.)"""
+    """Hooks of either optimizer, beside master weights or not. (`plus` is off for 16 bits: hooks see gradients rounded to them.)"""
     dtype = torch.bfloat16 if masters else torch.float32
     results = []
     for hooked in (False, True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .. import ops
+from .. import ops as typed_ops
 from ..distributed import whole_of
 from .bucket import Slot, kept_state, per_tensor
 from .open_step import Columns
@@ -20,6 +20,7 @@ from .precision import Factor, on, skipped
 from .workspace import Workspace
 
 Hooks = list[Callable[..., Any]]
+ops: Any = typed_ops  # mypy takes two ** in a call for arguments given twice
 
 
 class Update:
