@@ -23,7 +23,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     other: Any
     if isinstance(batch, MutableMapping):
         other = copy.copy(batch)  # keeps a default factory, for one
-        other.update({key: moved(value, device) for key, value in batch.items()})
+        for key, value in batch.items():
+            other[key] = moved(value, device)
         return other
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}

@@ -232,7 +232,7 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+    return any(buffer is not None and name in ("running_mean", "running_var") for name, buffer in module._buffers.items())
 
 
 def _cumulative(name: str, calls: dict[str, int]) -> Callable[[nn.Module, Any], None]:

@@ -163,6 +163,15 @@ def test_norms_that_are_not_torchs_are_named_and_left_alone() -> None:
         assert tune_batchnorm(model[0], [inputs(3)]) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_a_scripted_norm_is_named_and_left_alone() -> None:
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), nn.BatchNorm1d(3))
+    with pytest.warns(CrAMWarning, match=r"the statistics of '0' \(RecursiveScriptModule\) stay as they are"):
+        assert tune_batchnorm(model, [inputs(3)], batches=1) == 1
+    assert (model[0].running_mean == 0).all()
+    torch.testing.assert_close(model[1].running_mean, (inputs(3) / (1 + 1e-5) ** 0.5).mean(0))
+
+
 def test_a_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
     class Auxiliary(nn.Module):
         """A head that only training uses, as Inception's."""

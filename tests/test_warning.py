@@ -30,3 +30,11 @@ def test_embedding_tables_are_found_tied_ones_too() -> None:
     model["head"].weight = model["table"].weight
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in embedding_tables(model)]
     assert names == ["table.weight", "bag.weight", "head.weight"]
+
+
+def test_a_file_beside_the_package_is_the_users() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        beside = cram_kernels.__path__[0] + "_demo.py"
+        exec(compile("warn('look at this')", beside, "exec"), {"warn": warn})
+    assert [w.filename for w in caught] == [beside]
