@@ -222,7 +222,7 @@ def _zeros_after(weight: Tensor, pattern: Pattern, threshold: float) -> int:
     if isinstance(pattern, NM):
         groups = (weight != 0).unflatten(1, (weight.shape[1] // pattern.m, pattern.m))
         return weight.numel() - int(groups.sum(2).clamp(max=pattern.n).sum())
-    return weight.numel() - int((weight.float().abs() > threshold).sum())
+    return weight.numel() - int((weight.float().abs() > threshold).count_nonzero())
 
 
 def _layers(parameters: list[_Found], pattern: Pattern, dense: dict[str, str], zeros: list[int]) -> tuple[Layer, ...]:
