@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu clean
 
 setup: $(VENV)/.installed
 
@@ -80,6 +80,10 @@ test-triton: setup
 # Every Triton kernel compiled for every arch, about half an hour on two cores; no GPU needed. Spills and lost 16-byte accesses are faults.
 triton-static: setup
 	$(BIN)/python -m benchmarks.triton_static $(ARGS)
+
+# Everything that only an NVIDIA GPU can show, with the python3 that is there: no registry, nothing is installed. PYTHON=$(BIN)/python: the venv's.
+verify-gpu:
+	$(PYTHON) tools/gpu/verify.py $(ARGS)
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo

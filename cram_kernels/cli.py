@@ -1,4 +1,4 @@
-"""The command line: `python -m cram_kernels info`, `check`, `export` and `verify-gpu`."""
+"""The command line: `python -m cram_kernels info`, `check` and `export`."""
 
 import argparse
 import platform
@@ -9,7 +9,6 @@ import torch
 
 from . import _native, backend
 from .export import cli as export_cli
-from .verify import command as verify
 from .version import __version__
 
 
@@ -60,9 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     own = commands.add_parser("info", help="what is installed, built and chosen here, and why a backend is missing")
     own.set_defaults(run=lambda options: print(info()) or 0)
     export_cli.add_commands(commands)
-    gpu = commands.add_parser("verify-gpu", help="everything that only a real GPU can show, in one report")
-    verify.add_options(gpu)
-    gpu.set_defaults(run=verify.main)
     options = parser.parse_args(argv)
     return options.run(options)
 

@@ -1,5 +1,6 @@
 """The arguments of each op, made from a case: one function an op family, variants by name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -205,4 +206,42 @@ def adam(case: Case, variant: str = "plain", **options: Any) -> dict[str, Any]:
         "eps": cycle([1e-8, 1e-3, 0.0], n, 1),
         "weight_decay": cycle([0.0, 0.01, 1e-60, 0.1], n, 2),
         "maximize": cycle([0, 0, 1], n, 0),
+    }
+
+
+def samples(case: Case) -> dict[str, Callable[[], dict[str, Any]]]:
+    """op -> a maker of the arguments of a typical call, with every option given."""
+    amp = {"inv_scale": 0.5, "found_inf": 0.0}
+    scales = {"inv_scale": 0.5, "first_inv_scale": 0.25, "found_inf": 0.0}
+    nm = {"prune": [int(len(spec.shape) > 1 and spec.shape[1] % 4 == 0) for spec in case.specs], "n": 2, "m": 4}
+
+    def weights() -> dict[str, Any]:
+        return {"weights": case.tensors("params"), "masks": poisoned_masks(case)}
+
+    def chosen() -> dict[str, Any]:
+        return selection("groups", case.tensors("params"))
+
+    def perturbation(**more: Any) -> dict[str, Any]:
+        return perturb(case, "masters") | scalars(amp) | more
+
+    def histogram() -> dict[str, Any]:
+        read = {role: value for role, value in perturbation().items() if role in ("params", "grads", "rho", "masters", "inv_scale")}
+        return read | {"sets": chosen()["sets"], "prefix": torch.zeros(4, dtype=torch.int64), "shift": 20, "bits": 11}
+
+    def scalars(values: dict[str, float]) -> dict[str, Any]:
+        return {role: f32(value) for role, value in values.items()}
+
+    return {
+        "topk_threshold": lambda: {"weights": case.tensors("params"), **chosen()},
+        "topk_histogram": histogram,
+        "prune_topk_": lambda: weights() | chosen(),
+        "perturb_topk_": lambda: perturbation(**chosen()),
+        "prune_nm_": lambda: weights() | nm,
+        "perturb_nm_": lambda: perturbation(**nm),
+        "perturb_masked_": lambda: perturbation(masks=mask_bytes(case, "masks")),
+        "restore_": lambda: restore(case, "masters"),
+        "restore_combine_": lambda: combine(case, "masters") | scalars(scales),
+        "restore_sgd_": lambda: sgd(case, "masters") | scalars(scales),
+        "restore_adam_": lambda: adam(case, "masters") | scalars(scales),
+        "grad_norm": lambda: {"grads": case.tensors("grads"), "inv_scale": f32(0.5)},
     }

@@ -1,12 +1,11 @@
 """The ops as torch sees them: schemas, fakes, torch.compile, version counters."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calls import adam, combine, f32, flag, mask_bytes, perturb, poisoned_masks, restore, selection, sgd
+from calls import f32, flag, samples
 from cases import Drawn, Spec, mixed
 from compare import MUTATED, clone, compare_all, contract_part, map_tensors, named_tensors
 from conftest import SIMD_LEVELS
@@ -16,48 +15,7 @@ from test_optim_every_line import Trace
 from cram_kernels import _native, _registration, backend, ops, reference
 
 CASE = Drawn("normal", mixed([Spec((6, 8)), Spec((4, 8, 3, 3), order=(0, 2, 3, 1)), Spec((5, 4, 2)), Spec((7,))]))
-NM = {"prune": [1, 1, 1, 0], "n": 2, "m": 4}
-
-
-AMP = {"inv_scale": 0.5, "found_inf": 0.0}
-SCALES = {"inv_scale": 0.5, "first_inv_scale": 0.25, "found_inf": 0.0}
-
-
-def weights() -> dict[str, Any]:
-    return {"weights": CASE.tensors("params"), "masks": poisoned_masks(CASE)}
-
-
-def chosen() -> dict[str, Any]:
-    return selection("groups", CASE.tensors("params"))
-
-
-def numbers(values: dict[str, float]) -> dict[str, Any]:
-    return {name: f32(value) for name, value in values.items()}
-
-
-SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {  # op -> a typical call, with every option given
-    "topk_threshold": lambda: {"weights": CASE.tensors("params"), **chosen()},
-    "topk_histogram": lambda: {
-        **{
-            name: value
-            for name, value in (perturb(CASE, "masters") | chosen()).items()
-            if name in ("params", "grads", "rho", "masters", "sets")
-        },
-        **{"prefix": torch.zeros(4, dtype=torch.int64), "shift": 20, "bits": 11, "inv_scale": f32(0.5)},
-    },
-    "prune_topk_": lambda: weights() | chosen(),
-    "perturb_topk_": lambda: perturb(CASE, "masters") | numbers(AMP) | chosen(),
-    "prune_nm_": lambda: weights() | NM,
-    "perturb_nm_": lambda: perturb(CASE, "masters") | numbers(AMP) | NM,
-    "perturb_masked_": lambda: perturb(CASE, "masters") | numbers(AMP) | {"masks": mask_bytes(CASE, "masks")},
-    "restore_": lambda: restore(CASE, "masters"),
-    "restore_combine_": lambda: combine(CASE, "masters") | numbers(SCALES),
-    "restore_sgd_": lambda: sgd(CASE, "masters") | numbers(SCALES),
-    "restore_adam_": lambda: adam(CASE, "masters") | numbers(SCALES),
-    "grad_norm": lambda: {"grads": CASE.tensors("grads"), "inv_scale": f32(0.5)},
-}
-
-
+SAMPLES = samples(CASE)
 OP = pytest.mark.parametrize("op", SAMPLES)
 
 
