@@ -116,8 +116,8 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
         for module, hold in held:
             hold.blocks.discard(block)
             if not hold.blocks:
-                hold.release(module)
                 _held.pop(module, None)
+                hold.release(module)
         self.blocks.pop()
 
 
