@@ -1,11 +1,10 @@
 """What a compression is: data. `TopK` prunes a share of the weights, `NM` keeps n of every m along the input channels."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
-
-from torch import Size
 
 Scope = Literal["model", "group", "tensor"]
 
@@ -44,7 +43,7 @@ class TopK:
         """The rank of the threshold among numel weights: what is larger than the k-th largest stays (contract: Top-k)."""
         return numel + 1 if self.sparsity == 0 else math.ceil(numel * (1 - self.sparsity))
 
-    def why_dense(self, shape: Size) -> str | None:
+    def why_dense(self, shape: Sequence[int]) -> str | None:
         """None where a weight of this shape can be pruned, else the reason why it stays dense."""
         return "fewer than 2 dims" if len(shape) < 2 else None
 
@@ -82,7 +81,7 @@ class NM:
         if not isinstance(self.n, int) or not isinstance(self.m, int) or not 1 <= self.n < self.m <= 1024:
             raise ValueError(f"NM: n and m must be ints with 1 <= n < m <= 1024, got n={self.n!r}, m={self.m!r}")
 
-    def why_dense(self, shape: Size) -> str | None:
+    def why_dense(self, shape: Sequence[int]) -> str | None:
         """None where a weight of this shape can be pruned, else the reason why it stays dense."""
         if len(shape) < 2:
             return "fewer than 2 dims"

@@ -1,8 +1,10 @@
 """Prune a trained model in one shot, in place."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,11 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = (), *, pr
         raise ValueError("prune: pattern must have scope 'model' or 'tensor', got 'group': a model has no parameter groups")
     if not isinstance(prune_embeddings, bool):
         raise ValueError(f"prune: prune_embeddings must be True or False, got {prune_embeddings!r}")
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass without a dispatch of its own is the memory it has
+        return _prune(model, pattern, exclude, prune_embeddings)
+
+
+def _prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str], prune_embeddings: bool) -> Report:
     parameters = _tied_once(model)
     dense = _why_dense(model, parameters, pattern, exclude, prune_embeddings)
     pruned = [found for found in parameters if found.name not in dense]
@@ -88,7 +95,7 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = (), *, pr
     return report
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Found:
     """A parameter of a model. Tied names share one: it has all of them, and every Parameter object that is this memory."""
 
@@ -103,9 +110,16 @@ class _Found:
     def tensor(self) -> Tensor:
         return self.objects[0]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...] | None:
-        return None if is_lazy(self.tensor) or self.tensor.is_nested else tuple(self.tensor.shape)
+        try:
+            return tuple(map(int, self.tensor.shape))
+        except Exception:  # a lazy one, a nested one, a subclass that answers in its own way: left alone, it must not stop the others
+            return None
+
+    @cached_property
+    def numel(self) -> int:
+        return 0 if self.shape is None else math.prod(self.shape)
 
     @property
     def has_memory(self) -> bool:
@@ -161,7 +175,7 @@ def _why_unprunable(found: _Found, pattern: Pattern) -> str | None:
     p = found.tensor
     if not is_lazy(p) and not p.is_floating_point():
         return f"dtype {p.dtype}"
-    if found.shape is not None and (reason := pattern.why_dense(p.shape) or ("empty" if p.numel() == 0 else None)) is not None:
+    if found.shape is not None and (reason := pattern.why_dense(found.shape) or ("empty" if found.numel == 0 else None)) is not None:
         return reason
     if not p.requires_grad and (wrong := _why_unfit(p)) is not None:
         return "cannot be pruned: " + wrong.rpartition(", got ")[2]
@@ -229,14 +243,13 @@ def _layers(parameters: list[_Found], pattern: Pattern, dense: dict[str, str], z
     after = iter(zeros)
     layers = []
     for found in parameters:
-        numel = 0 if is_lazy(found.tensor) else found.tensor.numel()
         reason = dense.get(found.name)
         layers.append(
             Layer(
                 found.name,
                 found.shape,
                 str(pattern) if reason is None else None,
-                numel,
+                found.numel,
                 next(after) if reason is None else _zeros(found),
                 reason,
             )
@@ -247,9 +260,9 @@ def _layers(parameters: list[_Found], pattern: Pattern, dense: dict[str, str], z
 def _zeros(found: _Found) -> int | None:
     """Of a parameter that stays as it is; None where torch cannot count them."""
     if not found.has_memory:
-        return 0 if found.shape is not None and found.tensor.numel() == 0 else None
+        return 0 if found.shape is not None and found.numel == 0 else None
     try:
-        return found.tensor.numel() - int(found.tensor.count_nonzero())
+        return found.numel - int(found.tensor.count_nonzero())
     except (NotImplementedError, RuntimeError):
         return None  # float8 and unsigned integers
 

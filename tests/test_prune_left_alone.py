@@ -47,6 +47,30 @@ def freed() -> Tensor:
     return t
 
 
+class NoFunctions(Tensor):
+    """All that it can do is to become a parameter."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func.__name__ in ("detach", "requires_grad_"):
+            return super().__torch_function__(func, types, args, kwargs)
+        raise TypeError(f"no {func}")
+
+
+class NoOperations(Tensor):
+    """The same, of a tensor without memory."""
+
+    @staticmethod
+    def __new__(cls) -> "NoOperations":
+        return Tensor._make_wrapper_subclass(cls, (8, 8), dispatch_sizes_strides_policy="sizes")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, *_: object) -> object:
+        if func is torch.ops.aten.detach.default:
+            return cls()
+        raise TypeError(f"no {func}")
+
+
 # kind -> a tensor of 2 dims, why it stays dense where it is frozen, how many zeros are reported
 ODD: dict[str, tuple[Callable[[], Tensor], str, int | None]] = {
     "meta": (lambda: torch.empty(8, 8, device="meta"), "cannot be pruned: a meta tensor", None),
@@ -58,6 +82,7 @@ ODD: dict[str, tuple[Callable[[], Tensor], str, int | None]] = {
     "csr": (csr, "cannot be pruned: layout torch.sparse_csr", None),
     "quantized": (quantized, "dtype torch.qint8", None),
     "subclass": (lambda: TwoTensor(torch.ones(8, 8), torch.ones(8, 8)), "cannot be pruned: type TwoTensor", None),
+    "no operations": (NoOperations, "cannot be pruned: type NoOperations", None),
     "nested": (nested, "cannot be pruned: a nested tensor", None),
     "strided": (lambda: torch.eye(8)[:, ::2], "cannot be pruned: strides (8, 2) for shape (8, 4); make it contiguous", 28),
     "negative": (lambda: torch._neg_view(torch.ones(8, 8)), "cannot be pruned: a view with the negative bit; call resolve_neg()", 0),
@@ -121,14 +146,12 @@ def test_frozen_weights_are_pruned_as_others() -> None:
 
 
 def test_a_plain_subclass_is_a_weight() -> None:
-    class Named(nn.Parameter):
-        pass
-
-    model = nn.Linear(16, 8)
-    model.weight = Named(model.weight.detach())
-    wanted = halved(model.weight)[0]
-    assert prune(model, HALF).pruned[0].zeros == 65
-    assert torch.equal(model.weight.as_subclass(Tensor), wanted)
+    for kind in (type("Named", (nn.Parameter,), {}), NoFunctions):
+        model = nn.Linear(16, 8)
+        weight, wanted = model.weight.detach(), halved(model.weight)[0]
+        model._parameters["weight"] = nn.Parameter(weight.as_subclass(kind)) if kind is NoFunctions else kind(weight)
+        assert prune(model, HALF).pruned[0].zeros == 65
+        assert torch.equal(weight, wanted)
 
 
 @pytest.mark.parametrize("exclude", ["a", "b"])
