@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 $(VENV)/.created: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(PIP_INSTALL) torch setuptools wheel ninja pybind11
+	$(PIP_INSTALL) torch setuptools wheel ninja
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created $(NATIVE)

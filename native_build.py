@@ -6,6 +6,7 @@ By hand: python native_build.py FOLDER [address | undefined | thread]; before FO
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -85,6 +86,7 @@ class Ninja:
 
     def __init__(self, cxx: str, sanitize: str = "", gpu: str = "") -> None:
         self.cxx = cxx
+        launcher, host = host_compiler(cxx)
         self.sanitize = sanitize
         mode = f"-O1 -fsanitize={sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer" if sanitize else "-O3"
         self.lines = [
@@ -93,13 +95,13 @@ class Ninja:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule cuda",
-            f"  command = nvcc {CUDA_FLAGS} {gpu} -MMD -MF $out.d $extra -c $in -o $out",
+            f"  command = {launcher}nvcc {host} {CUDA_FLAGS} {gpu} -MMD -MF $out.d $extra -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} {mode} $in -o $out $extra",
             "rule link_cuda",
-            f"  command = nvcc -shared -cudart shared {gpu} $in -o $out $extra",
+            f"  command = nvcc {host} -shared -cudart shared {gpu} $in -o $out $extra",
         ]
         self.objects: set[str] = set()
         self.targets: list[str] = []
@@ -133,16 +135,43 @@ class Ninja:
 
 
 def gpu_archs(torch: Path) -> list[str]:
-    """$CRAM_KERNELS_GPU_ARCHS ("80 90"), or else all; the first alone where this torch has no CUDA: it shows that the kernels compile."""
-    if chosen := os.environ.get("CRAM_KERNELS_GPU_ARCHS"):
-        return chosen.split()
-    return list(GPU_ARCHS if torch_facts(torch).get("cuda") else GPU_ARCHS[:1])
+    """$CRAM_KERNELS_GPU_ARCHS ("80 90"), or else those of GPU_ARCHS that this nvcc knows; the first alone where this torch has no CUDA: it
+    shows that the kernels compile. Empty: nothing is built for GPUs.
+
+    Raises:
+        BuildError: nvcc does not know a chosen arch, or is of another CUDA than this torch.
+    """
+    chosen, cuda = os.environ.get("CRAM_KERNELS_GPU_ARCHS", "").split(), torch_facts(torch).get("cuda")
+    if not cuda_sources() or chosen == ["none"]:
+        return []
+    release = re.search(r"release (\d+)\.", nvcc("--version"))
+    if cuda and release and release[1] != cuda.split(".")[0]:
+        raise BuildError(
+            f"nvcc on PATH is of CUDA {release[1]}, and this torch of CUDA {cuda}, so that the library could not be loaded: put an nvcc of "
+            f"CUDA {cuda.split('.')[0]} first on PATH, or build without CUDA kernels: CRAM_KERNELS_GPU_ARCHS=none"
+        )
+    known = [arch.removeprefix("compute_") for arch in nvcc("--list-gpu-arch").split()]
+    if unknown := [arch for arch in chosen if arch not in known]:
+        raise BuildError(f"CRAM_KERNELS_GPU_ARCHS must name archs that nvcc knows ({' '.join(known)}), got {' '.join(unknown)}")
+    return chosen or [arch for arch in GPU_ARCHS if arch in known][: None if cuda else 1]
+
+
+def nvcc(*options: str) -> str:
+    return subprocess.run(["nvcc", *options], check=True, capture_output=True, text=True).stdout
+
+
+def host_compiler(cxx: str) -> tuple[str, str]:
+    """What goes before nvcc (ccache), and its option for the host compiler: the one that compiles the rest."""
+    launcher, *rest = cxx.split()
+    if Path(launcher).name in ("ccache", "sccache"):
+        return f"{launcher} ", option("-ccbin=", rest[0] if rest else "g++")
+    return "", option("-ccbin=", launcher)
 
 
 def machine_code(archs: list[str]) -> str:
     """nvcc's options for machine code of these archs, and PTX of the last for those to come."""
     codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return " ".join([*codes, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
+    return " ".join([*codes, f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}", "-lineinfo"])
 
 
 def cuda_sources() -> list[Path]:
@@ -179,32 +208,26 @@ def build(package: Path, sanitize: str = "") -> None:
         BuildError: torch or a compiler is missing.
         subprocess.CalledProcessError: a compilation failed.
     """
-    import pybind11
-
     torch = require_torch()
     archs = gpu_archs(torch)
-    ninja = Ninja(compiler(), sanitize, machine_code(archs))
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise BuildError("cram_kernels needs Python's headers: install them (Debian and Ubuntu: `apt install python3-dev`)")
+    ninja = Ninja(compiler(), sanitize, machine_code(archs) if archs else "")
     package.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([*ninja.cxx.split(), "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
     facts = {
         "CRAM_COMPILER": version,
         "CRAM_TORCH_VERSION": torch_version(torch),
-        "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in archs) if cuda_sources() else "",
+        "CRAM_GPU_ARCHS": " ".join(f"sm_{arch}" for arch in archs),
     }
     defines = " ".join(option(f"-D{name}=", f'"{value}"') for name, value in facts.items())
     stable_abi = stable_abi_flags(torch)
-    python = f"{option('-isystem', sysconfig.get_path('include'))} {option('-isystem', pybind11.get_include())}"
     libtorch = libtorch_flags(torch)
 
-    objects = [ninja.compile(source, stable_abi) for source in sources() if source.stem != "host"]
-    library = ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared {libtorch}")
-    if cuda_sources():
+    objects = [ninja.compile(source, defines if source.stem == "host" else stable_abi) for source in sources()]
+    ninja.link(package / "libcram_kernels_cpu.so", objects, f"-shared {libtorch}")
+    if archs:
         link_cuda(ninja, package, stable_abi, libtorch)
-    host = ninja.compile(CSRC / "host.cpp", f"{python} {defines}")
-    module = package / ("_host" + sysconfig.get_config_var("EXT_SUFFIX"))
-    ninja.link(module, [host], f"-shared {option('-L', package)} -l:libcram_kernels_cpu.so '-Wl,-rpath,$$ORIGIN'", after=library)
+    else:
+        (package / "libcram_kernels_cuda.so").unlink(missing_ok=True)  # of an earlier build
     ninja.run("native")
 
 

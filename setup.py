@@ -2,7 +2,6 @@
 
 libcram_kernels_cpu.so  the ops, against LibTorch's stable ABI (torch >= 2.10): one build runs under every later torch
 libcram_kernels_cuda.so the same for NVIDIA GPUs, where nvcc and CUDA sources are there
-_host                   a pybind11 module: SIMD level, build facts
 """
 
 import subprocess
@@ -30,7 +29,8 @@ class NativeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("cram_kernels._host", sources=[])],
+    ext_modules=[Extension("cram_kernels.libcram_kernels_cpu", sources=[])],  # makes the wheel one of this platform
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # no library uses Python's API: one wheel serves every version from 3.10 on
     cmdclass={"build_ext": NativeBuild},
     # torch is needed for its headers only. Where the environment has it, that one is used; where it does not, pip brings it.
     setup_requires=[] if native_build.torch_folder() else ["torch>=2.10"],

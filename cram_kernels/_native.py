@@ -1,6 +1,6 @@
 """Loads the native libraries; remembers why one is missing instead of failing the import."""
 
-import importlib.util
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 # Elsewhere than in the package for the sanitizers' builds (`make test-asan`).
 _FOLDER = Path(os.environ.get("CRAM_KERNELS_LIBRARIES") or Path(__file__).parent)
 _missing: dict[str, str] = {}  # backend -> reason
-host: Any = None  # the pybind11 module: build facts, SIMD level, copy kernels of the benchmarks
+host: Any = None  # a Host, once the CPU library is loaded
 
 
 def _load_cpu() -> str | None:
@@ -22,23 +22,46 @@ def _load_cpu() -> str | None:
         return f"the native library {library} was not built: run `pip install .` with a C++ compiler"
     try:
         torch.ops.load_library(str(library))
-        host = _load_host()
-    except (OSError, ImportError) as error:
+        host = Host(library)
+    except (OSError, AttributeError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""  # torch hides what dlopen said
         return f"the native library {library} does not load: {error}{cause}"
     return None
 
 
-def _load_host() -> Any:
-    """The pybind11 module beside the library."""
-    path = next(_FOLDER.glob("_host.*.so"), None)
-    if path is None:
-        raise ImportError(f"{_FOLDER} has no _host module")
-    spec = importlib.util.spec_from_file_location("cram_kernels._host", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Host:
+    """The C functions of the CPU library (csrc/host.cpp): SIMD levels, build facts, the copy of the benchmarks.
+
+    compiler, torch_built_with, gpu_archs: what the library was built with.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        for name in ("simd_levels", "simd_level", "set_simd_level", "streaming_copy", "build_facts"):
+            getattr(self._library, f"cram_{name}").restype = ctypes.c_char_p
+        self.compiler, self.torch_built_with, self.gpu_archs = self._call("build_facts").split("\n")
+
+    def _call(self, name: str, *arguments: Any) -> str:
+        answer: str = getattr(self._library, f"cram_{name}")(*arguments).decode()
+        if answer.startswith("error: "):
+            raise RuntimeError(answer.removeprefix("error: "))
+        return answer
+
+    def simd_levels(self) -> list[str]:
+        """The SIMD levels of this CPU, best last."""
+        return self._call("simd_levels").split()
+
+    def simd_level(self) -> str:
+        """The SIMD level that the CPU kernels run at."""
+        return self._call("simd_level")
+
+    def set_simd_level(self, name: str) -> None:
+        """Run the CPU kernels at one of simd_levels()."""
+        self._call("set_simd_level", name.encode())
+
+    def streaming_copy(self, to: int, source: int, size: int, threads: int) -> None:
+        """Copy bytes between addresses that do not overlap, with non-temporal stores: what the benchmarks compare with."""
+        self._call("streaming_copy", *map(ctypes.c_void_p, (to, source)), *map(ctypes.c_size_t, (size, threads)))
 
 
 def _load_cuda() -> str | None:

@@ -1,25 +1,50 @@
-// The host side for Python (pybind11): which SIMD levels there are, which one runs, what this library was built with, and a copy to compare with.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The host side for Python, as C functions (cram_kernels/_native.py calls them with ctypes): which SIMD levels there are, which one runs, what this
+// library was built with, and a copy to compare with. Free of Python, so that one build serves every version of it.
 #include <cstdint>
+#include <exception>
 
 #include "cpu/copy.h"
 
-PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host side of the native library: SIMD levels, build facts, the copy of the benchmarks.";
-  m.def("simd_levels", &cram::simd_levels, "The SIMD levels of this CPU, best last.");
-  m.def("simd_level", [] { return std::string(cram::kernels().name); }, "The SIMD level that the CPU kernels run at.");
-  m.def("set_simd_level", &cram::set_simd_level, pybind11::arg("name"), "Run the CPU kernels at one of simd_levels().");
-  m.def(
-      "streaming_copy",
-      [](uintptr_t to, uintptr_t from, size_t bytes, size_t threads) {
-        cram::streaming_copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, threads);
-      },
-      pybind11::arg("dst_ptr"), pybind11::arg("src_ptr"), pybind11::arg("bytes"), pybind11::arg("threads"),
-      pybind11::call_guard<pybind11::gil_scoped_release>(),
-      "Copy bytes between addresses that do not overlap, with non-temporal stores: what the benchmarks compare with.");
-  m.attr("compiler") = CRAM_COMPILER;
-  m.attr("torch_built_with") = CRAM_TORCH_VERSION;
-  m.attr("gpu_archs") = CRAM_GPU_ARCHS;
+namespace {
+
+// What `call` returns; of an exception "error: " and its message. Valid until the thread's next call.
+template <class Call>
+const char* answer(Call call) {
+  static thread_local std::string text;
+  try {
+    text = call();
+  } catch (const std::exception& error) {
+    text = std::string("error: ") + error.what();
+  }
+  return text.c_str();
 }
+
+}  // namespace
+
+extern "C" {
+
+// Names with a space between them, the best level of this CPU last.
+CRAM_EXPORT const char* cram_simd_levels() {
+  return answer([] {
+    std::string names;
+    for (const std::string& name : cram::simd_levels()) names += (names.empty() ? "" : " ") + name;
+    return names;
+  });
+}
+
+CRAM_EXPORT const char* cram_simd_level() {
+  return answer([] { return std::string(cram::kernels().name); });
+}
+
+CRAM_EXPORT const char* cram_set_simd_level(const char* name) {
+  return answer([=] { return cram::set_simd_level(name), std::string(); });
+}
+
+CRAM_EXPORT const char* cram_streaming_copy(void* to, const void* from, size_t bytes, size_t threads) {
+  return answer([=] { return cram::streaming_copy(to, from, bytes, threads), std::string(); });
+}
+
+// Lines: the compiler, the version of torch, the GPU archs.
+CRAM_EXPORT const char* cram_build_facts() { return CRAM_COMPILER "\n" CRAM_TORCH_VERSION "\n" CRAM_GPU_ARCHS; }
+
+}  // extern "C"

@@ -242,7 +242,7 @@ def test_streaming_copy() -> None:
                 expected[50 + shift : 50 + shift + size] = source[3 : 3 + size]
                 _native.host.streaming_copy(target.data_ptr() + 50 + shift, source.data_ptr() + 3, size, threads)
                 assert torch.equal(target, expected), (size, shift, threads)
-    with pytest.raises(ValueError, match="threads must be at least 1"):
+    with pytest.raises(RuntimeError, match="threads must be at least 1"):
         _native.host.streaming_copy(target.data_ptr(), source.data_ptr(), 1, 0)
 
 

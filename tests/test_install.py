@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +121,58 @@ def test_info_survives_bad_settings() -> None:
     assert "must be one that this CPU has (portable" in result.stdout
     used = python(ADD, CRAM_KERNELS_BACKEND="gpu")
     assert "must be one of cpu, cuda, triton, reference, got 'gpu'" in used.stderr.splitlines()[-1]
+
+
+def in_checkout(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs with native_build imported as `n`, and `torch` the folder of one that says it is of CUDA 12.8."""
+    if not (ROOT / "native_build.py").exists():
+        pytest.skip("not run from a source checkout")
+    return python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build as n\n{code}", **environment)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> Callable[[int, str], dict[str, str]]:
+    """(CUDA version, archs) -> an environment in which nvcc says that it is of it and knows them; torch's folder is in it too."""
+
+    def make(release: int, archs: str) -> dict[str, str]:
+        (tmp_path / "torch").mkdir(exist_ok=True)
+        (tmp_path / "torch" / "version.py").write_text("__version__ = '2.11.0'\ncuda = '12.8'\n")
+        listed = "\\n".join(f"compute_{arch}" for arch in archs.split())
+        (tmp_path / "nvcc").write_text(
+            f'#!/bin/sh\nif [ "$1" = --version ]; then echo "Cuda compilation tools, release {release}.1, V{release}.1.88"; '
+            f"else printf '{listed}\\n'; fi\n"
+        )
+        (tmp_path / "nvcc").chmod(0o755)
+        return {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "FOLDER": str(tmp_path / "torch"), "CRAM_KERNELS_GPU_ARCHS": ""}
+
+    return make
+
+
+ARCHS = "import os, pathlib; print(n.gpu_archs(pathlib.Path(os.environ['FOLDER'])))"
+
+
+@pytest.mark.parametrize(
+    "release, known, chosen, expected",
+    [
+        (12, "75 80 86 89 90", "", "['80', '86', '89', '90']"),  # CUDA 12.6 knows neither 100 nor 120
+        (12, "80 86 89 90 100 103 120", "", "['80', '86', '89', '90', '100', '120']"),
+        (12, "75 80 90", "75 90", "['75', '90']"),
+        (12, "75 80 90", "75 91", "CRAM_KERNELS_GPU_ARCHS must name archs that nvcc knows (75 80 90), got 91"),
+        (13, "80 90", "", "nvcc on PATH is of CUDA 13, and this torch of CUDA 12.8"),
+        (13, "80 90", "none", "[]"),
+    ],
+)
+def test_archs_are_those_that_nvcc_knows(nvcc: Any, release: int, known: str, chosen: str, expected: str) -> None:
+    result = in_checkout(ARCHS, **nvcc(release, known) | {"CRAM_KERNELS_GPU_ARCHS": chosen})
+    assert (result.stdout.strip() == expected) if expected.startswith("[") else expected in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "cxx, expected", [("clang++ -pipe", "nvcc -ccbin=clang++ "), ("ccache /usr/bin/g++-12", "ccache nvcc -ccbin=/usr/bin/g++-12 ")]
+)
+def test_nvcc_gets_the_compiler_of_the_rest(cxx: str, expected: str) -> None:
+    result = in_checkout(f"print(*n.Ninja({cxx!r}).lines, sep='\\n')")
+    assert f"command = {expected}" in result.stdout and f"command = {cxx} -MMD" in result.stdout, result.stderr
 
 
 def test_a_compiler_that_is_not_there_is_no_other(tmp_path: Path) -> None:

@@ -8,6 +8,6 @@
 namespace cram {
 
 // Copies between addresses that do not overlap, with non-temporal stores, on torch's threads.
-CRAM_EXPORT void streaming_copy(void* to, const void* from, size_t bytes, size_t threads);
+void streaming_copy(void* to, const void* from, size_t bytes, size_t threads);
 
 }  // namespace cram

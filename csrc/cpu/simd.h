@@ -8,10 +8,10 @@
 
 namespace cram {
 
-#define CRAM_EXPORT __attribute__((visibility("default")))  // the host module calls these
+#define CRAM_EXPORT __attribute__((visibility("default")))  // what Python calls (host.cpp)
 
-CRAM_EXPORT std::vector<std::string> simd_levels();  // those that this CPU has, best last
-CRAM_EXPORT const Kernels& kernels();                // the chosen level's; CRAM_KERNELS_SIMD overrides the best
-CRAM_EXPORT void set_simd_level(const std::string& name);
+std::vector<std::string> simd_levels();  // those that this CPU has, best last
+const Kernels& kernels();                // the chosen level's; CRAM_KERNELS_SIMD overrides the best
+void set_simd_level(const std::string& name);
 
 }  // namespace cram

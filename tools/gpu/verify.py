@@ -1,6 +1,6 @@
 """`make verify-gpu`: everything that only an NVIDIA GPU can show, in one report, build/verify_gpu/report.md.
 
-Needs no registry: torch with CUDA, triton, nvcc, ninja, pybind11, pytest, hypothesis and numpy, as installed. Every step is a process with
+Needs no registry: torch with CUDA, triton, nvcc, ninja, pytest, hypothesis and numpy, as installed. Every step is a process with
 a time limit, so that a kernel that hangs or spoils the CUDA context ends with its step, and the report is written after each. Run it again
 until nothing is left: what passed on this code, software and machine is not repeated.
 """
