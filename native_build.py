@@ -27,9 +27,16 @@ ISA_FLAGS = {
     "isa_avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
     " -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized",  # g++ 12 warns about its own AVX-512 header
 }
+# Sparse inference promises an error bound, not bits: there multiplications and additions may fuse.
+FUSED = " -ffp-contract=fast"
+ISA_FLAGS |= {
+    f"sparse_{level}": ISA_FLAGS[f"isa_{level}"] + (FUSED if level == "portable" else f" -mfma{FUSED}")
+    for level in ("portable", "avx2", "avx512")
+}
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
-TORCH_FREE = ("nm", "perturb", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)  # what the harness links
+# What the harness links.
+TORCH_FREE = ("convolution", "nm", "perturb", "product", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)
 
 
 class BuildError(Exception):
@@ -197,8 +204,8 @@ def libtorch_flags(torch: Path) -> str:
 
 def sources() -> list[Path]:
     x86 = platform.machine() in ("x86_64", "AMD64")
-    found = sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
-    return [source for source in found if x86 or source.stem not in ("isa_avx2", "isa_avx512")]
+    found = sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp"), *(CSRC / "sparse").glob("*.cpp")])
+    return [source for source in found if x86 or not source.stem.endswith(("_avx2", "_avx512"))]
 
 
 def build(package: Path, sanitize: str = "") -> None:

@@ -1,0 +1,202 @@
+"""A pruned model, layer by layer, onto sparse weights where they are faster, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
+from .trial import Trial, plan_from, try_layer
+from .weights import MAX_COLUMNS
+
+Shapes = dict[nn.Module, set[tuple[int, ...]]]  # the input shapes of each layer
+
+MAX_DENSITY = 0.75  # above, no layer was ever faster: not tried
+DEFAULT_ROWS = (1, 32)  # rows of input that a Linear is tried with where no example says more
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    density: float
+    trials: tuple[Trial, ...]
+    why_dense: str | None  # None: it is sparse now
+    weight_bytes: int  # of the weight, as it is now
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the slowest trial; None where none was made."""
+        return min((trial.speedup for trial in self.trials), default=None)
+
+
+@dataclass(frozen=True)
+class SparsifyReport:
+    """One row a layer, in the order of the model."""
+
+    rows: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def sparse(self) -> list[LayerReport]:
+        return [row for row in self.rows if row.why_dense is None]
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            state = "sparse" if row.why_dense is None else f"dense: {row.why_dense}"
+            lines.append(f"{row.name}  {row.kind} {list(row.shape)}  density {row.density:.3f}  {state}")
+            lines += [f"    {trial}" for trial in row.trials]
+        dense_bytes = sum(4 * torch.Size(row.shape).numel() for row in self.rows)
+        own = sum(row.weight_bytes for row in self.rows)
+        lines.append(
+            f"{len(self.sparse)} of {len(self.rows)} layers are sparse; weights {own / 1e6:.1f} MB, dense {dense_bytes / 1e6:.1f} MB"
+        )
+        return "\n".join(lines)
+
+
+def sparsify(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    example_kwargs: dict[str, Any] | None = None,
+    min_speedup: float = 1.1,
+) -> SparsifyReport:
+    """Put the Linear and Conv2d layers of a pruned model on sparse weights, in place, where that is faster on this CPU.
+
+    Every layer is timed beside its dense self, on inputs of the shapes that it gets when the model runs on `example_inputs`, with the
+    present number of threads. It becomes a `SparseLinear` or `SparseConv2d` where it is at least `min_speedup` times as fast for all of
+    these shapes, and keeps its dense weight otherwise. Dense weights of sparse layers are freed.
+
+    Args:
+        model: in eval mode, on the CPU. Layers of type nn.Linear or nn.Conv2d (groups 1) in float32 take part; subclasses stay dense.
+        example_inputs: positional arguments of the model, such as `(images,)`. Without them Linear layers are tried with 1 and 32 rows
+            and convolutions stay dense, since their speed depends on the size of the image.
+        example_kwargs: keyword arguments of the model.
+        min_speedup: at least 1.
+
+    Raises:
+        ValueError: min_speedup is below 1, or the model is in training mode.
+
+    Example:
+        >>> prune(model, TopK(0.9))
+        >>> print(sparsify(model.eval(), (images,)))
+    """
+    if not min_speedup >= 1:
+        raise ValueError(f"sparsify: min_speedup must be at least 1, got {min_speedup!r}")
+    if model.training:
+        raise ValueError("sparsify: model must be in eval mode, got training mode: sparse layers have no backward")
+    seen = _seen_shapes(model, example_inputs, example_kwargs)
+    replacements: dict[nn.Module, nn.Module] = {}
+    rows = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or isinstance(module, SparseLayer):
+            continue
+        row, layer = _decide(name, module, _why_left_out(model, name, module), seen, min_speedup)
+        rows.append(row)
+        if layer is not None:
+            replacements[module] = layer
+    _replace(model, replacements)
+    return SparsifyReport(rows)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Put every sparse layer of a model back on a dense weight, in place, with the same bits; returns the model.
+
+    A model that is a sparse layer itself is not changed; its dense layer is returned.
+    """
+    if isinstance(model, SparseLayer):
+        return model.to_dense()
+    _replace(model, {module: module.to_dense() for module in model.modules() if isinstance(module, SparseLayer)})
+    return model
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Under all names, also where a layer has several."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def _seen_shapes(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str, Any] | None) -> Shapes | None:
+    """The input shapes of each layer while the model runs on the examples; None without examples."""
+    if args is None and kwargs is None:
+        return None
+    if isinstance(args, Tensor):
+        raise TypeError("sparsify: example_inputs must be a tuple of the model's arguments, got a tensor: write (x,)")
+    seen: Shapes = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            seen.setdefault(module, set()).add(tuple(inputs[0].shape))
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    hooks = [module.register_forward_pre_hook(note) for module in layers]
+    try:
+        with torch.inference_mode():
+            model(*(args or ()), **(kwargs or {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _why_left_out(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str | None:
+    weight = module.weight
+    if name == "":
+        return "the model is this layer itself: use SparseLinear or SparseConv2d"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} is a subclass, whose own code may read the weight"
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return f"the weight is {weight.dtype} on {weight.device}, not float32 on the CPU"
+    if isinstance(module, nn.Conv2d) and (why := why_no_convolution(module)) is not None:
+        return f"the convolution would have to {why}"
+    if not 1 <= weight[0:1].numel() <= MAX_COLUMNS:
+        return f"a row of the weight would have to have 1 to {MAX_COLUMNS} elements"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, which a new layer would lose"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return "torch's fused kernel of nn.TransformerEncoderLayer reads dense weights: torch.backends.mha.set_fastpath_enabled(False)"
+    return None
+
+
+def _decide(
+    name: str, module: nn.Linear | nn.Conv2d, why: str | None, seen: Shapes | None, min_speedup: float
+) -> tuple[LayerReport, SparseLayer | None]:
+    weight = module.weight
+    known = weight.device.type == "cpu" and not weight.is_complex()
+    density = weight.count_nonzero().item() / max(1, weight.numel()) if known else 1.0
+    trials: list[Trial] = []
+    layer: SparseLayer | None = None
+    if why is None and density > MAX_DENSITY:
+        why = f"density above {MAX_DENSITY} does not pay"
+    if why is None:
+        shapes = _shapes(module, seen)
+        if not shapes:
+            why = "no example input reached it" if seen is not None else "without example_inputs the size of its input is unknown"
+        else:
+            layer = SparseLinear(module) if isinstance(module, nn.Linear) else SparseConv2d(module)
+            layer.train(module.training)
+            trials = [try_layer(module, layer, shape) for shape in shapes]
+            layer.plan = plan_from(trials)
+            slowest = min(trials, key=lambda trial: trial.speedup)
+            if slowest.speedup < min_speedup:
+                why = f"{slowest.speedup:.2f}x on {list(slowest.input_shape)}, less than {min_speedup:g}x"
+    layer = layer if why is None else None
+    weight_bytes = weight.nbytes if layer is None else layer.weight_bytes
+    return LayerReport(name, type(module).__name__, tuple(weight.shape), density, tuple(trials), why, weight_bytes), layer
+
+
+def _shapes(module: nn.Module, seen: Shapes | None) -> list[tuple[int, ...]]:
+    """The input shapes to try, one for each number of columns."""
+    if seen is not None:
+        return sorted(shape for shape in seen.get(module, set()) if 0 not in shape)
+    if isinstance(module, nn.Linear):
+        return [(rows, module.in_features) for rows in DEFAULT_ROWS]
+    return []

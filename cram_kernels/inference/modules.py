@@ -1,0 +1,180 @@
+"""nn.Linear and nn.Conv2d on sparse weights, for inference on a CPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .weights import Rows, compress, decompress, from_bitmask, to_bitmask
+
+
+class SparseLayer(nn.Module):
+    """What both layers share. The weight is held as compressed rows: 6 bytes a non-zero and 2 a row, no dense copy.
+
+    The state dict has `weight.values` and `weight.bitmask`, as files of the export format "bitmask" have them, in place of `weight`;
+    a state dict with a dense `weight` is loaded too.
+    """
+
+    values: Tensor
+    columns: Tensor
+    counts: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight_shape = tuple(weight.shape)
+        for name in ("values", "columns", "counts"):
+            self.register_buffer(name, None, persistent=False)
+        self._hold(compress(weight))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.plan: list[int] = []
+
+    def _hold(self, rows: Rows) -> None:
+        self.values, self.columns, self.counts = rows.values, rows.columns, rows.counts
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.values, self.columns, self.counts)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at every access: for code that asks for its shape or dtype, not for arithmetic."""
+        return decompress(self.rows, self.weight_shape)
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that are stored."""
+        return self.values.numel() / max(1, torch.Size(self.weight_shape).numel())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weight."""
+        return self.values.nbytes + self.columns.nbytes + self.counts.nbytes
+
+    def _refuse_gradient(self, input: Tensor) -> None:
+        if torch.is_grad_enabled() and input.requires_grad:
+            ops.refuse_autograd(type(self).__name__)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.values"] = self.values
+        destination[f"{prefix}weight.bitmask"] = to_bitmask(self.rows, self.weight_shape)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+    ) -> None:
+        dense, values, mask = (f"{prefix}weight{part}" for part in ("", ".values", ".bitmask"))
+        try:
+            if dense in state_dict:
+                given = state_dict[dense]
+                if tuple(given.shape) != self.weight_shape:
+                    raise ValueError(f"weight must have the shape {list(self.weight_shape)}, got {list(given.shape)}")
+                self._hold(compress(given))
+            elif values in state_dict and mask in state_dict:
+                self._hold(from_bitmask(state_dict[values], state_dict[mask], self.weight_shape))
+            else:
+                missing.extend(name for name in (values, mask) if name not in state_dict)
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}")
+        rest = {name: value for name, value in state_dict.items() if name not in (dense, values, mask)}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _describe(self) -> str:
+        return f"bias={self.bias is not None}, density={self.density:.3g}"
+
+
+class SparseLinear(SparseLayer):
+    """nn.Linear with a sparse weight: y = x W^T + b, float32, on a CPU, without gradients.
+
+    Args:
+        linear: a dense float32 layer; it is not changed.
+
+    Input [..., in_features], output [..., out_features]. A weight that is zero is skipped: 0 * Inf makes no NaN there.
+
+    Raises:
+        ValueError: the weight is not float32, or has more than 65535 columns.
+
+    Example:
+        >>> layer = SparseLinear(pruned_linear)
+        >>> with torch.inference_mode():
+        ...     y = layer(x)
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.weight, linear.bias)
+        self.out_features, self.in_features = self.weight_shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._refuse_gradient(input)
+        return ops.sparse_linear(input.contiguous(), self.values, self.columns, self.counts, self.bias, self.plan)
+
+    def to_dense(self) -> nn.Linear:
+        """The dense layer, with the same bits."""
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None)
+        return _filled(linear, self)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
+
+
+class SparseConv2d(SparseLayer):
+    """nn.Conv2d with a sparse weight: groups 1, zero padding, any kernel, stride and dilation; float32, on a CPU, without gradients.
+
+    Args:
+        conv: a dense float32 layer; it is not changed.
+
+    Input [B, C, H, W] or [C, H, W] in any memory format; the output is contiguous.
+    A weight that is zero is skipped: 0 * Inf makes no NaN there.
+
+    Raises:
+        ValueError: groups, another padding than zeros, a padding that differs between two sides; or as for SparseLinear.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        if (why := why_no_convolution(conv)) is not None:
+            raise ValueError(f"SparseConv2d: conv must {why}")
+        super().__init__(conv.weight, conv.bias)
+        self.out_channels, self.in_channels, *kernel = self.weight_shape
+        self.kernel_size, self.stride, self.dilation = kernel, list(conv.stride), list(conv.dilation)
+        self.padding = _padding(conv)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._refuse_gradient(input)
+        batch = input if input.dim() == 4 else input.unsqueeze(0)
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        output = ops.sparse_conv2d(batch.contiguous(), self.values, self.columns, self.counts, self.bias, *sizes, self.plan)
+        return output if input.dim() == 4 else output.squeeze(0)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The dense layer, with the same bits."""
+        pairs = {name: tuple(getattr(self, name)) for name in ("kernel_size", "stride", "padding", "dilation")}
+        conv = nn.utils.skip_init(nn.Conv2d, self.in_channels, self.out_channels, bias=self.bias is not None, **pairs)
+        return _filled(conv, self)
+
+    def extra_repr(self) -> str:
+        pairs = ", ".join(f"{name}={tuple(getattr(self, name))}" for name in ("kernel_size", "stride", "padding", "dilation"))
+        return f"{self.in_channels}, {self.out_channels}, {pairs}, {self._describe()}"
+
+
+def _padding(conv: nn.Conv2d) -> list[int]:
+    left_right = conv._reversed_padding_repeated_twice  # of the last axis first; what "same" and "valid" mean
+    return [left_right[2], left_right[0]]
+
+
+def why_no_convolution(conv: nn.Conv2d) -> str | None:
+    """What a convolution must be to be a SparseConv2d and is not; None where it can be one."""
+    if conv.groups != 1:
+        return f"have groups=1, got {conv.groups}"
+    if conv.padding_mode != "zeros":
+        return f"be padded with zeros, got padding_mode={conv.padding_mode!r}"
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return None if (left, top) == (right, bottom) else f"be padded alike on both sides, got {(left, right, top, bottom)}"
+
+
+def _filled(dense: Any, sparse: SparseLayer) -> Any:
+    with torch.no_grad():
+        dense.weight.copy_(sparse.weight)
+        if sparse.bias is not None:
+            dense.bias.copy_(sparse.bias)
+    return dense.train(sparse.training)

@@ -1,0 +1,65 @@
+"""The ops of sparse inference as torch sees them: result shapes for tracing, and no gradients.
+
+A weight of shape [rows, ...] is three vectors: `values` float32, the elements of it with any bit set, in row-major order; `columns` int16,
+for each of them its place in its flattened row, as the bits of an unsigned number; `counts` int16, how many each row has, unsigned too.
+`plan` says how the product is cut: (largest number of columns, tile, k_block, chunk), ..., empty for the defaults; csrc/sparse/matrix.h.
+
+    sparse_linear(input [..., K], values, columns, counts, bias [rows] or None, plan) -> [..., rows]
+    sparse_conv2d(input [B, C, H, W], values, columns, counts, bias, kernel_size, stride, padding, dilation, plan) -> [B, rows, H', W']
+
+Both take contiguous float32 on the CPU. A column that is not stored is skipped, so 0 * Inf does not make a NaN.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sparse_linear = torch.ops.cram_kernels.sparse_linear
+sparse_conv2d = torch.ops.cram_kernels.sparse_conv2d
+
+
+@torch.library.register_fake("cram_kernels::sparse_linear")
+def _(input: Tensor, values: Tensor, columns: Tensor, counts: Tensor, bias: Tensor | None, plan: list[int]) -> Tensor:
+    return input.new_empty(*input.shape[:-1], counts.shape[0])
+
+
+@torch.library.register_fake("cram_kernels::sparse_conv2d")
+def _(
+    input: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    plan: list[int],
+) -> Tensor:
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(input.shape[2:], padding, dilation, kernel_size, stride, strict=True)
+    ]
+    return input.new_empty(input.shape[0], counts.shape[0], *size)
+
+
+def refuse_autograd(op: str) -> None:
+    raise RuntimeError(
+        f"{op}: no argument must require a gradient, got one that does: sparse inference has no backward. "
+        "Call it under torch.inference_mode() or torch.no_grad(), or train the dense model (cram_kernels.inference.to_dense)"
+    )
+
+
+def _register_refusal(op: str) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        refuse_autograd(op)
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_autograd(op)
+
+    torch.library.register_autograd(f"cram_kernels::{op}", backward, setup_context=setup_context)
+
+
+for _op in ("sparse_linear", "sparse_conv2d"):
+    _register_refusal(_op)

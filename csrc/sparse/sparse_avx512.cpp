@@ -1,0 +1,6 @@
+// The sparse kernels of the SIMD level "avx512"; the build gives this file its compiler flags.
+#define CRAM_ISA sparse_isa_avx512
+#define CRAM_ISA_NAME "avx512"
+#include "kernels_impl.h"
+
+const cram::SparseKernels& cram::sparse_avx512() { return cram::CRAM_ISA::kSparse; }

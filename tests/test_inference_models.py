@@ -1,0 +1,276 @@
+"""Sparse layers as modules, and sparsify: what it replaces, what it leaves alone and says so, files, compiling, exporting."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from test_inference_ops import pruned
+from torch import Tensor, nn
+
+from cram_kernels.export.bitmask import encode
+from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify, to_dense, trial
+from cram_kernels.inference.trial import Trial, plan_from
+
+IMAGES = (2, 3, 12, 12)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
+        self.point = nn.Conv2d(24, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.point(self.down(self.conv(x).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def net(density: float = 0.3) -> Net:
+    torch.manual_seed(0)
+    model = Net().eval()
+    for i, p in enumerate(model.parameters()):
+        if p.dim() > 1:
+            p.data = pruned(*p.shape, density=density, seed=i)
+    return model
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Trials that every layer wins, without a clock; what they were asked."""
+    asked: list[tuple[int, ...]] = []
+
+    def won(dense: nn.Module, sparse: nn.Module, shape: tuple[int, ...]) -> Trial:
+        asked.append(shape)
+        return Trial(shape, shape[0], (8, 64, 64), 2.0, None)
+
+    monkeypatch.setattr("cram_kernels.inference.convert.try_layer", won)
+    return asked
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.detach().contiguous().view(torch.int32), b.detach().contiguous().view(torch.int32))
+
+
+def test_sparsify_and_back(always: list[tuple[int, ...]]) -> None:
+    model, x = net(), torch.randn(IMAGES)
+    model.conv.weight.data[0, 0, 0, 0] = -0.0
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model(x)
+    report = sparsify(model, (x,))
+    assert [row.name for row in report.sparse] == ["conv", "down", "point", "head"]
+    assert always == [(2, 3, 12, 12), (2, 16, 12, 12), (2, 24, 6, 6), (2, 16)]
+    assert [type(m) for m in model.children()] == [SparseConv2d] * 3 + [SparseLinear]
+    assert not list(model.parameters())  # no dense weight is left
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+    assert "4 of 4 layers are sparse" in str(report) and "conv  Conv2d [16, 3, 3, 3]" in str(report)
+    assert to_dense(model) is model
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_memory() -> None:
+    """6 bytes a non-zero and 2 a row: at most 6.1 bytes from 20 non-zeros a row on."""
+    weight = pruned(768, 768, density=0.05)
+    layer = SparseLinear(_linear(weight))
+    nonzeros = int(weight.count_nonzero())
+    assert layer.weight_bytes == 6 * nonzeros + 2 * 768 <= 6.1 * nonzeros
+    assert sum(t.nbytes for t in layer.buffers()) == layer.weight_bytes
+
+
+def _linear(weight: Tensor, bias: bool = False) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+    linear.weight.data = weight
+    return linear
+
+
+def test_real_trials_decide_by_speed() -> None:
+    """99.5 % zeros are faster anywhere; a threshold that nothing reaches keeps the layer dense and says why."""
+    sparse, dense = (nn.Sequential(_linear(pruned(512, 512, density=0.005))).eval() for _ in range(2))
+    report = sparsify(sparse, (torch.randn(64, 512),))
+    assert isinstance(sparse[0], SparseLinear) and report.rows[0].speedup is not None and report.rows[0].speedup > 1.1, str(report)
+    assert report.rows[0].weight_bytes == sparse[0].weight_bytes
+    weight = dense[0].weight
+    report = sparsify(dense, (torch.randn(64, 512),), min_speedup=10**6)
+    assert dense[0].weight is weight and "less than 1e+06x" in (report.rows[0].why_dense or "")
+
+
+def test_what_stays_dense_and_why(always: list[tuple[int, ...]]) -> None:
+    class Own(nn.Linear):
+        pass
+
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    cases: dict[str, tuple[nn.Module, str]] = {
+        "subclass": (Own(8, 8), "Own is a subclass"),
+        "sixteen bits": (nn.Linear(8, 8).bfloat16(), "torch.bfloat16"),
+        "groups": (nn.Conv2d(8, 8, 3, groups=2), "have groups=1, got 2"),
+        "reflect": (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        "one sided": (nn.Conv2d(8, 8, 2, padding="same"), "padded alike"),
+        "hooks": (hooked, "hooks"),
+        "dense": (nn.Linear(8, 8), "density above"),
+        "no input": (_linear(pruned(8, 8, density=0.2)), "no example input reached it"),
+    }
+    model = nn.ModuleDict({name: module for name, (module, _) in cases.items()}).eval()
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    report = sparsify(model, (torch.randn(2, 8),))
+    assert {row.name: row.name for row in report.rows}.keys() == cases.keys() and not always
+    for row in report.rows:
+        assert cases[row.name][1] in (row.why_dense or ""), row
+        assert model[row.name] is cases[row.name][0]
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    report = sparsify(encoder, (torch.randn(2, 3, 16),))
+    assert {row.name for row in report.rows} == {"self_attn.out_proj", "linear1", "linear2"} and not report.sparse
+
+
+def test_without_examples(always: list[tuple[int, ...]]) -> None:
+    """Linears are tried with 1 and 32 rows; of convolutions the size of the image is unknown."""
+    model = net()
+    report = sparsify(model)
+    assert [row.name for row in report.sparse] == ["head"] and always == [(1, 16), (32, 16)]
+    assert all("size of its input is unknown" in (row.why_dense or "") for row in report.rows[:3])
+
+
+def test_shared_modules_are_replaced_everywhere(always: list[tuple[int, ...]]) -> None:
+    layer = _linear(pruned(8, 8, density=0.2), bias=True)
+    model = nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer)).eval()
+    report = sparsify(model, (torch.randn(3, 8),))
+    assert len(report.rows) == 1 and isinstance(model[0], SparseLinear) and model[1][1] is model[0]
+
+
+def test_nothing_is_lost_where_the_example_fails() -> None:
+    model = net()
+    before = list(model.modules())
+    with pytest.raises(RuntimeError):
+        sparsify(model, (torch.randn(1, 4, 8, 8),))
+    assert list(model.modules()) == before and not any(m._forward_pre_hooks for m in before)
+
+
+def test_refused() -> None:
+    with pytest.raises(ValueError, match=r"sparsify: min_speedup must be at least 1, got 0\.5"):
+        sparsify(net(), min_speedup=0.5)
+    with pytest.raises(ValueError, match="sparsify: model must be in eval mode"):
+        sparsify(net().train())
+    with pytest.raises(TypeError, match="sparsify: example_inputs must be a tuple"):
+        sparsify(net(), torch.randn(IMAGES))
+    with pytest.raises(ValueError, match="SparseConv2d: conv must have groups=1, got 3"):
+        SparseConv2d(nn.Conv2d(3, 3, 1, groups=3))
+    with pytest.raises(ValueError, match="compress: weight must be float32 with rows of 1 to 65535 elements"):
+        SparseLinear(nn.Linear(65536, 1))
+    layer = SparseLinear(_linear(pruned(4, 6, density=0.5)))
+    with pytest.raises(RuntimeError, match="SparseLinear: no argument must require a gradient"):
+        layer(torch.randn(2, 6, requires_grad=True))
+
+
+def test_inputs_of_any_layout() -> None:
+    weight, x = pruned(8, 4, 3, 3, density=0.4), torch.randn(2, 4, 9, 7)
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    conv.weight.data = weight
+    layer = SparseConv2d(conv)
+    with torch.inference_mode():
+        expected = layer(x)
+        torch.testing.assert_close(expected, conv(x))
+        assert torch.equal(layer(x.to(memory_format=torch.channels_last)), expected)
+        assert torch.equal(layer(x[0]), expected[0])
+        assert torch.equal(layer(torch.cat([x, x], 3)[..., :7]), expected)
+    linear = SparseLinear(_linear(pruned(5, 6, density=0.5), bias=True))
+    y = torch.randn(6, 3)
+    assert torch.equal(linear(y.t()), linear(y.t().contiguous()))
+    assert linear(torch.randn(6)).shape == (5,)
+
+
+def test_padding_by_name() -> None:
+    """ "same" with an odd kernel and "valid" mean numbers."""
+    for padding in ("same", "valid"):
+        conv = nn.Conv2d(3, 4, 3, padding=padding, dilation=2)
+        x = torch.randn(1, 3, 10, 10)
+        with torch.inference_mode():
+            torch.testing.assert_close(SparseConv2d(conv)(x), conv(x))
+
+
+def sparse_net(always: Any) -> Net:
+    model = net()
+    sparsify(model, (torch.randn(IMAGES),))
+    return model
+
+
+def test_state_dict(always: list[tuple[int, ...]]) -> None:
+    """Saved compactly, in the layout of the export format "bitmask", and loaded into a model of other weights and another density."""
+    model, other, x = sparse_net(always), net(0.1), torch.randn(IMAGES)
+    sparsify(other, (x,))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    assert set(state) == {
+        *(f"{name}.weight.{part}" for name in ("conv", "down", "point", "head") for part in ("values", "bitmask")),
+        *("conv.bias", "point.bias", "head.bias"),
+    }
+    other.load_state_dict(state)
+    with torch.inference_mode():
+        assert torch.equal(other(x), model(x))
+    for name, weight in net().state_dict().items():
+        for part, stored in (encode(name, weight) or {}).items():
+            assert torch.equal(stored, state[part])
+    dense = net(0.5)
+    dense.load_state_dict(to_dense(model).state_dict())
+    other.load_state_dict(dense.state_dict())  # a dense state dict is compressed
+    with torch.inference_mode():
+        torch.testing.assert_close(other(x), dense(x))
+
+
+HOSTILE: dict[str, Any] = {
+    "values cut off": lambda s: s | {"head.weight.values": s["head.weight.values"][:-1]},
+    "values of float64": lambda s: s | {"head.weight.values": s["head.weight.values"].double()},
+    "a mask cut off": lambda s: s | {"head.weight.bitmask": s["head.weight.bitmask"][:-1]},
+    "a mask of all ones": lambda s: s | {"head.weight.bitmask": torch.full_like(s["head.weight.bitmask"], 255)},
+    "a mask of int64": lambda s: s | {"head.weight.bitmask": s["head.weight.bitmask"].long()},
+    "no mask": lambda s: {name: t for name, t in s.items() if name != "head.weight.bitmask"},
+    "a dense weight of another shape": lambda s: s | {"head.weight": torch.zeros(3, 3)},
+    "a key too many": lambda s: s | {"head.more": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_state_dicts_are_refused(case: str, always: list[tuple[int, ...]]) -> None:
+    model, x = sparse_net(always), torch.randn(IMAGES)
+    with torch.inference_mode():
+        expected = model(x)
+        with pytest.raises(RuntimeError, match="head"):
+            model.load_state_dict(HOSTILE[case](model.state_dict()))
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str, always: list[tuple[int, ...]]) -> None:
+    torch._dynamo.reset()
+    model, x = sparse_net(always), torch.randn(IMAGES)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x[:1]), model(x[:1]))
+
+
+def test_export(always: list[tuple[int, ...]]) -> None:
+    model, x = sparse_net(always), torch.randn(IMAGES)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+        assert torch.equal(loaded(x[:1].repeat(5, 1, 1, 1)), model(x[:1].repeat(5, 1, 1, 1)))
+
+
+def test_plan_from_trials() -> None:
+    """Each trial's plan is used up to half way, geometrically, to the next one; a dot product a row for 4 rows at most."""
+    trials = [Trial((n, 9), n, plan, 2.0, None) for n, plan in ((32, (32, 9, 256)), (1, (1, 9, 64)), (8, (8, 9, 256)))]
+    assert plan_from(trials) == [2, 1, 9, 64, 16, 8, 9, 256, trial.LAST, 32, 9, 256]
+    assert plan_from(trials[1:2]) == [4, 1, 9, 64]
