@@ -52,6 +52,10 @@ class SparseLayer(nn.Module):
         """Memory of the weight."""
         return self.values.nbytes + self.columns.nbytes + self.counts.nbytes
 
+    def to_dense(self) -> nn.Module:
+        """The dense layer, with the same bits."""
+        raise NotImplementedError
+
     def _refuse_gradient(self, input: Tensor) -> None:
         if torch.is_grad_enabled() and input.requires_grad:
             ops.refuse_autograd(type(self).__name__)
