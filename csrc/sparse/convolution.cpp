@@ -23,27 +23,29 @@ struct Image {
 
   void unpack(const Tile& tile, int64_t begin, int64_t end, const float* sums) const {
     const int64_t plane = out_height * out_width, stop = tile.first + tile.valid;
-    for (int64_t channel = begin; channel < end; ++channel, sums += tile.width) {
-      const float b = bias != nullptr ? bias[channel] : -0.0f;
-      float* to = out + (tile.image * out_channels + channel) * plane;
-      for (int64_t at = tile.first; at < stop;) {
-        const int64_t y = at / length, x = at - y * length, row_end = y * length + out_width < stop ? y * length + out_width : stop;
-        for (int64_t i = at; i < row_end; ++i) to[y * out_width + x + i - at] = sums[i - tile.first] + b;
-        at = (y + 1) * length;
-      }
+    float* to = out + (tile.image * out_channels + begin) * plane;
+    const float* b = bias != nullptr ? bias + begin : nullptr;
+    if (length == out_width) return kernels.copy_rows(sums, tile.width, end - begin, tile.valid, b, to + tile.first, plane);
+    for (int64_t at = tile.first; at < stop;) {
+      const int64_t y = at / length, x = at - y * length, row_end = y * length + out_width < stop ? y * length + out_width : stop;
+      if (row_end > at) kernels.copy_rows(sums + at - tile.first, tile.width, end - begin, row_end - at, b, to + y * out_width + x, plane);
+      at = (y + 1) * length;
     }
   }
 };
 
 // One row of a phase: to[i] = from[i * stride + phase - padding], zero outside of [0, width).
-void split_row(const float* from, int64_t width, int64_t stride, int64_t shift, float* to, int64_t length) {
+void split_row(const float* __restrict from, int64_t width, int64_t stride, int64_t shift, float* __restrict to, int64_t length) {
   int64_t i = 0;
   for (; i < length && i * stride + shift < 0; ++i) to[i] = 0;
   if (stride == 1) {
     const int64_t stop = width - shift < length ? width - shift : length;
     if (stop > i) memcpy(to + i, from + i + shift, static_cast<size_t>(stop - i) * sizeof(float)), i = stop;
   } else {
-    for (; i < length && i * stride + shift < width; ++i) to[i] = from[i * stride + shift];
+    const int64_t inside = width - shift <= 0 ? 0 : (width - shift + stride - 1) / stride, stop = inside < length ? inside : length;
+    if (stride == 2)  // a constant, so that the compiler makes vectors of it
+      for (; i < stop; ++i) to[i] = from[i * 2 + shift];
+    for (; i < stop; ++i) to[i] = from[i * stride + shift];
   }
   for (; i < length; ++i) to[i] = 0;
 }

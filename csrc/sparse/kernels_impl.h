@@ -198,6 +198,23 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
       to[c * to_stride + r] = from[r * from_stride + c] + (bias != nullptr ? bias[r] : -0.0f);
 }
 
+void copy_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_stride) {
+  using V = Vector<kNative>::Type;
+  using Stored = Vector<kNative>::Unaligned;
+  const int64_t whole = columns / kNative * kNative;
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
+    const float b = bias != nullptr ? bias[r] : -0.0f;
+    const V all = b - V{};
+    for (int64_t c = 0; c < whole; c += kNative) *reinterpret_cast<Stored*>(to + c) = *reinterpret_cast<const Stored*>(from + c) + all;
+#if defined(__AVX512F__)
+    const __mmask16 some = static_cast<__mmask16>((1u << (columns - whole)) - 1);
+    if (some) _mm512_mask_storeu_ps(to + whole, some, _mm512_add_ps(_mm512_maskz_loadu_ps(some, from + whole), (__m512)all));
+#else
+    for (int64_t c = whole; c < columns; ++c) to[c] = from[c] + b;
+#endif
+  }
+}
+
 template <int tile>
 void gather_tile(const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
   for (int64_t i = 0; i < rows; ++i, panel += tile) {
@@ -220,7 +237,7 @@ void gather_rows(int tile, const float* from, const int64_t* offsets, int64_t ro
   }
 }
 
-constexpr SparseKernels kSparse = {CRAM_ISA_NAME, dot, accumulate, transpose, well_formed, gather_rows};
+constexpr SparseKernels kSparse = {CRAM_ISA_NAME, dot, accumulate, transpose, copy_rows, well_formed, gather_rows};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

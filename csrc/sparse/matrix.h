@@ -36,6 +36,9 @@ struct SparseKernels {
   // to[c * to_stride + r] = from[r * from_stride + c] (+ bias[r], where given).
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_stride);
 
+  // to[r * to_stride + c] = from[r * from_stride + c] (+ bias[r], where given).
+  void (*copy_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_stride);
+
   // Whether all columns are in range and ascend within their rows. counts are known to add up to the number of non-zeros.
   bool (*well_formed)(const SparseMatrix&);
 

@@ -1,0 +1,178 @@
+"""Sparse inference on a CPU beside torch and ONNX Runtime, both dense in float32: python -m benchmarks.inference.
+
+Each round times every contestant once on the same input; a ratio is the median over rounds of the faster dense engine's time over
+ours, where the faster one is that with the smaller median. Plans come from the trials that `sparsify` makes. Weights are random, pruned by magnitude.
+
+    linear    the matrices of BERT-base with 1, 8, 32 and 128 rows
+    conv      the distinct convolutions of ResNet-50, stem left out, at batch 1
+    bert      all matrices of BERT-base for 128 and 32 tokens: sums over the layers' medians, attention and norms left out
+    resnet50  the whole network at batch 1, batch norm folded, every layer pruned alike or globally by magnitude
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cram_kernels import NM, TopK, prune
+from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify
+from cram_kernels.inference.trial import rounds_of, try_layer
+
+from .onnx_dense import session_of
+from .resnet import CONVOLUTIONS, resnet50
+
+MATRICES = {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}  # [out, in] -> how many BERT-base has
+ROWS = (1, 8, 32, 128)
+SPARSITIES = ("0.7", "0.8", "0.9", "0.95", "2:4")
+
+
+def pruned(module: nn.Module, sparsity: str) -> nn.Module:
+    """In place: a share by magnitude in each weight alike, or 2:4 along the inputs."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.dim() < 2 or name.startswith(("stem", "fc")):
+                continue
+            if sparsity == "2:4":
+                prune(nn.ParameterDict({"weight": p}), NM(2, 4))
+            else:
+                k = int(p.numel() * float(sparsity))
+                p[p.abs() <= p.abs().flatten().kthvalue(k).values] = 0
+    return module
+
+
+def contest(dense: nn.Module, ours: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
+    """Medians in microseconds of torch, ONNX Runtime and ours; `ratio` over the faster of the first two."""
+    onnx, feed = session_of(dense, x)
+    with torch.inference_mode():
+        expected, actual = dense(x), ours(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        torch.testing.assert_close(torch.from_numpy(onnx.run(None, feed)[0]), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        times = rounds_of([lambda: dense(x), lambda: onnx.run(None, feed), lambda: ours(x)], rounds)
+    medians = [statistics.median(own) for own in times]
+    faster = times[0] if medians[0] <= medians[1] else times[1]
+    ratio = statistics.median(a / b for a, b in zip(faster, times[2], strict=True))
+    named = zip(("torch_us", "onnxruntime_us", "sparse_us"), medians, strict=True)
+    return {name: 1e6 * value for name, value in named} | {"ratio": ratio}
+
+
+def layer_row(dense: nn.Module, sparse: Any, shape: tuple[int, ...], sparsity: str, rounds: int) -> dict[str, Any]:
+    trial = try_layer(dense, sparse, shape)
+    sparse.plan = [2**62, *trial.plan]
+    row = contest(dense, sparse, torch.randn(shape), rounds)
+    bytes_each = sparse.weight_bytes / max(1, sparse.values.numel())
+    return {"weight": list(dense.weight.shape), "input": list(shape), "sparsity": sparsity, **row, "plan": trial.plan, "bytes": bytes_each}
+
+
+def linears(options: argparse.Namespace, rows: tuple[int, ...] = ROWS) -> Iterator[dict[str, Any]]:
+    for sparsity in options.sparsity:
+        for out_features, in_features in list(MATRICES)[: 1 if options.quick else None]:
+            dense = pruned(nn.Linear(in_features, out_features).eval(), sparsity)
+            sparse = SparseLinear(dense)
+            for n in rows[:1] if options.quick else rows:
+                yield layer_row(dense, sparse, (n, in_features), sparsity, options.rounds)
+
+
+def berts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    names = ("torch_us", "onnxruntime_us", "sparse_us")
+    found = list(linears(options, (32, 128)))
+    for sparsity in options.sparsity:
+        for tokens in sorted({row["input"][0] for row in found}):
+            mine = [row for row in found if row["sparsity"] == sparsity and row["input"][0] == tokens]
+            total = {name: sum(MATRICES[tuple(row["weight"])] * row[name] for row in mine) for name in names}
+            fastest = sum(MATRICES[tuple(row["weight"])] * min(row["torch_us"], row["onnxruntime_us"]) for row in mine)
+            yield {"weight": "all matrices", "input": [tokens], "sparsity": sparsity, **total, "ratio": fastest / total["sparse_us"]}
+
+
+def convolutions(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for sparsity in options.sparsity:
+        for channels, out_channels, size, kernel, stride in CONVOLUTIONS[: 2 if options.quick else None]:
+            conv = nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2).eval()
+            dense = pruned(conv, sparsity)
+            yield layer_row(dense, SparseConv2d(dense), (1, channels, size, size), sparsity, options.rounds)
+
+
+def resnets(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for sparsity in options.sparsity:
+        if sparsity == "2:4":
+            continue
+        for how in ("uniform", "global"):
+            dense = resnet50()
+            if how == "uniform":
+                pruned(dense, sparsity)
+            else:
+                prune(dense, TopK(float(sparsity)), exclude=["stem*", "fc*"])
+            sparse = resnet50()
+            sparse.load_state_dict(dense.state_dict())
+            x = torch.randn(1, 3, 224, 224)
+            report = sparsify(sparse, (x,), min_speedup=1.05)
+            row = contest(dense, sparse, x, options.rounds)
+            yield {"weight": how, "input": list(x.shape), "sparsity": sparsity, **row, "sparse_layers": len(report.sparse)}
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    "linear": linears,
+    "conv": convolutions,
+    "bert": berts,
+    "resnet50": resnets,
+}
+
+
+def load() -> str:
+    path = Path("/proc/loadavg")
+    return path.read_text().split()[0] if path.exists() else "unknown"
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=tuple(CASES), action="append", help="may be given several times; all without it")
+    parser.add_argument("--sparsity", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: the first shapes, not the whole network")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/inference.json"))
+    options = parser.parse_args(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__, "load": {}, "cases": {}}
+    print(f"{result['cpu']}, {options.threads} threads, torch {torch.__version__}")
+    try:
+        for case in options.only or [name for name in CASES if not (options.quick and name == "resnet50")]:
+            result["load"][case] = [load()]
+            print(
+                f"\n{case}: load {load()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | plan |\n|"
+                + "---|" * 8
+            )
+            rows = result["cases"][case] = []
+            for row in CASES[case](options):
+                rows.append(row)
+                times = " | ".join(f"{row[name]:.0f}" for name in ("torch_us", "onnxruntime_us", "sparse_us"))
+                print(
+                    f"| {row['weight']} | {row['input']} | {row['sparsity']} | {times} | {row['ratio']:.2f} | {row.get('plan', '')} |",
+                    flush=True,
+                )
+            result["load"][case].append(load())
+            for sparsity in options.sparsity:
+                ratios = [row["ratio"] for row in rows if row["sparsity"] == sparsity]
+                if ratios:
+                    print(f"{case} {sparsity}: median {statistics.median(ratios):.2f}, worst {min(ratios):.2f}")
+    finally:
+        torch.set_num_threads(before)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
