@@ -22,6 +22,8 @@ HEADS = {  # column -> head, format
     "x_copy": ("x copy", "{:.2f}"),
     "share_of_copy": ("share of copy", "{:.0%}"),
     "x_ours": ("x ours", "{:.2f}"),
+    "x_fused": ("x fused", "{:.2f}"),
+    "calls": ("calls", "{:,}"),
     "target": ("target", "{}"),
     "met": ("met", "{}"),
     "candidates": ("candidates", "{:.2%}"),

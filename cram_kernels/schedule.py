@@ -1,6 +1,7 @@
 """Which pattern and which rho a step takes. They follow from plain numbers in the parameter groups: every checkpoint format keeps those,
 and all ranks agree."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,16 @@ def _progress(step: int, begin: int, steps: int) -> float:
     return min(1.0, max(0.0, (step - begin) / steps))
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float, Python's or numpy's; a bool is not."""
+    return hasattr(value, "__float__") and not isinstance(value, bool | Tensor | str) and math.isfinite(value)
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether it can be asked for the value of a step. A class is one that somebody forgot to call."""
+    return callable(value) and not isinstance(value, type)
+
+
 def checked_patterns(where: str, value: Any) -> tuple[Pattern, ...]:
     """`value`, one pattern or several, as a tuple; ValueError where it is something else."""
     if isinstance(value, TopK | NM):
@@ -110,7 +121,7 @@ def checked_compression(value: Any) -> Compression:
     """The `compression` option in its stored form: a tuple of patterns, or a callable that gives the patterns of a step."""
     if value is None:
         return ()
-    return value if callable(value) and not isinstance(value, TopK | NM) else checked_patterns("CrAM: compression", value)
+    return value if is_schedule(value) else checked_patterns("CrAM: compression", value)
 
 
 def patterns_of(compression: Compression, step: int) -> tuple[Pattern, ...]:
@@ -121,9 +132,8 @@ def patterns_of(compression: Compression, step: int) -> tuple[Pattern, ...]:
 def choices(groups: Groups, default: Compression) -> list[tuple[Pattern, ...]]:
     """The patterns among which each group draws in its next step: those of its own `compression`, or else of the optimizer's."""
     own = [group["compression"] for group in groups]
-    stored = [
-        default if c is None else c if type(c) is tuple else checked_compression(c) for c in own
-    ]  # a script may have put a list there
+    given = [default if c is None else c for c in own]
+    stored = [c if type(c) is tuple else checked_compression(c) for c in given]  # a script may have put a list there
     return [patterns_of(c, group["cram_step"]) for c, group in zip(stored, groups, strict=True)]
 
 
@@ -133,7 +143,7 @@ def rho_of(group: dict[str, Any]) -> float | Tensor:
     if not callable(rho):
         return rho
     value = rho(group["cram_step"])
-    if not 0 <= float(value) < float("inf"):
+    if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
         raise ValueError(f"CrAM: what rho(step) returns must be a number >= 0, got {value!r} at step {group['cram_step']}")
     return value
 
@@ -155,7 +165,8 @@ def key_of(pattern: Pattern) -> str:
 
 def uses_of(groups: Groups) -> dict[str, int]:
     """How often the masks of each pattern were used."""
-    return {entry[0]: entry[1] for entry in groups[0]["cram_mask_uses"] if isinstance(entry, tuple | list)}
+    uses = groups[0]["cram_mask_uses"] if groups else ()
+    return {entry[0]: entry[1] for entry in uses if isinstance(entry, tuple | list)}
 
 
 def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
@@ -169,7 +180,7 @@ def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
     for pattern in used:
         uses[key_of(pattern)] = uses.get(key_of(pattern), 0) + 1
     kept = tuple((key, n) for key, n in uses.items() if key in known)
-    step = groups[0]["cram_step"] + 1
+    step = groups[0]["cram_step"] + 1 if groups else 0
     for group in groups:
         group["cram_step"], group["cram_mask_uses"] = step, kept
 

@@ -324,7 +324,7 @@ def masters_of(optimizer: CrAM, params: list[nn.Parameter]) -> list[Tensor]:
 def test_a_master_weight_is_stepped_in_float32(base, dtype):
     """rho = 0 and no pruning: the run of a float32 network that is given the same gradients; the parameters are its rounded weights."""
     params = half(dtype)
-    copies = [nn.Parameter(p.detach().float()) for p in params]
+    copies = [nn.Parameter(p.detach().float().clone()) for p in params]
     options = {"compression": [], "rho": 0.0, "plus": True}
     ours, theirs = optimizer_of(params, base, master_weights=True, **options), optimizer_of(copies, base, **options)
     for seed in range(5):

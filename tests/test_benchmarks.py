@@ -18,11 +18,12 @@ from cram_kernels.patterns import Pattern
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import gate, inputs, memory, run, shapes, step  # noqa: E402
+from benchmarks import gate, host, inputs, memory, run, shapes, step  # noqa: E402
 from benchmarks.measure import Contest, Contestant, Setup, ratio  # noqa: E402
 
 NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text() and p.stem != "instructions")
-NUMBERS = {"adversarial": "x_ours", "growth": "median_ms", "memory": "held"}  # a column that every row must have; else x_copy
+# A column that every row must have; else x_copy.
+NUMBERS = {"adversarial": "x_ours", "growth": "median_ms", "host": "calls", "memory": "held"}
 
 pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
 
@@ -48,7 +49,7 @@ def numbers(x: object) -> Iterator[float]:
 
 
 def test_every_op_has_a_benchmark() -> None:
-    assert {"adversarial", "growth", "memory", "step"} < set(NAMES)
+    assert {"adversarial", "growth", "host", "memory", "step"} < set(NAMES)
     assert {name for name in NAMES if name.startswith("bench_")} == {
         "bench_" + path.stem.removeprefix("test_")
         for path in (ROOT / "tests").glob("test_*.py")
@@ -291,3 +292,12 @@ def test_instructions_without_valgrind(tmp_path: Path, capsys: pytest.CaptureFix
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main("instructions", tmp_path) == run.CANNOT_RUN
     assert capsys.readouterr().out == "instructions: needs valgrind, which is not on PATH\n"
+
+
+def test_a_step_of_many_parameters_makes_few_calls() -> None:
+    """Calls do not depend on the machine; the time that they take is measured, not asserted."""
+    calls = host.Host("SGD", 161)
+    calls.step()
+    found = calls.calls()
+    assert 0 < found["perturb()"] + found["step()"] <= host.MOST_CALLS
+    assert found["fused"] > 161

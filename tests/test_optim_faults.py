@@ -13,7 +13,7 @@ import torch
 from optim_cases import assert_same_bits, clones, random_tensors, set_gradients, two_halves
 from torch import nn
 
-from cram_kernels import NM, CrAM, CrAMWarning, TopK
+from cram_kernels import NM, CrAM, CrAMWarning, RhoWarmup, SparsityWarmup, TopK
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3)]
 BASES = {
@@ -456,3 +456,286 @@ def test_nothing_warns_in_an_ordinary_run():
             set_gradients(params, grads(1))
             optimizer.perturb()
             optimizer.perturb()
+
+
+# --- what a hostile reader of the new optimizer found ---
+
+
+def test_a_parameter_of_another_shape_does_not_keep_the_others_perturbed():
+    """`param.data = ...` within a step, as code that resizes does it: what can be restored is, and the optimizer goes on."""
+    model = nn.Linear(8, 4)
+    optimizer = CrAM(model, torch.optim.SGD, lr=0.1, compression=[TopK(sparsity=0.5)])
+    bias = model.bias.detach().clone()
+    set_gradients(list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
+    optimizer.perturb()
+    model.weight.data = torch.ones(4, 6)
+    set_gradients(list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 must keep its dtype, device, shape and strides between"):
+        with pytest.warns(CrAMWarning, match="1 of the"):
+            optimizer.step()
+    assert torch.equal(model.bias, bias) and torch.equal(model.weight, torch.ones(4, 6))
+    assert model.weight.grad is None
+    two_halves(optimizer, list(model.parameters()), *([torch.ones_like(p) for p in model.parameters()] for _ in range(2)))
+    assert not torch.equal(model.bias, bias)
+
+
+def test_a_base_that_is_loaded_behind_our_back_loses_no_option_silently():
+    """Ours are not in the checkpoint where they are patterns and schedules: the next step says so instead of taking others."""
+    for options in ({"compression": [NM(2, 4)]}, {"rho": RhoWarmup(0.05, steps=10)}):
+        params = fresh()
+        optimizer = CrAM([{"params": params, **options}], lr=0.1)
+        optimizer.base_optimizer.load_state_dict(optimizer.state_dict())
+        set_gradients(params, grads(1))
+        with pytest.raises(RuntimeError, match="must be called on CrAM"):
+            optimizer.perturb()
+
+
+def test_a_base_that_is_wrapped_again_has_one_guard_and_no_hooks_of_users():
+    params = fresh()
+    base = torch.optim.SGD(params, lr=0.1)
+    for _ in range(4):
+        optimizer = CrAM(base)
+    gc.collect()
+    assert len(base._optimizer_step_pre_hooks) == 1
+    seen = []
+    params[0].register_hook(lambda g: seen.append(g))
+    other = CrAM(base)  # beside the first: its guard is no hook of a user, so no combined gradient is written
+    set_gradients(params, grads(1))
+    other.perturb()
+    set_gradients(params, second := grads(2))
+    kept = clones(second)
+    other.step()
+    assert_same_bits(second, kept)
+    assert optimizer.open_step is None
+
+
+def test_second_gradients_stay_as_they_were_with_any_base():
+    params = fresh()
+    optimizer = made(params, "rmsprop")
+    set_gradients(params, grads(1))
+    optimizer.first_step()
+    set_gradients(params, grads(2))
+    optimizer.second_step(zero_grad=False)
+    assert_same_bits([p.grad for p in params], grads(2))
+
+
+def test_a_plain_step_is_a_step_to_hooks_and_schedulers():
+    params, seen = fresh(), []
+    optimizer = CrAM(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    set_gradients(params, grads(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.plain_step()
+        scheduler.step()
+    assert seen == [1] and optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_a_plain_step_under_a_scaler():
+    params, other = fresh(), fresh()
+    ours, judge, scaler = CrAM(params, lr=0.1), CrAM(other, lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    set_gradients(params, [4 * g for g in grads(1)])
+    set_gradients(other, grads(1))
+    ours.plain_step(scaler)
+    scaler.update()
+    judge.plain_step()
+    assert_same_bits(params, other)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"rho": torch.tensor(-1.0)}, "rho must be a number >= 0"),
+        ({"rho": torch.tensor(float("nan"))}, "rho must be a number >= 0"),
+        ({"rho": RhoWarmup}, "rho must be a number >= 0"),
+        ({"compression": TopK}, "compression must be a list of patterns"),
+        ({"compression": SparsityWarmup}, "compression must be a list of patterns"),
+        ({"exclude": 5}, "exclude must be names of parameters, got 5"),
+        ({"exclude": None}, "exclude must be names of parameters, got None"),
+        ({"exclude": b"w"}, "exclude must be names of parameters, got"),
+    ],
+    ids=str,
+)
+def test_slips_of_the_pen_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        CrAM(fresh(), lr=0.1, **options)
+
+
+@pytest.mark.parametrize("returned", [-1.0, float("nan"), None, "x", True], ids=str)
+def test_what_a_schedule_of_rho_returns_is_checked(returned):
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1, rho=lambda step: returned)
+    before = clones(params)
+    set_gradients(params, grads(1))
+    with pytest.raises(ValueError, match=r"what rho\(step\) returns must be a number >= 0"):
+        optimizer.perturb()
+    assert_same_bits(params, before)
+
+
+def test_options_that_are_set_between_steps_are_checked_or_taken():
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    optimizer.compression = TopK(sparsity=0.9)
+    two_halves(optimizer, params, grads(1), grads(2))
+    assert optimizer.last.pattern == TopK(sparsity=0.9)
+    wrong = {"mask_period": 0, "normalize_grad": "false", "max_grad_norm": -1, "master_weights": 1, "compression": 0.9}
+    for name, value in wrong.items():
+        before = getattr(optimizer, name)
+        setattr(optimizer, name, value)
+        set_gradients(params, grads(1))
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            optimizer.perturb()
+        setattr(optimizer, name, before)
+
+
+def test_no_groups_at_all():
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    optimizer.param_groups = []
+    with pytest.warns(CrAMWarning, match="no parameter has a gradient"):
+        optimizer.perturb()
+    with pytest.warns(CrAMWarning, match="no parameter has a second gradient"):
+        optimizer.step()
+
+
+def test_a_step_that_raises_releases_the_gradients_at_perturbed_weights():
+    """The next backward pass would add to them."""
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    set_gradients(params, grads(1))
+    first = params[0].grad
+    optimizer.perturb()
+    first.add_(1)
+    set_gradients(params, grads(2))
+    with pytest.raises(RuntimeError, match="first gradient of parameter 0 of group 0 must be left alone"):
+        optimizer.step()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("end", ["collected", "restore", "another optimizer", "perturb"])
+@pytest.mark.parametrize("write", ["torch optimizer", "load", "in place"])
+def test_what_somebody_wrote_after_perturb_is_not_lost(write, end):
+    """A cell is interrupted within a step, and the user goes on with something else: no restore may throw that away."""
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    set_gradients(params, grads(1))
+    optimizer.perturb()
+    if write == "torch optimizer":
+        set_gradients(params, grads(2))
+        torch.optim.SGD(params, lr=0.5).step()
+    else:
+        with torch.no_grad():
+            for p, t in zip(params, random_tensors(SHAPES, 5), strict=True):
+                p.copy_(t) if write == "load" else p.mul_(0.5)
+    written = clones(params)
+    set_gradients(params, grads(3))
+    with pytest.warns(CrAMWarning, match="was written to after perturb"):
+        if end == "collected":
+            del optimizer
+            gc.collect()
+        elif end == "restore":
+            optimizer.restore()
+        elif end == "another optimizer":
+            CrAM(params, lr=0.1)
+        else:
+            with pytest.warns(CrAMWarning, match="called twice"):
+                optimizer.perturb()
+            optimizer.restore()
+    assert_same_bits(params, written)
+
+
+def test_one_written_parameter_is_left_and_the_others_are_restored():
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    before = clones(params)
+    set_gradients(params, grads(1))
+    optimizer.perturb()
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    set_gradients(params, grads(2))
+    with pytest.raises(
+        RuntimeError, match=r"parameter 0 of group 0 must be left alone between perturb\(\) and step\(\), got it written to"
+    ):
+        with pytest.warns(CrAMWarning, match="1 of the"):
+            optimizer.step()
+    assert_same_bits(params[1:], before[1:])
+    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
+
+
+def test_optimizers_that_were_there_before_heal_each_other():
+    """Two over the same parameters, one interrupted: the other one starts from clean weights, and its update stays."""
+    params, other = fresh(), fresh()
+    one, two, judge = CrAM(params, lr=0.1), CrAM(params, lr=0.1), CrAM(other, lr=0.1)
+    set_gradients(params, grads(9))
+    one.perturb()
+    two_halves(two, params, grads(1), grads(2))
+    two_halves(judge, other, grads(1), grads(2))
+    assert_same_bits(params, other)
+    del one
+    gc.collect()
+    assert_same_bits(params, other)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.float().bfloat16(),
+        lambda m: m.double().to(torch.float32, memory_format=torch.channels_last),
+        lambda m: setattr(m[0].weight, "data", m[0].weight.data.view(9, 4, 4, 2)),
+    ],
+    ids=["dtypes", "memory format", "view"],
+)
+def test_a_converted_model_trains_on(convert):
+    """Allocators give the memory out again: the same address is no sign that nothing was converted."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3)).half()
+    optimizer = CrAM(model, lr=0.01, momentum=0.9)
+
+    def step():
+        params = list(model.parameters())
+        two_halves(optimizer, params, [torch.ones_like(p) for p in params], [torch.ones_like(p) for p in params])
+
+    step()
+    convert(model)
+    optimizer.state.clear()
+    for _ in range(2):
+        step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_groups_that_are_made_anew_go_on_counting():
+    """Schedules and the draw do not begin again."""
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1, seed=7)
+    for seed in range(3):
+        two_halves(optimizer, params, grads(seed), grads(seed + 10))
+    optimizer.param_groups = []
+    optimizer.add_param_group({"params": params})
+    assert (optimizer.param_groups[0]["cram_step"], optimizer.param_groups[0]["cram_seed"]) == (3, 7)
+
+
+def test_names_that_no_longer_fit_their_parameters_are_refused():
+    params = fresh()
+    optimizer = CrAM(list(zip("abc", params, strict=True)), lr=0.1, exclude=["a"])
+    optimizer.param_groups[0]["params"].pop(0)
+    set_gradients(params, grads(1))
+    with pytest.raises(ValueError, match="param_names of a group must name each of its params, in order, got 3 names of 2 parameters"):
+        optimizer.perturb()
+
+
+def test_a_parameter_that_was_frozen_after_its_backward_pass_is_not_pruned():
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1, rho=0.0)
+    two_halves(optimizer, params, grads(1), grads(2))
+    set_gradients(params, grads(3))
+    params[0].requires_grad_(False)
+    with optimizer.perturbed():
+        assert not bool((params[0] == 0).any()) and bool((params[2] == 0).any())
+    optimizer.restore()
+
+
+def test_a_hook_may_return_another_state_dict():
+    optimizer = CrAM(fresh(), lr=0.1)
+    optimizer.register_state_dict_post_hook(lambda _, state_dict: {"mine": state_dict})
+    assert "compression" not in optimizer.state_dict()["mine"]["param_groups"][0]

@@ -1,8 +1,8 @@
 """An optimizer around another one: for the outside world (schedulers, checkpoints, hooks, copies) there is one."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakMethod
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -16,6 +16,30 @@ from .precision import reload_float32
 from .workspace import Workspace
 
 MASKS = "cram_masks"  # the key of kept masks in a state_dict, beside torch's "state" and "param_groups"
+
+
+class Guard:
+    """A hook of the base, whose own step() must not be called within a step. It keeps no optimizer alive."""
+
+    def __init__(self, optimizer: "Wrapper") -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, *_: Any) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None and optimizer.open_step is not None and not optimizer._workspace.updating:
+            optimizer.restore()
+            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
+
+
+def _packed(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Take patterns and schedules out of torch's state_dict, and put the kept masks in. The hooks of users come after this one."""
+    for group in state_dict["param_groups"]:
+        del group["compression"]
+        if callable(group["rho"]):
+            del group["rho"]
+    optimizer._workspace.follow(optimizer.param_groups)
+    if masks := optimizer._workspace.pack_masks():
+        state_dict[MASKS] = masks
 
 
 class Wrapper(Optimizer):
@@ -42,10 +66,10 @@ class Wrapper(Optimizer):
         """What an optimizer, or a copy of one, begins with."""
         self._workspace = Workspace()
         self._hooks: ModelHooks | None = None
-        refuse = WeakMethod(self._refuse_step_of_base)  # a base that is kept keeps no optimizer, and none of its memory, alive
-        self._guard = lambda *call: refuse() and refuse()(*call)  # type: ignore[misc]
-        self.base_optimizer.register_step_pre_hook(self._guard)
-        self._heal([p for group in self.param_groups for p in group["params"]])
+        handle = self.base_optimizer.register_step_pre_hook(Guard(self))
+        weakref.finalize(self, handle.remove)
+        self.register_state_dict_post_hook(_packed, prepend=True)
+        self._heal_others()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -53,7 +77,12 @@ class Wrapper(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._note_counters()
         self.base_optimizer.param_groups = groups
+
+    def _note_counters(self) -> None:
+        if self.param_groups:
+            self._workspace.counters = {key: self.param_groups[0][key] for key in schedule.COUNTERS if key in self.param_groups[0]}
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -90,16 +119,14 @@ class Wrapper(Optimizer):
                 f"CrAM: {what} must not be called between perturb() and step(), got it called there: step() or restore() first"
             )
 
-    def _refuse_step_of_base(self, base: Optimizer, *_: Any) -> None:
-        if self.open_step is not None and not self._workspace.updating:
-            self.restore()
-            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
-
-    @staticmethod
-    def _heal(params: list[Tensor]) -> None:
-        """An optimizer that was interrupted within a step, and that something still holds, may have left these parameters perturbed."""
+    def _heal_others(self) -> None:
+        """An optimizer that was interrupted within a step, and that something still holds, may have left parameters of ours perturbed."""
+        own = self._workspace.open
+        if len(OPEN_STEPS) == 0 or (len(OPEN_STEPS) == 1 and own in OPEN_STEPS):
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
         for step in list(OPEN_STEPS):
-            if any(step.holds(p) for p in params):
+            if step is not own and any(step.holds(p) for p in params):
                 step.give_up("another optimizer took the parameters over between perturb() and step()")
 
     # --- groups ---
@@ -114,16 +141,16 @@ class Wrapper(Optimizer):
         ours = {key: self.defaults[key] for key in options.GROUP_OPTIONS}
         options.check_new_group(param_group, ours, self.base_optimizer.defaults)
         self.give_up("a parameter group was added between perturb() and step()")
-        counters = {key: self.param_groups[0][key] for key in schedule.COUNTERS} if self.param_groups else {}
+        self._note_counters()
         self.base_optimizer.add_param_group(param_group)
-        param_group |= {**self.defaults, **param_group, **counters}
+        param_group |= {**self.defaults, **param_group, **self._workspace.counters}
         try:
             options.check_params(self.param_groups, len(self.param_groups) - 1)
             self._check_names()
         except ValueError:
             self.param_groups.pop()
             raise
-        self._heal(param_group["params"])
+        self._heal_others()
 
     def _check_names(self) -> None:
         """Raise ValueError where an option needs names that a group does not have."""
@@ -139,13 +166,7 @@ class Wrapper(Optimizer):
         """
         self.refuse_within_step("state_dict()")
         options.check_groups(self.param_groups)
-        state_dict = super().state_dict()
-        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            group |= {"compression": None, "rho": schedule.rho_of(own)}
-        self._workspace.follow(self.param_groups)
-        if masks := self._workspace.pack_masks():
-            state_dict[MASKS] = masks
-        return state_dict
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ours, or one of the base optimizer: options that it lacks keep their values, and so do patterns and schedules; masks that it

@@ -29,23 +29,20 @@ class Slot:
         self.local = local_of(param)  # the parameter, or this rank's shard of it
         self.dtype, self.device, self.shape = self.local.dtype, self.local.device, self.local.shape
         self.strides = self.local.stride() if self.local.layout is STRIDED else None
-        self.pointer = -1  # of `local`, when `holds` last looked
         self.nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         self.saved: Tensor | None = None  # where perturb() puts the weights
         self.borrowed: Tensor | None = None  # where first gradients are copied that are not ours to keep
         self.masks: dict[Pattern | None, Tensor] = {}  # uint8 [ceil(numel / 8)]; None: the mask of this step only
         self.finished: set[Pattern] = set()  # patterns whose mask is computed, to be used again
         self.master = self.nothing  # float32; the parameter is its rounded copy
-        self.version = (-1, -1)  # of a parameter with a master, when it was last written here
+        self.version = -1  # of a parameter with a master, when it was last written here
 
     def holds(self) -> bool:
         """Whether the parameter still has the dtype, device, shape and strides for which the memory was made."""
         if self.spread:
             self.local = local_of(self.param)  # Module.to() puts another shard under a DTensor
         t = self.local
-        same = t.dtype is self.dtype and t.shape == self.shape and t.stride() == self.strides and t.device == self.device
-        self.pointer = t.data_ptr() if same else -1
-        return same
+        return t.dtype is self.dtype and t.shape == self.shape and t.stride() == self.strides and t.device == self.device
 
     def fitted(self, grad: Tensor) -> Tensor:
         """This rank's part of the gradient, with the parameter's strides.
@@ -54,8 +51,7 @@ class Slot:
             RuntimeError: the gradient is sparse.
         """
         if grad.layout is not STRIDED:
-            where = f"parameter {self.position} of group {self.group}"
-            raise RuntimeError(f"CrAM: the gradient of {where} must be dense, got a sparse one ({grad.layout})")
+            raise RuntimeError(f"CrAM: the gradient of {self} must be dense, got a sparse one ({grad.layout})")
         if is_spread(grad):
             if grad.placements != self.param.placements:  # type: ignore[attr-defined]
                 grad = grad.redistribute(placements=self.param.placements)  # type: ignore[attr-defined]
@@ -66,9 +62,12 @@ class Slot:
             return grad.as_strided(grad.shape, self.strides or ())  # the stride of an axis of size 1 means nothing
         return torch.empty_like(self.local).copy_(grad)
 
-    def versions(self) -> tuple[int, int]:
-        """A write to a DTensor counts there, one to the shard here."""
-        return self.param._version, self.local._version
+    def versions(self) -> int:
+        """Goes up with every write that torch sees: to a DTensor there, to the shard here."""
+        return self.param._version + self.local._version
+
+    def __str__(self) -> str:
+        return f"parameter {self.position} of group {self.group}"
 
     def state_dtype(self) -> torch.dtype:
         """The dtype of the base optimizer's state."""

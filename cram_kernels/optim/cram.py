@@ -111,8 +111,8 @@ class CrAM(Wrapper):
         self.compression = schedule.checked_compression(compression)
         self.normalize_grad, self.max_grad_norm, self.grad_norms = normalize_grad, max_grad_norm, grad_norms
         self.master_weights, self.mask_period = master_weights, mask_period
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        options.check_optimizer_options(self, seed, prune_embeddings)
+        self.exclude = options.check_constructor_options(seed, exclude, prune_embeddings)
+        options.check_optimizer_options(self)
         group_options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune, "compression": None}
         options.check_group_options(group_options)
         base = base_of(params, base_optimizer, base_options)
@@ -203,15 +203,20 @@ class CrAM(Wrapper):
         if halves.asked_by_checkpoint():
             if self.open_step is not None:  # which state_dict() then refuses to save
                 return self.zero_grad()
-        elif work.open is None and not work.warned_plain:
+        elif work.open is None and not (work.plain_wanted or work.warned_plain):
             work.warned_plain = True
             warn("CrAM: step() without perturb() is a plain step of the base: call perturb() and backward() before it, or plain_step()")
         return self._finish()
 
-    def plain_step(self) -> None:
-        """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's."""
+    def plain_step(self, scaler: GradScaler | None = None) -> None:
+        """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's.
+        It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
         self.restore()
-        self._finish()
+        self._workspace.plain_wanted = True
+        try:
+            self.step() if scaler is None else scaler.step(self)
+        finally:
+            self._workspace.plain_wanted = False
 
     @torch._disable_dynamo
     def _finish(self) -> None:
@@ -220,10 +225,11 @@ class CrAM(Wrapper):
         try:
             if step is not None and step.given_up is not None:
                 self.restore()
-                self.zero_grad()
                 raise RuntimeError(f"CrAM: step() must follow perturb() and backward() undisturbed, got a step given up: {step.given_up}")
             halves.finish(self, given)
         except BaseException:
+            if step is not None:
+                self.zero_grad()  # of gradients at perturbed weights
             for key in given:  # which the scaler would have taken away afterwards
                 self.__dict__.pop(key, None)
             raise
@@ -251,7 +257,8 @@ class CrAM(Wrapper):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """`step()`, under the name that SAM implementations use. Without `zero_grad` the second gradients stay in `p.grad`."""
-        kept = [] if zero_grad else [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        kept = [] if zero_grad else [(p, p.grad.clone()) for p in params if p.grad is not None]  # a base of another kind writes to them
         self.step()
         for p, grad in kept:
             p.grad = grad

@@ -13,10 +13,12 @@ from .. import schedule
 from ..patterns import Pattern
 from ..warning import warn
 from . import options
+from .base import Guard
 from .bucket import Bucket, Slot, by_device
 from .fused import Update
 from .open_step import Columns, OpenStep
 from .precision import Factor, clipped, first_factor, note_versions, prepare_masters, second_factor, skipped, total_norm
+from .step_info import StepInfo
 
 if TYPE_CHECKING:
     from .cram import CrAM
@@ -38,6 +40,7 @@ def asked_by_checkpoint() -> bool:
 def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     """The first half: move the weights uphill and prune them. Clean weights are given."""
     work, groups = optimizer._workspace, optimizer.param_groups
+    options.check_optimizer_options(optimizer)
     options.check_groups(groups)
     factor = first_factor(scaler, optimizer)
     lists = schedule.choices(groups, optimizer.compression)
@@ -45,6 +48,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
     if optimizer._hooks is not None:
         optimizer._hooks.check_synced(any(g["plus"] or (g["sparse_grad"] and p is not None) for g, p in zip(groups, patterns, strict=True)))
+    optimizer._heal_others()
     work.follow(groups)
     active, grads = work.gradients(converted=True)
     if not active:
@@ -57,17 +61,10 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
         step = work.open = OpenStep(buckets, work.slots, optimizer._hooks, factor, scaler)
         by_slot = dict(zip(active, grads, strict=True))
         reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if optimizer.mask_period > 1 else set()
-        info = step.perturb(
-            by_slot,
-            groups,
-            work,
-            [schedule.rho_of(group) for group in groups],
-            divisor,
-            reused,
-            optimizer.mask_period > 1,
-            optimizer.master_weights,
-        )
-        work.last = replace(info, patterns=patterns, level=levels[0] if levels else None, first_grad_norm=norm)
+        rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
+        thresholds, stats = step.perturb(by_slot, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
+        numels = tuple([n for bucket in buckets for n in bucket.numels])
+        work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm)
         step.keep_gradients(by_slot, groups)
         for slot in active:
             slot.param.grad = None
@@ -111,6 +108,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     try:
         work.updating = True
         options.check_groups(optimizer.param_groups)
+        optimizer._heal_others()
         work.follow(optimizer.param_groups)
         active, grads = work.gradients(converted=step is None)
         columns: list[Columns] = []
@@ -120,7 +118,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
                 raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")
             if not active:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
-            step.check_first()
+            step.check_untouched()
             columns, rest = step.columns(active, grads)
         if optimizer.master_weights:
             prepare_masters(base, rest)
@@ -129,7 +127,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         first = Factor() if step is None else step.factor
         factor = second_factor(given, first, None if step is None else step.scaler, optimizer)
         factor, _, norm = _clipped(optimizer, active, grads, factor)
-        pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if hook is not optimizer._guard]
+        pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if not isinstance(hook, Guard)]
         Update(base, work, first, factor, step is not None).run(columns, pre_hooks, list(base._optimizer_step_post_hooks.values()))
         for part in columns if optimizer.master_weights else ():
             note_versions(part.slots)
@@ -146,6 +144,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         torch.clear_autocast_cache()  # of casts of the weights before the step
         return
     step.end()
-    work.open, work.last = None, work.last and replace(work.last, second_grad_norm=norm)
+    work.open = None
+    if norm is not None and work.last is not None:
+        work.last = replace(work.last, second_grad_norm=norm)
     known = {schedule.key_of(p) for p in optimizer._patterns()} if step.kept_patterns else set()
     schedule.count(optimizer.param_groups, step.kept_patterns, known)

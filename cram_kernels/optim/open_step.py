@@ -17,10 +17,10 @@ from ..distributed import local_of, whole_mesh, whole_of
 from ..params import OPEN_STEPS
 from ..patterns import NM, Pattern, TopK
 from ..schedule import Groups
+from ..warning import warn
 from .bucket import NOT_SPREAD, Bucket, Slot, present
 from .model_hooks import ModelHooks
 from .precision import Factor, note_versions, on
-from .step_info import StepInfo
 from .workspace import Workspace
 
 Tensors = Sequence[Tensor]
@@ -68,9 +68,11 @@ class OpenStep:
         self.masks: list[list[Tensor]] = [[] for _ in buckets]  # of the second gradients
         self.first: list[list[Tensor]] = [[] for _ in buckets]  # the first gradients, where they are part of the update
         self.owners: list[list[Tensor]] = [[] for _ in buckets]  # what they are the local part of
-        self.versions: list[list[int]] = [[] for _ in buckets]
+        self.versions: list[list[int]] = [[] for _ in buckets]  # of both
+        self.weight_versions: list[list[int]] = [[] for _ in buckets]  # of the perturbed weights; empty: not known yet
         self.renewed: list[tuple[Slot, Pattern]] = []  # masks that this step has computed, to be kept
         self.kept_patterns: list[Pattern] = []
+        self.written: set[Slot] = set()  # what somebody has written to since, and which is left as it is
         self.perturbed = False
         self.given_up: str | None = None
         self.frozen: AbstractContextManager[None] = contextlib.nullcontext()
@@ -87,8 +89,8 @@ class OpenStep:
         reused: set[Pattern | None],
         keep: bool,
         masters: bool,
-    ) -> StepInfo:
-        """Save the weights, move them uphill and prune them.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Save the weights, move them uphill and prune them. Returns thresholds and statistics, for a `StepInfo`.
 
         Args:
             grads: the gradient of each slot.
@@ -113,6 +115,7 @@ class OpenStep:
             reuse = bucket.pattern in reused
             masks = self._masks(bucket, groups, workspace, keep, reuse)
             results.append(self._run(bucket, [grads[s] for s in bucket.slots], masks, rho, reuse))
+            self.weight_versions[i] = [s.param._version + s.local._version for s in bucket.slots]
             for slot in bucket.pruned if keep else ():
                 slot.finished.add(bucket.pattern)  # type: ignore[arg-type]
                 if not reuse:
@@ -128,11 +131,7 @@ class OpenStep:
             for mesh in whole_mesh([s.param for bucket in self.buckets for s in bucket.slots]):
                 mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
         found = [r for r in results if r is not None]
-        return StepInfo(
-            thresholds=_joined([thresholds for thresholds, _ in found]),
-            stats=_joined([stats for _, stats in found]),
-            numels=tuple(n for bucket in self.buckets for n in bucket.numels),
-        )
+        return _joined([thresholds for thresholds, _ in found]), _joined([stats for _, stats in found])
 
     def _masks(self, bucket: Bucket, groups: Groups, workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
         """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
@@ -191,16 +190,26 @@ class OpenStep:
 
     # --- the second half ---
 
-    def check_first(self) -> None:
-        """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
+    def check_untouched(self) -> None:
+        """Raise RuntimeError where somebody has written to a perturbed weight, or to a first gradient, which perturb() took away. From here
+        on the update may write."""
         for i, bucket in enumerate(self.buckets):
+            if written := self._written_to(i):
+                raise RuntimeError(f"CrAM: {written[0]} must be left alone between perturb() and step(), got it written to")
             now = [g._version + o._version for g, o in zip(self.first[i], self.owners[i], strict=True)]
             if now != self.versions[i]:
                 slot = next(s for s, a, b in zip(bucket.slots, now, self.versions[i], strict=True) if a != b)
-                where = f"parameter {slot.position} of group {slot.group}"
                 raise RuntimeError(
-                    f"CrAM: the first gradient of {where} must be left alone after perturb(), got it overwritten: copy it before"
+                    f"CrAM: the first gradient of {slot} must be left alone after perturb(), got it overwritten: copy it before"
                 )
+        self.weight_versions = [[] for _ in self.buckets]
+
+    def _written_to(self, i: int) -> list[Slot]:
+        """The parameters of a bucket that somebody has written to since they were perturbed, as torch's version counters say."""
+        slots, versions = self.buckets[i].slots, self.weight_versions[i]
+        if not (self.perturbed and versions) or [s.param._version + s.local._version for s in slots] == versions:
+            return []
+        return [s for s, version in zip(slots, versions, strict=True) if s.versions() != version]
 
     def forget_masks(self) -> None:
         """The masks of this step are not to be used again."""
@@ -242,21 +251,30 @@ class OpenStep:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the weights back, to the bit. Idempotent: the ops know by their flag whether they have something to do."""
+        """Bring the weights back, to the bit. Idempotent: the ops know by their flag whether they have something to do. A parameter that
+        somebody has written to meanwhile (a loaded checkpoint, another optimizer), or given another shape, is left as it is."""
         if not self.perturbed:
             return
-        for bucket in self.buckets:
+        kept: list[Slot] = []
+        for i, bucket in enumerate(self.buckets):
             if bucket.device.type == "cpu" and int(bucket.flag) == 0:
                 continue  # the op refused its arguments: it would refuse them here, too
-            same = [s for s in bucket.slots if s.holds()]
-            if len(same) < len(bucket.slots) and int(bucket.flag) != 0:  # the model was converted within the step: no op takes such a pair
+            self.written.update(self._written_to(i))
+            self.weight_versions[i] = []  # from here on it is us who write
+            same = [s for s in bucket.slots if s.holds() and s not in self.written]
+            if len(same) < len(bucket.slots) and int(bucket.flag) != 0:
                 for slot in set(bucket.slots).difference(same):
                     clean = slot.saved if slot.master is slot.nothing else slot.master
-                    local_of(slot.param).copy_(clean)  # type: ignore[arg-type]
+                    if slot in self.written or clean is None or local_of(slot.param).shape != clean.shape:
+                        kept.append(slot)
+                    else:  # the model was converted within the step: no op takes such a pair
+                        local_of(slot.param).copy_(clean)
             saved = [s.saved if s.master is s.nothing and s.saved is not None else s.nothing for s in same]
             ops.restore_([s.local for s in same], present(saved, same), bucket.flag, masters=present([s.master for s in same], same))
             note_versions(same)
         self.end()
+        if kept:
+            warn(f"CrAM: {kept[0]} was written to after perturb(), so it is left as it is: {len(kept)} of the parameters are not restored")
 
     def end(self) -> None:
         """The weights are back, by `restore` or by an update."""
@@ -297,6 +315,8 @@ class OpenStep:
         if (place := self._place(param)) is None:
             return None
         slot = place[0].slots[place[1]]
+        if slot in self._written_to(self.buckets.index(place[0])):
+            return None
         saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
         return whole_of(param, saved.clone())
 

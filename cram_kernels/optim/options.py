@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..distributed import local_of
 from ..params import overlapping, why_unfit
-from ..schedule import Groups, checked_compression
+from ..schedule import Groups, checked_compression, is_number, is_schedule
 
 GROUP_OPTIONS = ("rho", "plus", "sparse_grad", "prune", "compression")  # a group may have its own
 OPTIMIZER_OPTIONS = (
@@ -29,14 +29,8 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"CrAM: {name} must be True or False, got {value!r}")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float, Python's or numpy's; a bool is not."""
-    return hasattr(value, "__float__") and not isinstance(value, bool | Tensor | str) and math.isfinite(value)
-
-
-def check_optimizer_options(optimizer: Any, seed: Any, prune_embeddings: Any) -> None:
-    """Check the options that hold for the whole optimizer, which has them as attributes."""
-    check_bool("prune_embeddings", prune_embeddings)
+def check_optimizer_options(optimizer: Any) -> None:
+    """Check the options that hold for the whole optimizer. They are attributes, which a script may have set since the last step."""
     for name in ("normalize_grad", "master_weights", "grad_norms"):
         check_bool(name, getattr(optimizer, name))
     max_grad_norm, mask_period = optimizer.max_grad_norm, optimizer.mask_period
@@ -44,18 +38,28 @@ def check_optimizer_options(optimizer: Any, seed: Any, prune_embeddings: Any) ->
         raise ValueError(f"CrAM: max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
     if type(mask_period) is not int or mask_period < 1:
         raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
+
+
+def check_constructor_options(seed: Any, exclude: Any, prune_embeddings: Any) -> tuple[str, ...]:
+    """Check what only the constructor takes; `exclude` as a tuple."""
+    check_bool("prune_embeddings", prune_embeddings)
     if type(seed) is not int:
         raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
-    if wrong := [name for name in optimizer.exclude if not isinstance(name, str)]:
+    names = [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"CrAM: exclude must be names of parameters, got {wrong[0]!r}")
+    return tuple(names)
 
 
 def check_groups(groups: Groups) -> None:
     """Check all groups before a step: a script may have changed them, or the base optimizer behind our back."""
     for group in groups:
-        if "rho" not in group or "cram_step" not in group:
+        if "rho" not in group or "compression" not in group or "cram_step" not in group:
             message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
             raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
+        if "param_names" in group and len(group["param_names"]) != len(group["params"]):
+            found = f"{len(group['param_names'])} names of {len(group['params'])} parameters"
+            raise ValueError(f"CrAM: param_names of a group must name each of its params, in order, got {found}")
         check_group_options(group)
 
 
@@ -66,7 +70,9 @@ def check_group_options(group: dict[str, Any]) -> None:
         if isinstance(rho, Tensor):
             if rho.numel() != 1:
                 raise ValueError(f"CrAM: rho must be a tensor of one element, got one of shape {tuple(rho.shape)}")
-        elif not callable(rho) and not (is_number(rho) and rho >= 0):
+            if rho.device.type == "cpu" and not 0 <= float(rho) < math.inf:  # reading one on a GPU would wait for it in every step
+                raise ValueError(f"CrAM: rho must be a number >= 0, got {rho!r}")
+        elif not is_schedule(rho) and not (is_number(rho) and rho >= 0):
             raise ValueError(
                 f"CrAM: rho must be a number >= 0, a tensor of one, or a schedule such as RhoWarmup(0.05, steps=500), got {rho!r}"
             )

@@ -29,7 +29,8 @@ class Workspace:
         self.open: OpenStep | None = None
         self.last: StepInfo | None = None
         self.updating = False  # whether the base may step although a step is open
-        self.warned_plain = False
+        self.plain_wanted = self.warned_plain = False
+        self.counters: dict[str, Any] = {}  # those of the groups, for groups that are made anew
         self.slots: list[Slot] = []
         self.sizes: list[int] = []  # parameters of each group
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
@@ -56,11 +57,13 @@ class Workspace:
         """The slots whose parameter has a gradient, and those gradients as the ops take them.
 
         Args:
-            converted: replace the slots of parameters that were converted or moved since their slot was made.
+            converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
         active = [s for s in self.slots if s.param.grad is not None]
-        # Whatever converts a parameter gives it other memory: where that is the same, nothing else need be looked at.
-        if converted and (stale := [s for s in active if (s.spread or s.param.data_ptr() != s.pointer) and not s.holds()]):
+        if stale := [s for s in active if not s.holds()]:
+            if not converted:
+                wanted = "keep its dtype, device, shape and strides between perturb() and step()"
+                raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
             new = {s: Slot(s.param, s.group, s.position) for s in stale}
             self.slots = [new.get(s, s) for s in self.slots]
             self.plans.clear()
@@ -93,7 +96,7 @@ class Workspace:
         Raises:
             RuntimeError: weights of several devices, or of several device meshes, would be ranked together.
         """
-        allowed = [group["prune"] for group in groups]
+        allowed = [group["prune"] for group in groups] + [s.param.requires_grad for s in active]
         kept = self.plans.get(patterns)
         if kept is None or kept[0] != allowed or kept[1] != active:
             while len(self.plans) >= MAX_PLANS:

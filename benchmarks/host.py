@@ -1,0 +1,128 @@
+"""What the host does for a step: calls of Python functions, and time, over tensors so small that there is nothing to compute.
+
+On a GPU this is what must be done before the kernels can run; on a CPU it is paid in full. Beside it torch's fused optimizers.
+"""
+
+import cProfile
+import pstats
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cram_kernels import CrAM, TopK
+
+from . import gate, run
+from .measure import Contestant, Row, Setup, interleave, quartiles, ratio, target
+
+PATTERN = TopK(sparsity=0.5)
+BASES = {"SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}), "AdamW": (torch.optim.AdamW, {"lr": 1e-3})}
+COUNTS = (4, 161)  # tensors; ResNet-50 has 161
+MOST_CALLS = 2200  # of perturb() and step() over 161 parameters with SGD
+MOST_TIME = 2.0  # times that of torch's fused step
+REPEATS = 20  # of a step, in each timing
+
+
+def calls_of(part: Callable[[], object]) -> int:
+    """Python and C functions called, as cProfile counts them."""
+    profile = cProfile.Profile()
+    profile.runcall(part)
+    return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+
+@dataclass
+class Host:
+    """One base over so many tensors of 8 x 8."""
+
+    base: str
+    count: int
+
+    def __post_init__(self) -> None:
+        kind, options = BASES[self.base]
+        generator = torch.Generator().manual_seed(0)
+        tensors = [[torch.randn(8, 8, generator=generator) for _ in range(self.count)] for _ in range(3)]
+        self.params = [nn.Parameter(t.clone()) for t in tensors[0]]
+        self.plain_params = [nn.Parameter(t.clone()) for t in tensors[0]]
+        self.first, self.second = tensors[1:]
+        self.ours = CrAM(self.params, kind, compression=[PATTERN], **options)
+        self.fused = kind(self.plain_params, fused=True, **options)
+
+    def give(self, params: list[nn.Parameter], grads: list[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+    def step(self) -> None:
+        self.give(self.params, self.first)
+        self.ours.perturb()
+        self.give(self.params, self.second)
+        self.ours.step()
+
+    def fused_step(self) -> None:
+        self.give(self.plain_params, self.first)
+        self.fused.step()
+
+    def check(self) -> None:
+        """A step prunes as it should, ends with clean weights that have moved, and makes no more calls than it may."""
+        before = [p.detach().clone() for p in self.params]
+        self.step()
+        info = self.ours.last
+        gate.require(
+            info is not None and int(info.stats[0, 0]) == PATTERN.k(64 * self.count) - 1, "the step kept another number of weights"
+        )
+        gate.require(all(bool(p.isfinite().all()) for p in self.params), "the weights are not finite after a step")
+        gate.require(not any(torch.equal(p, b) for p, b in zip(self.params, before, strict=True)), "the weights have not moved")
+
+    def calls(self) -> dict[str, int]:
+        """Of each half of a step, and of torch's fused one."""
+        self.give(self.params, self.first)
+        found = {"perturb()": calls_of(self.ours.perturb)}
+        self.give(self.params, self.second)
+        found["step()"] = calls_of(self.ours.step)
+        self.give(self.plain_params, self.first)
+        return found | {"fused": calls_of(self.fused.step)}
+
+    def rows(self, setup: Setup) -> list[Row]:
+        def repeated(part: Callable[[], None]) -> None:
+            for _ in range(REPEATS):
+                part()
+
+        names = {
+            f"CrAM around {self.base}: perturb() and step()": self.step,
+            f"torch.optim.{self.base}(fused=True).step()": self.fused_step,
+        }
+        contestants = [Contestant(name, partial(repeated, part)) for name, part in names.items()]
+        times = interleave(contestants, 2 if setup.quick else setup.rounds or 60, setup.device, warmup=3)
+        calls = self.calls()
+        counted = [calls["perturb()"] + calls["step()"], calls["fused"]]
+        rows: list[Row] = []
+        for name, number in zip(names, counted, strict=True):
+            own = [t / REPEATS for t in times[name]]
+            first, third = quartiles(own)
+            x_fused = ratio(times[name], times[contestants[1].name])
+            bound = target((0.0, MOST_TIME), x_fused) if name == contestants[0].name else {}
+            median = statistics.median(own)
+            rows.append(
+                {"name": name, "median_ms": 1e3 * median, "spread": (third - first) / median, "x_fused": x_fused, "calls": number, **bound}
+            )
+        return [*rows, *({"name": f"  calls of {part}", "calls": n} for part, n in calls.items() if part != "fused")]
+
+    def describe(self) -> Row:
+        return {"tensors": self.count, "weights": 64 * self.count}
+
+
+def cases() -> Iterator[run.Case]:
+    for base in BASES:
+        for count in COUNTS:
+            yield run.Case(f"{base}, {count} tensors", lambda setup, base=base, count=count: Host(base, count))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run.main("host", cases(), argv, "x_fused", "time / time of torch's fused step")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
