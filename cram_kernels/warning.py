@@ -1,5 +1,6 @@
 """The package's warnings: a class of their own, and shown at the line of the user's code that led to them."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -17,6 +18,6 @@ class CrAMWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn with `CrAMWarning`, as if from the innermost line that is outside of this package and of torch."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _TORCH, contextlib.__file__)):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, CrAMWarning, stacklevel=level)

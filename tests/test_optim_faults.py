@@ -739,3 +739,57 @@ def test_a_hook_may_return_another_state_dict():
     optimizer = CrAM(fresh(), lr=0.1)
     optimizer.register_state_dict_post_hook(lambda _, state_dict: {"mine": state_dict})
     assert "compression" not in optimizer.state_dict()["mine"]["param_groups"][0]
+
+
+class OwnCheckpoint(torch.optim.SGD):
+    """A base that keeps more than torch's optimizers do, and says so in its checkpoints."""
+
+    slow = 3
+
+    def state_dict(self):
+        return super().state_dict() | {"slow": self.slow}
+
+    def train(self):
+        return "training"
+
+
+def test_a_base_with_checkpoints_of_its_own_is_not_saved_by_halves():
+    optimizer = CrAM(fresh(), OwnCheckpoint, lr=0.1)
+    with pytest.raises(RuntimeError, match="OwnCheckpoint has one of its own"):
+        optimizer.state_dict()
+    assert optimizer.train() == "training" and optimizer.slow == 3 and not hasattr(optimizer, "nothing")
+
+
+class TensorsOnly(torch.optim.SGD):
+    """A base from before parameters had names."""
+
+    def __init__(self, params, **options):
+        super().__init__([p for p in params if p.requires_grad], **options)
+
+
+def test_a_base_that_knows_no_names_takes_a_model():
+    model = network()
+    optimizer = CrAM(model, TensorsOnly, lr=0.1, exclude=["0.*"])
+    assert [c.name for c in optimizer.coverage(NM(2, 4))] == [name for name, _ in model.named_parameters()]
+
+
+def test_warnings_of_the_block_form_point_at_the_users_line():
+    optimizer = CrAM(fresh(), lr=0.1)
+    with pytest.warns(CrAMWarning, match="no parameter has a gradient") as caught:
+        with optimizer.perturbed():
+            pass
+    assert [w.filename for w in caught] == [__file__]
+    optimizer.restore()
+
+
+def test_a_function_that_happens_to_be_called_like_one_of_torchs_closes_its_step():
+    import torch.distributed.checkpoint.state_dict  # noqa: F401
+
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+
+    def _init_optim_state():
+        two_halves(optimizer, params, grads(1), grads(2))
+
+    _init_optim_state()
+    assert optimizer.open_step is None and optimizer.param_groups[0]["cram_step"] == 1

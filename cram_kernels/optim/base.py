@@ -71,6 +71,13 @@ class Wrapper(Optimizer):
         self.register_state_dict_post_hook(_packed, prepend=True)
         self._heal_others()
 
+    def __getattr__(self, name: str) -> Any:
+        """What a base has beyond torch's optimizers: `train()` of the schedule-free ones, `consolidate_state_dict()` of ZeRO."""
+        base = self.__dict__.get("base_optimizer")
+        if base is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.base_optimizer.param_groups
@@ -162,8 +169,12 @@ class Wrapper(Optimizer):
         Patterns and schedules are not part of it.
 
         Raises:
-            RuntimeError: a step is open.
+            RuntimeError: a step is open; or the base has a `state_dict` of its own, such as ZeRO's, that holds more than torch's.
         """
+        base = type(self.base_optimizer)
+        if base.state_dict is not Optimizer.state_dict or base.load_state_dict is not Optimizer.load_state_dict:
+            message = f"{base.__name__} has one of its own, and a checkpoint of CrAM would lose what it holds: save that of base_optimizer"
+            raise RuntimeError(f"CrAM: state_dict() must be that of torch.optim.Optimizer, got a base whose is not: {message}")
         self.refuse_within_step("state_dict()")
         options.check_groups(self.param_groups)
         return super().state_dict()
@@ -221,8 +232,10 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
     """
     if isinstance(params, Optimizer):
         params, base_optimizer = None, params
+    named = None
     if isinstance(params, nn.Module):
-        params = _named(params, base_optimizer)
+        named = _named(params, base_optimizer)
+        params = [p for _, p in named]  # not every base takes names
     if isinstance(base_optimizer, Optimizer):
         base = base_optimizer
         if base_options:
@@ -237,6 +250,8 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
         base = base_optimizer(params, **base_options)
     if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):
         raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
+    if named is not None:
+        _name(base, named)
     return base
 
 

@@ -65,7 +65,8 @@ class CrAM(Wrapper):
             second before the mask.
         grad_norms: put the gradient norms of both passes into `last`, also where no other option needs them.
         master_weights: keep a float32 copy of each 16-bit parameter, which the update steps, with state in float32; needs SGD or Adam(W).
-        mask_period: a pattern's masks are computed at every mask_period-th use of that pattern.
+        mask_period: a pattern's masks are computed at every mask_period-th use of that pattern. They are part of `state_dict()`, not of
+            torch.distributed.checkpoint's files: after those they are computed anew.
         seed: of the draw of the pattern.
         exclude: names, as in `fnmatch`, of parameters that are not pruned: ["head.*"]; needs named parameters.
         base_options: for the class: lr, momentum, ...

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 def asked_by_checkpoint() -> bool:
     """Whether torch.distributed.checkpoint calls, which has an optimizer make its state by a step with a rate and gradients of 0."""
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if module is None or torch.compiler.is_compiling():
+        return False
     frame: FrameType | None = sys._getframe(1)
     for _ in range(8):
-        if frame is None or frame.f_code.co_name == "_init_optim_state":
+        if frame is None or frame.f_code is module._init_optim_state.__code__:
             break
         frame = frame.f_back
     else:
@@ -47,7 +50,9 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
     patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
     if optimizer._hooks is not None:
-        optimizer._hooks.check_synced(any(g["plus"] or (g["sparse_grad"] and p is not None) for g, p in zip(groups, patterns, strict=True)))
+        optimizer._hooks.check_synced(
+            "first", any(g["plus"] or (g["sparse_grad"] and p is not None) for g, p in zip(groups, patterns, strict=True))
+        )
     optimizer._heal_others()
     work.follow(groups)
     active, grads = work.gradients(converted=True)
@@ -118,6 +123,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
                 raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")
             if not active:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
+            if optimizer._hooks is not None:
+                optimizer._hooks.check_synced("second", True)
             step.check_untouched()
             columns, rest = step.columns(active, grads)
         if optimizer.master_weights:
@@ -140,6 +147,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         work.updating = False
     for slot in work.slots:
         slot.param.grad = None
+    if optimizer._hooks is not None:
+        optimizer._hooks.unsynced.clear()
     if step is None:
         torch.clear_autocast_cache()  # of casts of the weights before the step
         return

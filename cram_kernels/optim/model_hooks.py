@@ -52,11 +52,11 @@ class ModelHooks:
         if torch.is_grad_enabled():  # the pass after this one goes by it, whatever no_sync() does until then
             self.unsynced[module] = not module.require_backward_grad_sync
 
-    def check_synced(self, needed: bool) -> None:
-        """Raise where the first gradients are needed on all ranks alike, and a DDP model has not shared them."""
+    def check_synced(self, which: str, needed: bool) -> None:
+        """Raise where the gradients of this pass are needed on all ranks alike, and a DDP model has not shared them."""
         if needed and any(self.unsynced.values()):
-            wanted = "be the same on all ranks (or plus=False, sparse_grad=False)"
-            raise RuntimeError(f"CrAM: the first gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
+            wanted = "be the same on all ranks" + (" (or plus=False, sparse_grad=False)" if which == "first" else "")
+            raise RuntimeError(f"CrAM: the {which} gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
 
     def frozen_batchnorm(self) -> AbstractContextManager[None]:
         return frozen_batchnorm(self.model)
