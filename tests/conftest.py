@@ -17,7 +17,7 @@ from cram_kernels.backend import DEVICES, use_backend, why_missing
 
 BACKENDS = DEVICES  # name -> device of its tensors
 # Device code: without an executor of PTX one test of test_install.py is skipped in the name of all.
-collect_ignore_glob = [] if why_not_executed() is None else ["test_cuda_*.py"]
+collect_ignore_glob = [] if why_not_executed() is None else ["test_cuda_[!s]*.py"]  # test_cuda_static.py reads, and executes nothing
 if _triton.INTERPRETED:
     import interpreter
 
@@ -122,9 +122,27 @@ def executed_in_all_ways(executed: Executor) -> Executor:
     return executed
 
 
+# What `make test` leaves out and CI runs (`make test MARKS=`), by file.
+MARKS = {
+    "executed": tuple(f"test_cuda_{name}" for name in ("bad_input", "histogram", "library", "nm", "perturb", "topk", "update")),
+    "frameworks": ("test_framework_examples", "test_lightning", "test_transformers"),
+    "tools": ("test_benchmarks", "test_cuda_static", "test_verify_gpu"),
+    "slow": ("test_demo", "test_ranks", "test_triton"),
+}
 # Files that take long, and those that wait for other processes: first, so that no worker of pytest-xdist is left with one at the end.
 FIRST = ("test_triton.py", "test_demo.py", "test_ranks.py", "test_benchmarks.py", "test_framework_examples.py", "test_cuda_topk.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "executed" and (reason := why_not_executed()) is not None:
+        raise pytest.UsageError(
+            f"device code cannot be executed here: {reason}; it needs nvcc, and CRAM_KERNELS_PTXEMU, an executor's folder"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark, files in MARKS.items():
+            if item.path.stem in files:
+                item.add_marker(mark)
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -147,17 +147,6 @@ def test_a_parameter_stays_what_it_is() -> None:
     assert p.data_ptr() == pointer and p.is_leaf and p.requires_grad and p.grad_fn is None
 
 
-@OP
-def test_the_reference_can_be_chosen(op: str) -> None:
-    """use_backend("reference"): the public op gives what the reference gives, after the same checks."""
-    arguments, expected_arguments = SAMPLES[op](), SAMPLES[op]()
-    with backend.use_backend("reference"):
-        actual = getattr(ops, op)(**arguments)
-    expected = getattr(reference, op)(**expected_arguments)
-    compare_all(op, arguments, expected_arguments)
-    compare_all(op, actual, expected)
-
-
 def test_strides_of_single_elements_mean_nothing() -> None:
     """A 1x1 convolution in channels_last has other strides than its contiguous gradient, and the same memory order."""
     p = torch.randn(8, 4, 1, 1).to(memory_format=torch.channels_last)
