@@ -135,9 +135,7 @@ FIRST = ("test_triton.py", "test_demo.py", "test_ranks.py", "test_benchmarks.py"
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "executed" and (reason := why_not_executed()) is not None:
-        raise pytest.UsageError(
-            f"device code cannot be executed here: {reason}; it needs nvcc, and CRAM_KERNELS_PTXEMU, an executor's folder"
-        )
+        raise pytest.UsageError(f"device code cannot be executed: {reason}; needed are nvcc and CRAM_KERNELS_PTXEMU, an executor's folder")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
