@@ -17,7 +17,7 @@ from .load import fitting
 from .weights import weights_of
 from .write import FORMATS, export
 
-OK, VIOLATED, CANNOT = 0, 1, 2
+OK, VIOLATED, CANNOT, UNCHECKED = 0, 1, 2, 3
 FILES = "safetensors, torch checkpoint (loaded with weights_only), index.json of a model in parts"
 
 
@@ -25,7 +25,8 @@ def add_commands(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="is every tensor of a file 2:4, on which axis, and who can run it?",
-        description="Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read.",
+        description="Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read; "
+        "3, something that may be a weight could not be checked.",
     )
     check.add_argument("file", help=f"{FILES}, or .onnx")
     check.add_argument("--json", action="store_true", help="everything as JSON instead of a table")
@@ -54,6 +55,7 @@ def add_commands(commands: Any) -> None:
     )
     write.set_defaults(run=run_export)
     for command in (check, write):
+        command.add_argument("--key", metavar="A.B", help="where a torch checkpoint has its state dict; the usual keys if absent")
         command.add_argument(
             "--pattern", type=_pattern, default=NM(2, 4), metavar="2:4", help="N:M, at most N of M input channels; 2:4 if absent"
         )
@@ -70,10 +72,12 @@ def _pattern(text: str) -> NM:
 
 def run_check(options: argparse.Namespace) -> int:
     try:
-        report = check_weights(weights_in(options.file), options.pattern, options.exclude)
+        report = check_weights(weights_in(options.file, options.key), options.pattern, options.exclude)
         print(report.to_json() if options.json else report)
     except Exception as error:
         return _cannot("check", error)
+    if report.unchecked and not report.violating:
+        return UNCHECKED
     return OK if report.ok else VIOLATED
 
 
@@ -81,7 +85,7 @@ def run_export(options: argparse.Namespace) -> int:
     options.format = options.format or ("onnx" if options.out.suffix == ".onnx" else "safetensors")
     common: dict[str, Any] = {"pattern": options.pattern, "exclude": options.exclude}
     try:
-        source: Any = read(options.file)
+        source: Any = read(options.file, options.key)
         source = _model(options.model, source) if options.format == "onnx" else source
         before = options.file.stat().st_size  # now: it may be the one that is replaced
         if not options.prune and (violating := check_weights(weights_of(source), **common).violating):

@@ -2,37 +2,46 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..warning import warn
 from . import bitmask, container, cutlass
 from .weights import Weight, weights_of
 
 DECODERS = {"dense": container.take, bitmask.NAME: bitmask.decode, cutlass.NAME: cutlass.decode}
-NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the state dict of their model
+# where checkpoints keep the state dict of their model, the likeliest first
+NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "teacher", "student")
+NESTED += ("ema", "model_ema", "params_ema", "state_dict_ema", "ema_state_dict", "generator", "backbone", "encoder")
 
 
-def read(path: str | Path) -> dict[str, Tensor]:
+def read(path: str | Path, key: str | None = None) -> dict[str, Any]:
     """The dense state dict in a file.
 
     Args:
-        path: a file that `export` wrote, any other safetensors file, a torch checkpoint (weights_only), in which the state dict may lie
-            under "state_dict", "model_state_dict" or "model", or the index of a model in several files (model.safetensors.index.json).
+        path: a file that `export` wrote, any other safetensors file, a torch checkpoint (weights_only), or the index of a model in several
+            files (model.safetensors.index.json).
+        key: of a torch checkpoint, where its state dict lies, as "model" or "teacher.backbone". Without it, the top or the usual keys are
+            tried ("state_dict", "model", "module", "net", "params", "ema", ...); a `CrAMWarning` says which was read, where there are
+            several.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not one of these.
+        FileNotFoundError, ValueError: no such file, not one of these, or no state dict at that key.
     """
     path = Path(path)
+    if key is not None and path.suffix in (".safetensors", ".json", ".onnx"):
+        raise ValueError(f"read: key must be absent for anything but a torch checkpoint, got {key!r} for {str(path)!r}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if not path.is_file():
         raise FileNotFoundError(f"read: path must be a file, got {str(path)!r}, which is {'a folder' if path.is_dir() else 'not there'}")
     if path.suffix == ".onnx":
         raise ValueError(f"read: path must be a safetensors file or a torch checkpoint, got the ONNX model {str(path)!r}")
-    return _parts(path) if path.suffix == ".json" else _checkpoint(path)
+    return _parts(path) if path.suffix == ".json" else _checkpoint(path, key)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -62,28 +71,66 @@ def _parts(index: Path) -> dict[str, Tensor]:
     return {name: files[file][name] for name, file in places.items()}
 
 
-def _checkpoint(path: Path) -> dict[str, Tensor]:
+def _checkpoint(path: Path, key: str | None) -> dict[str, Any]:
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler meets in a file that is none
         raise ValueError(f"read: path must be a torch checkpoint that weights_only loads, got {str(path)!r}: {_short(error)}") from error
-    where = ""
-    for key in NESTED:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state, where = state[key], f" under {key!r}"
-            break
+    found = dict(_state_dicts(content))
+    where = key if key is not None else _likeliest(content, found)
+    state = content if where == "" else _at(content, where)
+    if key is None and (others := [f"{name!r}" for name in found if name != where]) and where in found and where != "":
+        warn(f"read: {path}: read the state dict under {where!r}; there is also {', '.join(others)}: key (--key) chooses")
+    under = f" under {where!r}" if where else ""
     if not isinstance(state, dict) or not state:
-        raise ValueError(f"read: path must hold a state dict, got {str(path)!r}, which holds {_kind(state)}{where}")
+        keys = f" (there is {', '.join(map(repr, found))})" if key is not None and found else ""
+        raise ValueError(f"read: path must hold a state dict, got {str(path)!r}, which holds {_kind(state)}{under}{keys}")
     if unnamed := [name for name in state if not isinstance(name, str)]:
         raise ValueError(
-            f"read: path must hold a state dict, got {str(path)!r}, whose entry {unnamed[0]!r}{where} has no string for a name"
+            f"read: path must hold a state dict, got {str(path)!r}, whose entry {unnamed[0]!r}{under} has no string for a name"
         )
-    if strange := [name for name, t in state.items() if not isinstance(t, Tensor)]:
+    if not any(isinstance(t, Tensor) for t in state.values()):
+        name = next(iter(state))
+        keys = f"; key (--key) must be one of {', '.join(map(repr, found))}" if found else ""
         raise ValueError(
             f"read: path must hold a state dict (at the top, or under {', '.join(map(repr, NESTED))}), got {str(path)!r}, "
-            f"whose entry {strange[0]!r}{where} is {_kind(state[strange[0]])}"
+            f"whose entry {name!r}{under} is {_kind(state[name])}{keys}"
         )
     return state
+
+
+def _state_dicts(content: Any, where: str = "", depth: int = 4) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dict of names that holds a tensor of 2 or more dims, and the key that leads to it ("" at the top)."""
+    if depth == 0 or not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        return
+    if any(isinstance(t, Tensor) and t.dim() > 1 for t in content.values()):
+        yield where, content
+        return
+    for name, inner in content.items():
+        yield from _state_dicts(inner, f"{where}.{name}".removeprefix("."), depth - 1)
+
+
+def _likeliest(content: Any, found: dict[str, Any]) -> str:
+    """The key of a usual name, else the only one, else the top."""
+    usual = sorted((NESTED.index(parts[0]), len(parts), where) for where in found if (parts := where.split("."))[0] in NESTED)
+    if usual:
+        return usual[0][2]
+    if len(found) == 1:
+        return next(iter(found))
+    named = (name for name in NESTED if isinstance(content, dict) and not found and isinstance(content.get(name), dict))
+    return next(named, "")
+
+
+def _at(content: Any, key: str) -> Any:
+    """The value at a key such as "a.b"; a name may have dots of its own. None where there is none."""
+    if not isinstance(content, dict):
+        return None
+    for name in content:
+        if key == name:
+            return content[name]
+        if isinstance(name, str) and key.startswith(f"{name}.") and (inner := _at(content[name], key[len(name) + 1 :])) is not None:
+            return inner
+    return None
 
 
 def _kind(x: object) -> str:
@@ -99,16 +146,16 @@ def _short(error: Exception) -> str:
     return f"{reason}; save model.state_dict(), not objects" if "global" in reason.lower() else reason
 
 
-def weights_in(path: str | Path) -> list[Weight]:
-    """The weights in a file, as the checker wants them.
+def weights_in(path: str | Path, key: str | None = None) -> list[Weight]:
+    """The weights in a file, as the checker wants them; key as in `read`.
 
     Raises:
         FileNotFoundError, ValueError: as `read`.
         ImportError: the package that reads this kind of file is not installed.
     """
     path = Path(path)
-    if path.suffix == ".onnx" and path.is_file():
+    if path.suffix == ".onnx" and path.is_file() and key is None:
         from .onnx_weights import onnx_weights
 
         return onnx_weights(path)
-    return weights_of(read(path))
+    return weights_of(read(path, key))

@@ -18,7 +18,7 @@ from .check import check_weights
 from .consumers import CUSPARSELT, CUTLASS, Consumer
 from .files import read
 from .report import Row
-from .weights import weights_of
+from .weights import is_masked, weights_of, without_masks
 
 Backend = Literal["auto", "cusparselt", "cutlass", "dense"]
 BACKENDS = ("auto", "cusparselt", "cutlass", "dense")
@@ -54,7 +54,7 @@ class LoadReport:
 
 
 @torch.no_grad()
-def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -> LoadReport:
+def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto", key: str | None = None) -> LoadReport:
     """Load a file into a model and compress the weights of its Linear layers that are 2:4 and eligible, each checked anew.
 
     Move the model to its device and dtype first: weights are converted to the model's dtype as by `load_state_dict`.
@@ -65,6 +65,7 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
             names the file may have one.
         backend: "cusparselt", "cutlass" (compute capability 8.x only), "dense", or "auto": the first of these that this GPU and this torch
             have. On the CPU "auto" stays dense, and the others are refused.
+        key: where the state dict lies in a torch checkpoint, as in `read`.
 
     Returns:
         A `LoadReport`: what every tensor became, and why.
@@ -77,9 +78,11 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto") -
         raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if sparse := [name for name, p in model.named_parameters() if isinstance(p, SparseSemiStructuredTensor)]:
         raise ValueError(f"load_sparse: model must have dense weights, got {sparse[0]!r}, which is semi-structured: make the model anew")
+    if masked := is_masked(model):
+        raise ValueError(f"load_sparse: model must be without masks and parametrizations, got {masked!r}: remove them first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     chosen, why = _choose(backend, device)
-    state = read(path)
+    state = read(path, key)
     _recheck(Path(path), state)
     model.load_state_dict(fitting("load_sparse", model, state))
     report = check_weights(weights_of(model), NM(2, 4))
@@ -126,7 +129,8 @@ def under_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in wanted):
             state = {name.removeprefix(prefix): t for name, t in state.items()}
-    state = dict(state)
+    state = dict(state) if any(name.endswith(("_orig", ".original")) for name in wanted) else without_masks(state)
+    state |= {name: t for name, t in model.state_dict().items() if name.endswith("_extra_state") and name not in state}  # files may lack it
     for weight in weights_of(model):
         names = (weight.name, *weight.aliases)
         given = [name for name in names if name in state]
@@ -145,7 +149,8 @@ def fitting(op: str, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     # load_state_dict fills in batch norm's counters, which old checkpoints lack
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     more = [name for name in state if name not in own]
-    other = [name for name in state if name in own and state[name].shape != own[name].shape]
+    shapes = {name: getattr(t, "shape", None) for name, t in state.items()}
+    other = [name for name in state if name in own and shapes[name] != getattr(own[name], "shape", None)]
     wrong = []
     if missing:
         wrong.append(f"no {missing[0]!r}" + _and_more(missing))

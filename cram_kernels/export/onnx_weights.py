@@ -1,5 +1,6 @@
 """The weights of an ONNX model: what a node multiplies with decides which axis is the input channels."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,16 @@ def onnx_weights(path: Path) -> list[Weight]:
 def _weight(onnx: Any, name: str, proto: Any, graphs: "_Graphs") -> Weight:
     t = _tensor(onnx, proto)
     use = _use(onnx, name, t, graphs)
-    return Weight(name, t.t() if use.transposed else t, use.kind, 0 if use.transposed else 1, use.groups, why_dense=use.why)
+    unchecked = use.why is not None and t.dim() > 1
+    if not use.transposed:
+        return Weight(name, t, use.kind, use.groups, why_dense=use.why, unchecked=unchecked)
+    shape = tuple(t.shape)
+    places = functools.partial(_transposed_places, shape)
+    return Weight(name, t.t(), use.kind, use.groups, why_dense=use.why, unchecked=unchecked, shape=shape, index=places)
+
+
+def _transposed_places(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(shape[0] * shape[1]).view(shape).t()
 
 
 def _tensor(onnx: Any, proto: Any) -> Tensor:

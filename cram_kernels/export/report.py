@@ -19,7 +19,7 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     kind: str
-    axis: int  # of the input channels
+    axis: int | None  # of the input channels, in the tensor as it is stored; None: not known, or they lie along several
     violations: int | None  # groups; None: it cannot be n:m, see why_dense
     numel: int
     zeros: int | None  # None: torch cannot count them
@@ -27,6 +27,7 @@ class Row:
     first: str | None = None  # the first group that violates
     holds_along: str | None = None  # where the pattern holds instead
     why_dense: str | None = None
+    unchecked: bool = False  # it may be a weight, but could not be checked, see why_dense; not excluded
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # consumer -> can it run this tensor
     aliases: tuple[str, ...] = ()
 
@@ -61,9 +62,13 @@ class NMReport:
         return tuple(row for row in self.rows if row.violates)
 
     @property
+    def unchecked(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.unchecked)
+
+    @property
     def ok(self) -> bool:
-        """No tensor violates the pattern, and at least one holds it."""
-        return not self.violating and bool(self.holding)
+        """No tensor violates the pattern, at least one holds it, and none that may be a weight could not be checked."""
+        return not self.violating and not self.unchecked and bool(self.holding)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only."""
@@ -74,7 +79,7 @@ class NMReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        small = [row for row in self.rows if len(row.shape) < 2]
+        small = [row for row in self.rows if len(row.shape) < 2 and row.dtype and not row.unchecked]
         head = ("tensor", "shape", "dtype", "axis", str(self.pattern), "zeros", *(c.name for c in CONSUMERS), "why")
         cells = [self._cells(row) for row in self.rows if row not in small]
         if small:
@@ -82,7 +87,8 @@ class NMReport:
         return "\n".join([table(head, cells, "<<<><>" + "<" * (len(CONSUMERS) + 1)), self.summary()])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        status = "yes" if row.holds else "VIOLATED" if row.violates else "dense"
+        status = "yes" if row.holds else "VIOLATED" if row.violates else "UNKNOWN" if row.unchecked else "dense"
+        axis = "" if row.axis is None else str(row.axis)
         verdicts = [row.verdicts.get(c.name, Verdict("no")) for c in CONSUMERS]
         why = [row.describe()] if row.violates else [row.why_dense] if row.why_dense else []
         if row.holds:
@@ -90,11 +96,14 @@ class NMReport:
             why += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
         shape = " x ".join(map(str, row.shape))
         share = f"{row.zeros / row.numel:.2%}" if row.numel and row.zeros is not None else ""
-        return row.name, shape, row.dtype, str(row.axis), status, share, *(MARKS[v.runs] for v in verdicts), "; ".join(filter(None, why))
+        return row.name, shape, row.dtype, axis, status, share, *(MARKS[v.runs] for v in verdicts), "; ".join(filter(None, why))
 
     def summary(self) -> str:
         if self.violating:
             return f"{len(self.violating)} of {len(self.rows)} tensors violate {self.pattern}"
+        if self.unchecked:
+            row = self.unchecked[0]
+            return f"{len(self.unchecked)} of {len(self.rows)} tensors could not be checked, the first {row.name!r}: {row.why_dense}"
         if not self.holding:
             return f"no tensor is {self.pattern}"
         return f"{len(self.holding)} of {len(self.rows)} tensors are {self.pattern}, none violates it"

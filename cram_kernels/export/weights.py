@@ -1,11 +1,15 @@
 """The weights of a model, a state dict or a file as the checker sees them: axis 1 is the input channels."""
 
+import copy
+import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.sparse import SparseSemiStructuredTensor
 
 from ..distributed import is_spread
@@ -14,68 +18,154 @@ from ..distributed import is_spread
 Kind = Literal["linear", "transposed linear", "conv", "conv transpose", "embedding", "recurrent", "matrix", "parameter", "other"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, io.BytesIO, torch.dtype, torch.device, torch.Size)
+PARAMETRIZED = ".parametrizations."
+NO_DATA = torch.empty(0, device="meta")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor. Tied names share one entry.
+    """One entry of a state dict. Tied names share one.
 
     name, aliases: its names in the model or file.
     tensor: [K, C, ...], axis 1 the input channels; a view, in any memory order.
     kind: what uses it.
-    axis: the input channels in the tensor as it is stored: 1, or 0 where an ONNX file has it transposed.
     groups: of the convolution, where known.
-    why_dense: why it cannot be checked, where its use says so.
+    why_dense: why it cannot be n:m, or cannot be checked, where its use or its class says so.
+    unchecked: it may be the weight of a product, but its numbers or its axis are not known.
+    is_tensor: False where the entry is no tensor at all, and `tensor` stands for it.
+    shape, index: where an ONNX file stores the weight in another shape or order: that shape, and a function that gives, for each
+        number of `tensor`, its place in the flattened stored tensor.
     """
 
     name: str
     tensor: Tensor
     kind: Kind
-    axis: int = 1
     groups: int | None = None
     aliases: tuple[str, ...] = ()
     why_dense: str | None = None
+    unchecked: bool = False
+    is_tensor: bool = True
+    shape: tuple[int, ...] | None = None
+    index: Callable[[], Tensor] | None = None
 
 
 def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
-    """Every tensor of a model or a state dict. A semi-structured one is unpacked. Buffers, which a state dict does not tell, are "other".
+    """Every entry of a model or a state dict, as what the model computes with: masks of torch.nn.utils.prune are multiplied in,
+    parametrizations are evaluated, semi-structured and quantized tensors are unpacked. Buffers, which a state dict does not tell, are
+    "other".
 
     Raises:
-        TypeError: neither, or a value of the state dict is no tensor.
-        ValueError: a tensor is the shard of one rank.
+        TypeError: neither, or a state dict without any tensor.
     """
     if isinstance(source, nn.Module):
         buffers: dict[str, tuple[Kind, int | None]] = {name: ("other", None) for name, _ in source.named_buffers(remove_duplicate=False)}
-        return _of_tensors(source.state_dict(), dict(_uses(source)) | buffers, unknown)
+        return _of_tensors(_computed(source), dict(_uses(source)) | buffers, unknown)
     if not isinstance(source, Mapping):
         raise TypeError(f"check_nm: model must be a torch.nn.Module or a state dict, got {type(source).__name__}")
-    return _of_tensors(source, {}, guess)
+    if source and not any(isinstance(t, Tensor) for t in source.values()):
+        name, value = next(iter(source.items()))
+        raise TypeError(f"state dict: entry {name!r} must be a tensor, got {type(value).__name__}, and no other entry is one")
+    return _of_tensors(without_masks(source), {}, guess)
 
 
-def _of_tensors(tensors: Mapping[str, Any], uses: dict[str, tuple[Kind, int | None]], otherwise: Callable[[Tensor], Kind]) -> list[Weight]:
-    names: dict[object, list[str]] = {}
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"state dict: entry {name!r} must be a tensor, got {type(t).__name__}")
-        if is_spread(t):
-            raise ValueError(f"state dict: entry {name!r} must be whole, got a shard (DTensor): gather the model first")
-        names.setdefault(_identity(name, t), []).append(name)
-    found = []
-    for own in names.values():
-        t = tensors[own[0]].detach()
-        t = t.to_dense() if isinstance(t, SparseSemiStructuredTensor) else t
-        # a linear layer tied to an embedding is both: as an embedding it must stay what it is
-        kinds = [uses.get(name, (otherwise(t), None)) for name in own]
-        kind, groups = next((use for use in kinds if use[0] == "embedding"), next((use for use in kinds if use[0] != "other"), kinds[0]))
-        found.append(Weight(own[0], t, kind, groups=groups, aliases=tuple(own[1:])))
+def without_masks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """NAME_orig and NAME_mask (torch.nn.utils.prune), or NAME.parametrizations.PART.original and .0.mask (torch.ao.pruning), become the
+    product that the layer computes with, under its plain name."""
+    found = dict(state)
+    for name in state:
+        if name.endswith("_orig"):
+            plain = name.removesuffix("_orig")
+            mask_name = f"{plain}_mask"
+        elif PARAMETRIZED in name and name.endswith(".original"):
+            plain = name.removesuffix(".original").replace(PARAMETRIZED, ".", 1)
+            mask_name = f"{name.removesuffix('original')}0.mask"
+        else:
+            continue
+        t, mask = state[name], state.get(mask_name)
+        if isinstance(t, Tensor) and isinstance(mask, Tensor) and mask.shape == t.shape and plain not in state:
+            del found[mask_name]
+            found = {plain if own == name else own: t.detach() * mask.to(t.dtype) if own == name else value for own, value in found.items()}
     return found
 
 
-def _identity(name: str, t: Tensor) -> object:
+def _computed(model: nn.Module) -> dict[str, Any]:
+    """The state dict with the weight that each parametrized layer computes in place of what it is computed from."""
+    state = without_masks(model.state_dict())
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not parametrize.is_parametrized(module):
+            continue
+        for part, parametrization in module.parametrizations.items():
+            own = f"{prefix}{PARAMETRIZED}{part}.".removeprefix(".")
+            if not any(name.startswith(own) for name in state):
+                continue
+            state = {name: t for name, t in state.items() if not name.startswith(own)}
+            # a copy in eval mode: spectral norm, for one, changes its buffers in training mode
+            state[f"{prefix}.{part}".removeprefix(".")] = copy.deepcopy(parametrization).eval()().detach()
+    return state
+
+
+def is_masked(model: nn.Module) -> str | None:
+    """The name of a weight that the model computes from others (a mask of torch.nn.utils.prune, a parametrization), if there is one."""
+    own, computed = model.state_dict(), _computed(model)
+    return next((name for name in computed if name not in own), None)
+
+
+def _of_tensors(entries: Mapping[str, Any], uses: dict[str, tuple[Kind, int | None]], otherwise: Callable[[Tensor], Kind]) -> list[Weight]:
+    names: dict[object, list[str]] = {}
+    for name, t in entries.items():
+        names.setdefault(_identity(name, t), []).append(name)
+    found = []
+    for own in names.values():
+        t, why, unchecked = _plain(own[0], entries[own[0]])
+        # a linear layer tied to an embedding is both: as an embedding it must stay what it is
+        kinds = [uses.get(name, (otherwise(t), None)) for name in own]
+        kind, groups = next((use for use in kinds if use[0] == "embedding"), next((use for use in kinds if use[0] != "other"), kinds[0]))
+        is_tensor = isinstance(entries[own[0]], Tensor)
+        shape = tuple(entries[own[0]].shape) if t is NO_DATA and is_tensor and not is_lazy(entries[own[0]]) else None
+        found.append(Weight(own[0], t, kind, groups, tuple(own[1:]), why, unchecked, is_tensor, shape))
+    return found
+
+
+def _plain(name: str, value: Any) -> tuple[Tensor, str | None, bool]:
+    """The numbers of an entry as a plain tensor; where there are none: why, and whether a weight may hide in it."""
+    if not isinstance(value, Tensor):
+        leaves = torch.utils._pytree.tree_leaves(value)
+        hides = not all(isinstance(leaf, PLAIN) or (isinstance(leaf, Tensor) and leaf.dim() < 2) for leaf in leaves)
+        hides = hides and not name.endswith("_extra_state")  # by torch's convention no weight
+        return NO_DATA, f"not a tensor: {type(value).__name__}" + (", in which there may be weights" if hides else ""), hides
+    t = value.detach()
+    if is_lazy(value):
+        return NO_DATA, "not initialized: run the model once", True
+    if is_spread(t):
+        return NO_DATA, "the shard of one rank (DTensor): gather the model first", True
+    if PARAMETRIZED in name and name.endswith(".original"):
+        return t, "parametrized in a way that a state dict does not tell: check the module", True
+    if type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_quantized:
+        return t if type(t) is Tensor else t.as_subclass(Tensor), None, False
+    for unpack in ("to_dense",) if isinstance(t, SparseSemiStructuredTensor) else ("dequantize", "to_dense"):
+        try:
+            plain = getattr(t, unpack)()
+        except Exception:  # whatever a class of somebody else raises
+            continue
+        if type(plain) is Tensor and plain.shape == t.shape:
+            return plain, None, False
+    return NO_DATA, f"numbers of the class {type(t).__name__} cannot be read: check the model before it is converted", t.dim() > 1
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a file can hold this tensor as it is, or a semi-structured one unpacked."""
+    t = value.detach()
+    return isinstance(t, SparseSemiStructuredTensor) or (type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_quantized)
+
+
+def _identity(name: str, t: Any) -> object:
     """The same for tied names."""
+    if not isinstance(t, Tensor) or is_lazy(t):
+        return name
     if isinstance(t, SparseSemiStructuredTensor):
         return id(t)
-    if t.layout != torch.strided or t.is_meta or t.numel() == 0:
+    if not is_plain(t) or t.layout != torch.strided or t.is_meta or t.numel() == 0:
         return name
     return t.device, t.data_ptr(), t.dtype, t.shape, t.stride()
 

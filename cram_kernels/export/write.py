@@ -1,6 +1,7 @@
 """Export: check, prune where asked, write, read back, and only then take the file's place."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from .. import ops
 from ..atomic import replacing, target
 from ..params import DTYPES
 from ..patterns import NM
+from ..warning import warn
 from . import bitmask, container, cutlass
 from .check import check_weights
 from .files import read_safetensors
 from .onnx_model import write_onnx
 from .report import NMReport, Row
-from .weights import Weight, weights_of
+from .weights import Weight, is_plain, weights_of
 
 Encoder = Callable[[str, Tensor, Row], dict[str, Tensor] | None]
 
@@ -76,7 +78,7 @@ def export(
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
     if example_inputs is not None or onnx_options is not None:
         raise ValueError(f"export: example_inputs and onnx_options must be absent for format {format!r}, got some")
-    weights = [_on_cpu(weight) for weight in weights_of(model)]
+    weights = _storable(model)
     report = _conforming(weights, pattern, exclude, prune)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, str] = {}
@@ -94,12 +96,24 @@ def export(
     return report
 
 
-def _on_cpu(weight: Weight) -> Weight:
-    """A contiguous copy on the CPU: the files are row-major, and tensors that share memory are each stored."""
-    if weight.tensor.layout != torch.strided or weight.tensor.is_meta:
-        found = "a meta tensor" if weight.tensor.is_meta else f"layout {weight.tensor.layout}"
-        raise ValueError(f"export: tensor {weight.name!r} must be dense and have data, got {found}")
-    return Weight(weight.name, weight.tensor.cpu().contiguous().clone(), weight.kind, weight.axis, weight.groups, weight.aliases)
+def _storable(model: nn.Module | Mapping[str, Any]) -> list[Weight]:
+    """Contiguous copies on the CPU: the files are row-major, and tensors that share memory are each stored. Of what is no tensor and holds
+    no weights (extra state, a version) one warning gives the names."""
+    found, left_out = [], []
+    entries = model.state_dict() if isinstance(model, nn.Module) else model
+    for weight in weights_of(model):
+        t, own = weight.tensor, entries.get(weight.name)
+        if not weight.is_tensor and not weight.unchecked:
+            left_out.append(weight.name)
+            continue
+        if weight.why_dense or t.layout != torch.strided or t.is_meta or (isinstance(own, Tensor) and not is_plain(own)):
+            kind = f"one of class {type(own).__name__}: export the model before it is converted"
+            why = weight.why_dense or ("a meta tensor" if t.is_meta else f"layout {t.layout}" if t.layout != torch.strided else kind)
+            raise ValueError(f"export: tensor {weight.name!r} must be dense and have data, got {why}")
+        found.append(dataclasses.replace(weight, tensor=t.cpu().contiguous().clone()))
+    if left_out:
+        warn(f"export: left out, since a safetensors file holds tensors only: {', '.join(left_out)}")
+    return found
 
 
 def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prune: bool) -> NMReport:
