@@ -9,7 +9,6 @@ import pytest
 import torch
 from export_models import Transformer, make, pruned, resnet, resnet50
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from cram_kernels import NM, CrAMWarning, cli, prune
 from cram_kernels.export import check_nm, load
@@ -67,11 +66,15 @@ def test_the_usual_mistakes() -> None:
 
 
 @pytest.mark.parametrize(
-    "consumer, theirs", [(CUTLASS, SparseSemiStructuredTensorCUTLASS), (CUSPARSELT, SparseSemiStructuredTensorCUSPARSELT)]
+    "consumer, dtype, rows, cols",
+    [(CUTLASS, torch.float16, 32, 64), (CUTLASS, torch.float32, 32, 32), (CUSPARSELT, torch.bfloat16, 16, 16)],
 )
-def test_shapes_are_those_of_the_installed_torch(consumer, theirs) -> None:
-    torch_says = {dtype: (c.sparse_min_rows, c.sparse_min_cols) for dtype, c in theirs._DTYPE_SHAPE_CONSTRAINTS.items()}
-    assert consumer.multiples == torch_says
+def test_shapes_of_torch(consumer, dtype: torch.dtype, rows: int, cols: int) -> None:
+    """As torch.sparse's documentation of to_sparse_semi_structured has them."""
+    assert consumer.multiples[dtype] == (rows, cols)
+    for shape in ((rows // 2, 4 * cols), (4 * rows, cols // 2)):
+        assert verdicts(half_zero(*shape, m=2).to(dtype))[consumer.name] == ("no", f"shape is not a multiple of {rows} x {cols}")
+    assert verdicts(half_zero(rows, cols, m=2).to(dtype))[consumer.name] == ("yes", "")
 
 
 def verdicts(t: Tensor) -> dict[str, tuple[str, str]]:

@@ -1,10 +1,11 @@
-"""Who can run a 2:4 weight faster, and why not: rules as data. What torch refuses is tested against the installed torch."""
+"""Who can run a 2:4 weight faster, and why not: rules as data, and torch's from torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from .weights import Weight
 
@@ -85,15 +86,12 @@ def _tensorrt(consumer: Consumer, weight: Weight, facts: Facts) -> Verdict:
     return Verdict("yes", "build with float16 or bfloat16" if t.dtype == torch.float32 else "")
 
 
-CUTLASS = Consumer(
-    "CUTLASS",
-    "torch on SM 8.x",
-    {torch.int8: (16, 128), torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.float32: (32, 32)},
-)
-CUSPARSELT = Consumer(
-    "cuSPARSELt",
-    "torch on SM 8.0 and later",
-    {torch.int8: (32, 32), torch.float8_e4m3fn: (32, 32), torch.float16: (16, 16), torch.bfloat16: (16, 16)},
-)
+def _torch_says(tensor: type[SparseSemiStructuredTensor]) -> dict[torch.dtype, tuple[int, int]]:
+    """The rows and columns of which torch's tensors consist, in the installed version."""
+    return {dtype: (shape.sparse_min_rows, shape.sparse_min_cols) for dtype, shape in tensor._DTYPE_SHAPE_CONSTRAINTS.items()}
+
+
+CUTLASS = Consumer("CUTLASS", "torch on SM 8.x", _torch_says(SparseSemiStructuredTensorCUTLASS))
+CUSPARSELT = Consumer("cuSPARSELt", "torch on SM 8.0 and later", _torch_says(SparseSemiStructuredTensorCUSPARSELT))
 TENSORRT = Consumer("TensorRT", "TensorRT, also through ONNX Runtime and Torch-TensorRT", judge=_tensorrt)
 CONSUMERS = (CUTLASS, CUSPARSELT, TENSORRT)
