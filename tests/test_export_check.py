@@ -70,7 +70,7 @@ def test_the_usual_mistakes() -> None:
     [(CUTLASS, torch.float16, 32, 64), (CUTLASS, torch.float32, 32, 32), (CUSPARSELT, torch.bfloat16, 16, 16)],
 )
 def test_shapes_of_torch(consumer, dtype: torch.dtype, rows: int, cols: int) -> None:
-    """As torch.sparse's documentation of to_sparse_semi_structured has them."""
+    """As in torch 2.13."""
     assert consumer.multiples[dtype] == (rows, cols)
     for shape in ((rows // 2, 4 * cols), (4 * rows, cols // 2)):
         assert verdicts(half_zero(*shape, m=2).to(dtype))[consumer.name] == ("no", f"shape is not a multiple of {rows} x {cols}")
