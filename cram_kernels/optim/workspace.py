@@ -60,7 +60,12 @@ class Workspace:
             converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
         active = [s for s in self.slots if s.param.grad is not None]
-        if stale := [s for s in active if not s.holds()]:
+        if stale := [
+            s
+            for s in active
+            if s.spread or s.param.dtype is not s.dtype or s.param.shape != s.shape or s.param.stride() != s.strides or s.param.device != s.device
+            if not s.holds()
+        ]:
             if not converted:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
                 raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
