@@ -138,7 +138,7 @@ def test_interrupted_at_every_line(op: str) -> None:
     source, ctrl_c = str(Path(launch.__file__).parent), partial(signal.raise_signal, signal.SIGINT)
     states = [SAMPLES[op](), SAMPLES[op]()]
     call(**states[1])
-    with Trace(source=source) as clean:
+    with python_answers_ctrl_c(), Trace(source=source) as clean:
         call(**SAMPLES[op]())
     results = {}
     for n in clean.last_times():
