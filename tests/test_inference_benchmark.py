@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("onnxruntime")
 from benchmarks import inference
 from benchmarks.resnet import CONVOLUTIONS, resnet50
-
 from cram_kernels.inference import sparsify
 
 

@@ -614,7 +614,7 @@ def test_a_step_that_raises_releases_the_gradients_at_perturbed_weights():
     assert all(p.grad is None for p in params)
 
 
-@pytest.mark.parametrize("end", ["collected", "restore", "another optimizer", "perturb"])
+@pytest.mark.parametrize("end", ["collected", "another optimizer", "perturb", "plain step"])
 @pytest.mark.parametrize("write", ["torch optimizer", "load", "in place"])
 def test_what_somebody_wrote_after_perturb_is_not_lost(write, end):
     """A cell is interrupted within a step, and the user goes on with something else: no restore may throw that away."""
@@ -631,14 +631,15 @@ def test_what_somebody_wrote_after_perturb_is_not_lost(write, end):
                 p.copy_(t) if write == "load" else p.mul_(0.5)
     written = clones(params)
     set_gradients(params, grads(3))
-    with pytest.warns(CrAMWarning, match="was written to after perturb"):
+    with pytest.warns(CrAMWarning, match="were written to after perturb"):
         if end == "collected":
             del optimizer
             gc.collect()
-        elif end == "restore":
-            optimizer.restore()
         elif end == "another optimizer":
             CrAM(params, lr=0.1)
+        elif end == "plain step":
+            optimizer.zero_grad()
+            optimizer.plain_step()
         else:
             with pytest.warns(CrAMWarning, match="called twice"):
                 optimizer.perturb()
@@ -646,22 +647,56 @@ def test_what_somebody_wrote_after_perturb_is_not_lost(write, end):
     assert_same_bits(params, written)
 
 
-def test_one_written_parameter_is_left_and_the_others_are_restored():
-    params = fresh()
-    optimizer = CrAM(params, lr=0.1)
-    before = clones(params)
-    set_gradients(params, grads(1))
-    optimizer.perturb()
-    with torch.no_grad():
-        params[0].fill_(3.0)
-    set_gradients(params, grads(2))
-    with pytest.raises(
-        RuntimeError, match=r"parameter 0 of group 0 must be left alone between perturb\(\) and step\(\), got it written to"
-    ):
-        with pytest.warns(CrAMWarning, match="1 of the"):
-            optimizer.step()
-    assert_same_bits(params[1:], before[1:])
-    assert torch.equal(params[0], torch.full_like(params[0], 3.0))
+@every_form
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_second_pass_writes_to_the_weights_is_undone(form, fails):
+    """A model that writes to its own weights, as an embedding with max_norm does: the step starts from the clean weights (Algorithm 1)."""
+    params, other = fresh(), fresh()
+    optimizer, judge = CrAM(params, lr=0.1), CrAM(other, lr=0.1)
+    before, calls = clones(params), []
+
+    def gradients_of(seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            with torch.no_grad():
+                for p in params:
+                    p.clamp_(-0.01, 0.01)
+            if fails:
+                raise OSError
+        return grads(seed)
+
+    class Lazy(list):
+        def __init__(self, seed):
+            super().__init__(grads(seed))
+            self.seed = seed
+
+        def __iter__(self):
+            return iter(gradients_of(self.seed))
+
+    if fails:
+        with pytest.raises(OSError):
+            form(optimizer, params, Lazy(1), Lazy(2))
+        optimizer.restore()
+        assert_same_bits(params, before)
+        return
+    form(optimizer, params, Lazy(1), Lazy(2))
+    form(judge, other, grads(1), grads(2))
+    assert_same_bits(params, other)
+
+
+def test_an_embedding_with_a_largest_norm_trains():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=1.0), nn.Linear(4, 2))
+    optimizer = CrAM(model, lr=0.1, compression=[TopK(sparsity=0.5)])
+
+    def closure():
+        loss = model(torch.arange(10)).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[-1] < losses[0] and optimizer.open_step is None
+    assert not bool((model[1].weight == 0).any())
 
 
 def test_optimizers_that_were_there_before_heal_each_other():

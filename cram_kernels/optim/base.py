@@ -113,6 +113,12 @@ class Wrapper(Optimizer):
             step.restore()
             self._workspace.open = None
 
+    def _abandon(self) -> None:
+        """As `restore`, for a step that was forgotten: what somebody has written to the weights since then stays."""
+        if (step := self._workspace.open) is not None:
+            step.restore(keep_written=True)
+            self._workspace.open = None
+
     def give_up(self, reason: str) -> None:
         """Restore the weights where a step is open; the next `step()` raises with this reason, since its gradients are those at perturbed
         weights. For code that changes the model or the optimizer between the halves of a step."""

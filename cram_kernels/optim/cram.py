@@ -155,7 +155,7 @@ class CrAM(Wrapper):
         """
         if self.open_step is not None:
             warn("CrAM: perturb() was called twice without step(): the first step is given up, and its gradients are dropped")
-        self.restore()
+        self._abandon()
         halves.begin(self, scaler)
 
     @contextmanager
@@ -194,7 +194,7 @@ class CrAM(Wrapper):
         """
         if closure is not None:
             given_by_scaler(self, with_closure=True)
-            self.restore()
+            self._abandon()
             with self._released_on_error():
                 with torch.enable_grad():
                     loss = closure()
@@ -212,7 +212,7 @@ class CrAM(Wrapper):
     def plain_step(self, scaler: GradScaler | None = None) -> None:
         """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's.
         It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
-        self.restore()
+        self._abandon()
         self._workspace.plain_wanted = True
         try:
             self.step() if scaler is None else scaler.step(self)

@@ -125,7 +125,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
             if optimizer._hooks is not None:
                 optimizer._hooks.check_synced("second", True)
-            step.check_untouched()
+            step.check_first()
             columns, rest = step.columns(active, grads)
         if optimizer.master_weights:
             prepare_masters(base, rest)

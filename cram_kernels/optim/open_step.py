@@ -190,12 +190,9 @@ class OpenStep:
 
     # --- the second half ---
 
-    def check_untouched(self) -> None:
-        """Raise RuntimeError where somebody has written to a perturbed weight, or to a first gradient, which perturb() took away. From here
-        on the update may write."""
+    def check_first(self) -> None:
+        """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
         for i, bucket in enumerate(self.buckets):
-            if written := self._written_to(i):
-                raise RuntimeError(f"CrAM: {written[0]} must be left alone between perturb() and step(), got it written to")
             now = [g._version + o._version for g, o in zip(self.first[i], self.owners[i], strict=True)]
             if now != self.versions[i]:
                 slot = next(s for s, a, b in zip(bucket.slots, now, self.versions[i], strict=True) if a != b)
@@ -250,16 +247,23 @@ class OpenStep:
     # --- the end ---
 
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, keep_written: bool = False) -> None:
         """Bring the weights back, to the bit. Idempotent: the ops know by their flag whether they have something to do. A parameter that
-        somebody has written to meanwhile (a loaded checkpoint, another optimizer), or given another shape, is left as it is."""
+        was given another shape meanwhile is left as it is.
+
+        Args:
+            keep_written: leave parameters as they are that somebody has written to since they were perturbed: for a step that its user has
+                forgotten, and went on with a loaded checkpoint or another optimizer. Within a step the model itself may write (an embedding
+                with max_norm, a clamp), and its weights come back all the same.
+        """
         if not self.perturbed:
             return
         kept: list[Slot] = []
         for i, bucket in enumerate(self.buckets):
             if bucket.device.type == "cpu" and int(bucket.flag) == 0:
                 continue  # the op refused its arguments: it would refuse them here, too
-            self.written.update(self._written_to(i))
+            if keep_written:
+                self.written.update(self._written_to(i))
             self.weight_versions[i] = []  # from here on it is us who write
             same = [s for s in bucket.slots if s.holds() and s not in self.written]
             if len(same) < len(bucket.slots) and int(bucket.flag) != 0:
@@ -274,7 +278,7 @@ class OpenStep:
             note_versions(same)
         self.end()
         if kept:
-            warn(f"CrAM: {kept[0]} was written to after perturb(), so it is left as it is: {len(kept)} of the parameters are not restored")
+            warn(f"CrAM: {len(kept)} parameters were written to after perturb() and stay as they are, the first is {kept[0]}")
 
     def end(self) -> None:
         """The weights are back, by `restore` or by an update."""
@@ -287,14 +291,14 @@ class OpenStep:
 
     def give_up(self, reason: str) -> None:
         """End the step from outside; the next step() of its optimizer says why."""
-        self.restore()
+        self.restore(keep_written=True)
         self.given_up = reason
         self.first, self.owners = [], []
 
     def __del__(self) -> None:
         """An optimizer that is collected within a step leaves the clean weights behind."""
         if getattr(self, "perturbed", False) and not sys.is_finalizing():
-            self.restore()
+            self.restore(keep_written=True)
 
     # --- questions from outside ---
 
@@ -315,8 +319,6 @@ class OpenStep:
         if (place := self._place(param)) is None:
             return None
         slot = place[0].slots[place[1]]
-        if slot in self._written_to(self.buckets.index(place[0])):
-            return None
         saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
         return whole_of(param, saved.clone())
 

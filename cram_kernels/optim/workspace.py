@@ -63,7 +63,11 @@ class Workspace:
         if stale := [
             s
             for s in active
-            if s.spread or s.param.dtype is not s.dtype or s.param.shape != s.shape or s.param.stride() != s.strides or s.param.device != s.device
+            if s.spread
+            or s.param.dtype is not s.dtype
+            or s.param.shape != s.shape
+            or s.param.stride() != s.strides
+            or s.param.device != s.device
             if not s.holds()
         ]:
             if not converted:
