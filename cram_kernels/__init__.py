@@ -9,6 +9,7 @@ from .coverage import Coverage, CoverageTable
 from .optim import CrAM, StepInfo
 from .patterns import NM, Pattern, TopK
 from .prune import prune
+from .reconstruct import reconstruct
 from .report import Report
 from .schedule import RhoWarmup, SparsityWarmup
 from .version import __version__
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "frozen_batchnorm",
     "prune",
+    "reconstruct",
     "save",
     "tune_batchnorm",
     "use_backend",
