@@ -46,11 +46,10 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def call(model: nn.Module, batch: Any) -> None:
+def call(model: nn.Module, batch: Any) -> Any:
     """The model on x, on the first of (x, ...), or on a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence):
-        model(batch[0])
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence):
+        return model(batch[0])
+    return model(batch)

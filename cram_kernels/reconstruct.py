@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .batchnorm import _frozen, _moved, _tracking
+from .batch import moved
+from .batchnorm import _held
 from .distributed import is_spread
 from .layerwise.layers import LinearLayer, find_layers, trace
 from .layerwise.problems import Network, Problem, accumulate, fit, groups, owners
 from .layerwise.report import LayerError, Reconstruction
-from .params import OPEN_STEPS, overlapping, why_unfit
-from .signals import uninterrupted
+from .params import overlapping, perturbed, why_unfit
 from .warning import warn
 
 
@@ -102,9 +103,9 @@ def _check_models(model: nn.Module, dense: nn.Module) -> None:
     for name, p in ours.items():
         if is_spread(p):
             raise ValueError(f"reconstruct: parameter {name!r} must be whole, got a shard (DTensor): gather the model first")
-        if any(step.holds(p) for step in OPEN_STEPS):
+        if perturbed(p):
             raise RuntimeError(f"reconstruct: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
-    if frozen := [name for name, norm in _tracking(model).items() if norm in _frozen]:
+    if frozen := [name for name, module in model.named_modules() if module in _held]:
         raise RuntimeError(f"reconstruct: batch norms must not be frozen (frozen_batchnorm, an open step), got {frozen[0]!r} frozen")
     named = [(f"model's {name}", p) for name, p in ours.items()] + [(f"dense's {name}", p) for name, p in theirs.items()]
     if (pair := overlapping((name, p) for name, p in named if not is_lazy(p))) is not None:
@@ -125,7 +126,7 @@ def _taken(loader: Iterable[Any], samples: int) -> tuple[list[Any], int]:
     """Batches on the CPU with as many samples, the last one cut, and how many there are."""
     batches, have = [], 0
     for batch in loader:
-        batch = _moved(batch, torch.device("cpu"))
+        batch = moved(batch, torch.device("cpu"))
         tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() > 0]
         if not tensors:
             raise ValueError(f"reconstruct: loader must give batches of tensors, got {type(batch).__name__}")
@@ -168,10 +169,14 @@ def _kept_on_failure(model: nn.Module, layers: dict[str, LinearLayer]) -> Iterat
     try:
         yield
     except BaseException:
-        with uninterrupted():
-            for t, old in saved:
-                t.copy_(old)
+        for t, old in saved:
+            t.copy_(old)
         raise
+
+
+def _tracking(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch and instance norms with running statistics."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _NormBase) and m.running_mean is not None}
 
 
 def _statistics(norm: Any) -> tuple[Tensor, Tensor]:

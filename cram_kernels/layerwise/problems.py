@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm import _forward, _moved
+from ..batch import call as forward
+from ..batch import moved
 from .layers import Call, LinearLayer, listen
 from .least_squares import Moments, solve
 from .report import LayerError
@@ -62,7 +63,7 @@ class Network:
 
     def run(self, batch: Any) -> Any:
         with torch.compiler.set_stance("force_eager"):
-            return _forward(self.model, _moved(batch, self.device))
+            return forward(self.model, moved(batch, self.device))
 
     def listen(self, names: list[str], calls: int, batch: Any, inputs: bool) -> dict[str, list[tuple[Tensor, torch.Size]]]:
         """What the layers read, or else what they give, with the shape of the latter, call by call. The pass ends after so many calls."""
