@@ -268,11 +268,24 @@ def test_quantized_products(op: str, place: int, tmp_path: Path) -> None:
 
 
 Node = tuple[str, list[str], list[str], dict]
+OUT = onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, None)
+EMPTY = onnx.helper.make_graph([], "body", [], [OUT])
+GIVES_W = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["o"])], "branch", [], [OUT])
 UNKNOWN: dict[str, tuple[list[Node], tuple[int, ...], str]] = {  # nodes (op, inputs, outputs, attributes), shape, why it is not checked
     "fused": ([("FusedMatMul", ["x", "w"], ["y"], {"domain": "com.microsoft"})], (12, 8), "used by FusedMatMul, along an axis"),
     "domain": ([("MatMul", ["x", "w"], ["y"], {"domain": "mine"})], (12, 8), "used by MatMul, along an axis"),
-    "left": ([("MatMul", ["w", "x"], ["y"], {})], (2, 8, 12), "used by MatMul, along an axis"),
-    "both axes": ([("MatMul", ["x", "w"], ["t"], {}), ("Gemm", ["t", "w"], ["y"], {"transB": 1})], (12, 12), "along both axes"),
+    "input of a loop": ([("Loop", ["x", "x", "w"], ["y"], {"body": EMPTY})], (12, 8), "used by Loop, along an axis"),
+    "sums": ([("Einsum", ["x", "w"], ["y"], {"equation": "...i,io->...o"})], (12, 8), "used by Einsum, along an axis"),
+    "a mask at run time": (
+        [("Mul", ["w", "x"], ["t"], {}), ("MatMul", ["x", "t"], ["y"], {})],
+        (12, 8),
+        "changed by what only a run gives",
+    ),
+    "a choice at run time": (
+        [("If", ["c"], ["t"], {"then_branch": GIVES_W, "else_branch": GIVES_W}), ("MatMul", ["x", "t"], ["y"], {})],
+        (12, 8),
+        "changed by what only a run gives",
+    ),
 }
 
 
@@ -283,6 +296,18 @@ def test_an_unknown_axis_is_not_called_sparse(name: str, tmp_path: Path) -> None
     path = node_model(tmp_path, [onnx.helper.make_node(op, ins, outs, **more) for op, ins, outs, more in steps], weight, 12)
     report = check_weights(weights_in(path), NM(2, 4))
     assert not report.ok and report.rows[0].violations is None and why in str(report.rows[0].why_dense)
+    assert cli.main(["check", str(path)]) == 3 and cli.main(["check", str(path), "--exclude", "w"]) == 1  # nothing is 2:4 then
+
+
+def test_a_weight_of_two_products(tmp_path: Path) -> None:
+    """Along both axes: each is checked."""
+    weight = torch.randn(12, 12)
+    prune(nn.ParameterList([weight]), NM(2, 4))
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["t"]), onnx.helper.make_node("Gemm", ["t", "w"], ["y"], transB=1)]
+    path = node_model(tmp_path, nodes, weight, 12)
+    rows = {row.name: row for row in check_weights(weights_in(path), NM(2, 4)).rows}
+    assert rows["w (in t)"].violates and rows["w (in t)"].axis == 0 and rows["w (in y)"].holds and rows["w (in y)"].axis == 1
+    assert cli.main(["check", str(path)]) == 1 and cli.main(["check", str(path), "--exclude", "w (in t)"]) == 0
 
 
 @pytest.mark.parametrize("first", ["Mul", "Gather", "Shape", "FusedMatMul"])
@@ -294,8 +319,9 @@ def test_a_product_counts_before_other_users(first: str, tmp_path: Path) -> None
         onnx.helper.make_node(first, ["w"] if first == "Shape" else ["w", "x"], ["t"], domain=domain),
         onnx.helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
-    (row,) = check_weights(weights_in(node_model(tmp_path, nodes, weight.t().contiguous(), 12)), NM(2, 4)).rows
-    assert row.holds and (row.kind, row.axis) == ("linear", 0)
+    rows = check_weights(weights_in(node_model(tmp_path, nodes, weight.t().contiguous(), 12)), NM(2, 4)).rows
+    assert rows[-1].holds and (rows[-1].kind, rows[-1].axis) == ("linear", 0)
+    assert [row.unchecked for row in rows] == ([True, False] if domain else [False])  # what it is for FusedMatMul is not known
 
 
 def test_weights_inside_of_branches(tmp_path: Path) -> None:
@@ -322,9 +348,9 @@ def test_zero_points(zero, tmp_path: Path) -> None:
     ]
     if isinstance(zero, int):
         nodes.insert(0, onnx.helper.make_node("Constant", [], ["z"], value=onnx.helper.make_tensor("z", onnx.TensorProto.INT8, [], [zero])))
+    nodes.insert(0, onnx.helper.make_node("Constant", [], ["s"], value_float=0.5))
     (row,) = check_weights(weights_in(node_model(tmp_path, nodes, weight, 12)), NM(2, 4)).rows
-    why = {3: "its zero point is not 0", "input": "its zero point is not a constant"}.get(zero)
-    assert row.holds == (why is None) and row.why_dense == why
+    assert (row.holds, row.violates, row.unchecked) == (zero in (None, 0), zero == 3, zero == "input")
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
