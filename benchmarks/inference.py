@@ -1,7 +1,8 @@
 """Sparse inference on a CPU beside torch and ONNX Runtime, both dense in float32: python -m benchmarks.inference.
 
-Each round times every contestant once on the same input; a ratio is the median over rounds of the faster dense engine's time over
-ours, where the faster one is that with the smaller median. Plans come from the trials that `sparsify` makes. Weights are random, pruned by magnitude.
+Each round times every contestant once on the same input; a ratio is the median over rounds of the faster dense engine's time over ours,
+where the faster one is that with the smaller median. Plans come from the trials that `sparsify` makes. Weights are random, pruned by
+magnitude.
 
     linear    the matrices of BERT-base with 1, 8, 32 and 128 rows
     conv      the distinct convolutions of ResNet-50, stem left out, at batch 1

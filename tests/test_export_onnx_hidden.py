@@ -1,4 +1,4 @@
-"""Weights that a node computes before they are multiplied, or that lie where one does not look first: seen, and named as they are stored."""
+"""Weights that a node computes before they are multiplied, or that lie where nobody looks first: seen, and named as they are stored."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -140,7 +140,8 @@ def _stored(weight: Weight, first: tuple[int, ...], m: int) -> list[list[int]]:
     if weight.index is None:
         return [list(range(i, i + m)) if dim == 1 else [i] for dim, i in enumerate(first)]
     assert weight.shape is not None
-    flat = weight.index()[(first[0], slice(first[1], first[1] + m), *first[2:])]
+    place: tuple[Any, ...] = (first[0], slice(first[1], first[1] + m), *first[2:])
+    flat = weight.index()[place]
     return [sorted(set(places.tolist())) for places in torch.unravel_index(flat, weight.shape)]
 
 

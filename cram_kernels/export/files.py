@@ -15,7 +15,7 @@ from .weights import Weight, weights_of
 
 DECODERS = {"dense": container.take, bitmask.NAME: bitmask.decode, cutlass.NAME: cutlass.decode}
 # where checkpoints keep the state dict of their model, the likeliest first
-NESTED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "teacher", "student")
+NESTED: tuple[str, ...] = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "teacher", "student")
 NESTED += ("ema", "model_ema", "params_ema", "state_dict_ema", "ema_state_dict", "generator", "backbone", "encoder")
 
 

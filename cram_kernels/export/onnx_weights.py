@@ -1,7 +1,7 @@
 """The weights of an ONNX model: what a node multiplies with decides which axis is the input channels.
 
-Whatever depends on constants only is computed first, node by node, with onnx.reference: a weight behind a mask, a cast, a scale, a split or a
-transpose is checked as the product gets it, and named as the file stores it.
+Whatever depends on constants only is computed first, node by node, with onnx.reference: a weight behind a mask, a cast, a scale, a split or
+a transpose is checked as the product gets it, and named as the file stores it.
 """
 
 import functools
@@ -32,10 +32,25 @@ PRODUCTS: dict[str, dict[int, int | None]] = {
     "RNN": {1: None, 2: None},
 }
 MOVES = ("Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")  # of input 0
-ELEMENTWISE = ("Abs", "Add", "And", "Cast", "CastLike", "Clip", "DequantizeLinear", "Div", "Equal", "Greater", "Less", "Max", "Min", "Mul")
+ELEMENTWISE: tuple[str, ...] = (
+    "Abs",
+    "Add",
+    "And",
+    "Cast",
+    "CastLike",
+    "Clip",
+    "DequantizeLinear",
+    "Div",
+    "Equal",
+    "Greater",
+    "Less",
+    "Max",
+    "Min",
+    "Mul",
+)
 ELEMENTWISE += ("Neg", "Not", "Or", "Pow", "QuantizeLinear", "Sign", "Sub", "Where", "Xor", "GreaterOrEqual", "LessOrEqual", "Mod")
 # of what goes into these a model takes single numbers, and multiplies along no axis
-NO_PRODUCT = (
+NO_PRODUCT: tuple[str, ...] = (
     "BatchNormalization",
     "Concat",
     "GatherElements",
@@ -110,14 +125,14 @@ def onnx_package() -> Any:
 
 
 def onnx_weights(path: Path) -> list[Weight]:
-    """Every stored tensor of 1 or more dims, as the products get it; also those in local functions, in the graphs of If, Loop and Scan, sparse
-    ones, and those in files beside the model.
+    """Every stored tensor of 1 or more dims, as the products get it; also those in local functions, in the graphs of If, Loop and Scan,
+    sparse ones, and those in files beside the model.
 
     Raises:
         ValueError: not an ONNX model.
     """
     onnx = onnx_package()
-    import onnx.inliner
+    import onnx.inliner  # noqa: F811
 
     try:
         model = onnx.load(path, load_external_data=False)
