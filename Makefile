@@ -44,9 +44,9 @@ lint: setup
 	$(BIN)/mypy
 
 # The op tests on a library built with a sanitizer. Leaks of Python and torch themselves are not ours to count.
-OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py tests/test_threads.py tests/test_bad_input.py
+OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py tests/test_threads.py tests/test_bad_input.py tests/test_inference_ops.py
 
-EXECUTED_TESTS := $(filter-out tests/test_schema.py tests/test_threads.py tests/test_bad_input.py,$(OP_TESTS)) tests/test_histogram.py
+EXECUTED_TESTS := $(filter-out tests/test_schema.py tests/test_threads.py tests/test_bad_input.py tests/test_inference_ops.py,$(OP_TESTS)) tests/test_histogram.py
 
 test-asan: setup
 	$(BIN)/python native_build.py build/asan address

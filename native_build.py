@@ -269,11 +269,12 @@ def build_executed(folder: Path, threads: str = "256") -> None:
 
 
 def build_harness(folder: Path, sanitize: str = "") -> None:
-    """Compile tests/native/harness.cpp into `folder`: the CPU kernels without torch and Python."""
+    """Compile tests/native/harness.cpp and sparse.cpp into `folder`: the CPU kernels without torch and Python."""
     ninja = Ninja(compiler(), sanitize)
     folder.mkdir(parents=True, exist_ok=True)
     kernels = [ninja.compile(source) for source in sources() if source.stem in TORCH_FREE]
-    ninja.link(folder / "harness", [ninja.compile(ROOT / "tests" / "native" / "harness.cpp"), *kernels], "-lpthread")
+    own = [ninja.compile(ROOT / "tests" / "native" / name) for name in ("harness.cpp", "sparse.cpp")]
+    ninja.link(folder / "harness", [*own, *kernels], "-lpthread")
     ninja.run("harness")
 
 

@@ -7,6 +7,7 @@
 
 #include "../../csrc/cpu/drivers.h"
 #include "../../csrc/cpu/simd.h"
+#include "sparse.h"
 
 namespace {
 
@@ -154,6 +155,7 @@ int main() {
         }
       }
     }
+  failures += sparse_failures(run_threads, checks);
   printf("%d passed, %d failed\n", checks - failures, failures);
   return failures != 0;
 }
