@@ -190,6 +190,7 @@ def test_builds_in_a_folder_with_spaces(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", checkout / "csrc")
     (checkout / "tests" / "native").mkdir(parents=True)
     (checkout / "tests" / "native" / "harness.cpp").write_text('#include "../../csrc/cpu/simd.h"\nint main() { return 0; }\n')
+    (checkout / "tests" / "native" / "sparse.cpp").write_text("")
     shutil.copy(ROOT / "native_build.py", checkout)
     code = (
         f"import sys; sys.path.insert(0, {str(checkout)!r}); import native_build as n; from pathlib import Path; n.TORCH_FREE = (); "
