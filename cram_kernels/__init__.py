@@ -6,6 +6,7 @@ from .batchnorm import frozen_batchnorm, tune_batchnorm
 from .checkpoint import save
 from .compat import SAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
 from .coverage import Coverage, CoverageTable
+from .hold import HeldZeros, hold_zeros
 from .optim import CrAM, StepInfo
 from .patterns import NM, Pattern, TopK
 from .prune import prune
@@ -26,6 +27,7 @@ __all__ = [
     "CoverageTable",
     "CrAM",
     "CrAMWarning",
+    "HeldZeros",
     "NMTopkCrAM",
     "Pattern",
     "Report",
@@ -37,6 +39,7 @@ __all__ = [
     "TopkCrAMPeriod",
     "__version__",
     "frozen_batchnorm",
+    "hold_zeros",
     "prune",
     "reconstruct",
     "save",
