@@ -62,10 +62,10 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] = ()) -> HeldZeros:
     """Keep what is zero now in the model's weights exactly zero, after every step of any torch optimizer: to fine-tune a pruned model.
 
     A hook after each optimizer step sets the held elements to zero, whatever momentum, weight decay or a scaler did to them (a mask on the
-    gradients alone is not enough for that). Nothing is added to the model: its state dict, its parameters and its copies are as ever. A copy
-    is not held, and a new process calls `hold_zeros` again after loading; the zeros themselves are in the checkpoint. Call it after the model
-    is pruned and, with FSDP2, after `fully_shard`; DDP may wrap the model before or after. Gradients and optimizer state of held elements are
-    not touched: they count in a gradient norm. Between the halves of a step of CrAM held elements may be perturbed.
+    gradients alone is not enough for that). Nothing is added to the model: its state dict, its parameters and its copies are as ever. A
+    copy is not held, and a new process calls `hold_zeros` again after loading; the zeros themselves are in the checkpoint. Call it after
+    the model is pruned and, with FSDP2, after `fully_shard`; DDP may wrap the model before or after. Gradients and optimizer state of held
+    elements are not touched: they count in a gradient norm. Between the halves of a step of CrAM held elements may be perturbed.
 
     Args:
         model: its parameters of 2 or more dims that have zeros are held. The memory is one byte for each element of those.
