@@ -1,0 +1,345 @@
+"""A state machine over the public optimizer, against the page of plain torch in optim_model.py: users do everything in any order.
+
+Whatever a rule does, and whatever it raises: outside of a step the weights are the model's to the bit, within a step they are the model's
+perturbed ones. `make test` runs some hundred steps; `pytest -m slow` ten times as many.
+"""
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from optim_cases import assert_same_bits, random_tensors
+from optim_model import Model, NofM, Top
+from torch import nn
+
+from cram_kernels import NM, CrAM, CrAMWarning, TopK
+
+SHAPES = [(4, 8), (8,), (2, 4, 3, 1), (5, 6)]
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+LISTS = [[], [Top(0.5)], [NofM(2, 4)], [Top(0.9), NofM(2, 4)], [Top(0.5), Top(0.9), NofM(1, 4)]]
+
+
+class Stop(Exception):
+    """What a closure of a user may raise."""
+
+
+def pattern_of(p: Top | NofM) -> TopK | NM:
+    return TopK(sparsity=p.sparsity) if isinstance(p, Top) else NM(p.n, p.m)
+
+
+gradients = st.tuples(
+    st.integers(0, 2**16), st.sampled_from(["all", "all", "all", "zero", "some", "tied"]), st.lists(st.booleans(), min_size=4, max_size=4)
+)
+
+
+def tensors(drawn) -> list[torch.Tensor | None]:
+    seed, kind, which = drawn
+    found = random_tensors(SHAPES, seed)
+    if kind == "zero":
+        return [torch.zeros_like(g) for g in found]
+    if kind == "tied":
+        return [g.round() for g in found]
+    return [g if kind == "all" or there else None for g, there in zip(found, which, strict=True)]
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        base=st.sampled_from(sorted(BASES)),
+        patterns=st.sampled_from(LISTS),
+        options=st.fixed_dictionaries(
+            {
+                "plus": st.booleans(),
+                "sparse_grad": st.booleans(),
+                "normalize_grad": st.booleans(),
+                "max_grad_norm": st.sampled_from([None, 1.0, 1e6]),
+                "mask_period": st.sampled_from([1, 1, 3]),
+                "seed": st.integers(0, 3),
+            }
+        ),
+        weight_decay=st.sampled_from([0.0, 0.01]),
+        groups=st.booleans(),
+        hooks=st.sampled_from([(), ("base",), ("wrapper",)]),
+    )
+    def start(self, base, patterns, options, weight_decay, groups, hooks):
+        self.params = [nn.Parameter(t) for t in random_tensors(SHAPES, 99)]
+        self.net = nn.Sequential(nn.BatchNorm1d(3))
+        self.net.weights = nn.ParameterList(self.params)
+        self.base, self.hooks, self.options, self.groups = base, hooks, options, groups
+        self.base_options = {"lr": 0.1, "weight_decay": weight_decay} | ({"momentum": 0.9} if base == "sgd" else {})
+        self.model = Model([p.detach().clone() for p in self.params], base, patterns, weight_decay=weight_decay, **options)
+        self.optimizer = self.made(self.params)
+        self.open = self.warned = False
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
+
+    def made(self, params) -> CrAM:
+        listed = [{"params": params[:2]}, {"params": params[2:]}] if self.groups else params
+        patterns = [pattern_of(p) for p in self.model.patterns]
+        optimizer = CrAM(listed, BASES[self.base], compression=patterns, **self.options, **self.base_options)
+        for target in self.hooks:
+            (optimizer if target == "wrapper" else optimizer.base_optimizer).register_step_pre_hook(_nothing)
+        if params is self.params:
+            optimizer.attach(self.net)
+        return optimizer
+
+    def give(self, grads) -> None:
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = None if g is None else g.clone()
+
+    # --- steps ---
+
+    @rule(
+        first=gradients,
+        second=gradients,
+        form=st.sampled_from(["closure", "block", "calls", "scaler"]),
+        fails=st.sampled_from([0, 0, 0, 1, 2]),
+    )
+    def step(self, first, second, form, fails):
+        """A whole step in one of its forms, in which the user's code may raise in either pass."""
+        passes = iter([(1, tensors(first)), (2, tensors(second))])
+
+        def closure():
+            number, grads = next(passes)
+            self.give(grads)
+            if number == fails:
+                raise Stop
+            return torch.tensor(float(number))
+
+        before = self.model
+        self.model = copy.deepcopy(before)
+        if self.open and form != "closure":
+            self.optimizer.restore()
+        scaler = self.scaler if form == "scaler" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CrAMWarning)
+            try:
+                if form == "closure":
+                    assert float(self.optimizer.step(closure)) == 1.0
+                else:
+                    closure()
+                    if form == "block":
+                        with self.optimizer.perturbed():
+                            closure()
+                        self.optimizer.step()
+                    else:
+                        if scaler is not None:
+                            scaler.scale(torch.ones(()))
+                        self.optimizer.perturb(scaler)
+                        closure()
+                        self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            except Stop:
+                self.optimizer.restore()
+                self.optimizer.zero_grad()
+                if scaler is not None:
+                    scaler._per_optimizer_states.clear()
+                if fails == 2:  # the masks of the first half may be there, to be used again
+                    self.model.perturb(tensors(first))
+                self.open = False
+                return
+        if scaler is not None:
+            scaler.update()
+        self.model.perturb(tensors(first))
+        self.model.finish(tensors(second))
+        self.open = False
+        assert all(p.grad is None for p in self.params)
+
+    @precondition(lambda self: not self.open)
+    @rule(first=gradients)
+    def perturb(self, first):
+        self.give(tensors(first))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CrAMWarning)
+            self.optimizer.perturb()
+        self.model.perturb(tensors(first))
+        self.open = True
+
+    @precondition(lambda self: self.open)
+    @rule(first=gradients)
+    def perturb_again(self, first):
+        """The first half of the open step is given up, with a warning."""
+        self.give(tensors(first))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.optimizer.perturb()
+        assert any("called twice" in str(w.message) for w in caught)
+        self.model.perturb(tensors(first))
+
+    @precondition(lambda self: self.open)
+    @rule(second=gradients)
+    def finish(self, second):
+        self.give(tensors(second))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CrAMWarning)
+            self.optimizer.step()
+        self.model.finish(tensors(second))
+        self.open = False
+
+    @rule(grads=gradients)
+    def plain_step(self, grads):
+        self.give(tensors(grads))
+        self.optimizer.plain_step()
+        self.model.plain(tensors(grads))
+        self.open = False
+
+    @rule()
+    def restore(self):
+        self.optimizer.restore()
+        self.optimizer.zero_grad()
+        self.open = False
+
+    @precondition(lambda self: not self.open)
+    @rule(first=gradients, where=st.sampled_from([1, 2]))
+    def overflow(self, first, where):
+        """In either pass: nothing is updated, and the scale goes down."""
+        self.give(tensors(first))
+        if not any(p.grad is not None for p in self.params):
+            return
+        infinite = [None if p.grad is None else torch.full_like(p, float("inf")) for p in self.params]
+        self.scaler.scale(torch.ones(()))
+        scale = self.scaler.get_scale()
+        for half in (1, 2):
+            self.give(infinite if half == where else tensors(first))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CrAMWarning)  # a pattern may prune none of the few that have a gradient
+                self.optimizer.perturb(self.scaler) if half == 1 else self.scaler.step(self.optimizer)
+        self.scaler.update()
+        assert self.scaler.get_scale() == scale / 2
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
+        self.model.step_count += 1
+        if self.model.mask_period > 1:  # which masks are left of it, no contract says: begin anew
+            self.optimizer.load_state_dict({k: v for k, v in self.optimizer.state_dict().items() if k != "cram_masks"})
+            self.model.masks.clear()
+            self.model.uses = self.counted()
+
+    def counted(self) -> dict[Top | NofM, int]:
+        uses = dict(self.optimizer.param_groups[0]["cram_mask_uses"])
+        keys = {p: f"topk {p.sparsity!r} model" if isinstance(p, Top) else f"{p.n}:{p.m}" for p in self.model.patterns}
+        return {p: uses[key] for p, key in keys.items() if key in uses}
+
+    # --- what scripts change ---
+
+    @precondition(lambda self: not self.open)
+    @rule(lr=st.sampled_from([0.0, 0.1, 0.01]))
+    def set_lr(self, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.lr = lr
+
+    @precondition(lambda self: not self.open)
+    @rule(rho=st.sampled_from([0.0, 0.05, 1.0]))
+    def set_rho(self, rho):
+        for group in self.optimizer.param_groups:
+            group["rho"] = rho
+        self.model.rho = rho
+
+    @rule(mode=st.booleans())
+    def train_or_eval(self, mode):
+        self.net.train(mode)
+
+    # --- copies, checkpoints, other owners ---
+
+    @rule(how=st.sampled_from(["deepcopy", "pickle"]))
+    def copied(self, how):
+        """A copy goes on as the original would have; within a step it is refused."""
+        both = (self.net, self.optimizer)
+        if self.open:
+            with pytest.raises(RuntimeError, match="between perturb"):
+                copy.deepcopy(both) if how == "deepcopy" else pickle.dumps(both)
+            return
+        self.net, self.optimizer = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+        self.params, self.hooks = list(self.net.weights), ()
+
+    @rule(backwards=st.booleans())
+    def resume(self, backwards):
+        """A new process: new parameters, a new optimizer, its patterns perhaps in another order, and the checkpoint from a file."""
+        if self.open:
+            with pytest.raises(RuntimeError, match="between perturb"):
+                self.optimizer.state_dict()
+            return
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        lr, rho = self.model.lr, self.model.rho
+        if backwards:
+            self.model.patterns = self.model.patterns[::-1]
+        self.params = [nn.Parameter(p.detach().clone()) for p in self.params]
+        self.net.weights = nn.ParameterList(self.params)
+        self.optimizer = self.made(self.params)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        assert {(g["lr"], g["rho"]) for g in self.optimizer.param_groups} == {(lr, rho)}
+
+    @rule(first_gone=st.booleans())
+    def another_optimizer(self, first_gone):
+        """A cell is run again, perhaps within a step: the weights are the clean ones. State and counters are new."""
+        old = None if first_gone else self.optimizer
+        if first_gone:
+            self.optimizer = None
+            gc.collect()
+        self.model.lr, self.model.rho, self.model.step_count = 0.1, 0.05, 0
+        self.model.state, self.model.masks, self.model.uses = {}, {}, {}
+        self.optimizer = self.made(self.params)
+        self.optimizer.zero_grad()
+        self.open = False
+        del old
+
+    @rule(how=st.sampled_from(["add", "load", "attach"]), second=gradients)
+    def disturb(self, how, second):
+        """Between the halves, the next step() says that the step was given up; elsewhere nothing happens."""
+        if how == "add":
+            self.optimizer.add_param_group({"params": []})
+            del self.optimizer.param_groups[-1]
+        elif how == "attach":
+            self.optimizer.attach(self.net)
+        elif self.open:
+            self.optimizer.load_state_dict(self.saved())
+        if self.open:
+            self.give(tensors(second))
+            with pytest.raises(RuntimeError, match="given up"):
+                self.optimizer.step()
+            assert all(p.grad is None for p in self.params)
+            self.open = False
+
+    def saved(self):
+        """A checkpoint of now, made by a twin, since that of an open step is refused."""
+        state = torch.optim.Optimizer.state_dict(self.optimizer.base_optimizer)
+        for group in state["param_groups"]:
+            del group["compression"]
+        masks = self.optimizer._workspace.pack_masks()
+        return copy.deepcopy(state) | ({"cram_masks": masks} if masks else {})
+
+    # --- what always holds ---
+
+    @invariant()
+    def the_weights_are_the_models(self):
+        if not hasattr(self, "params"):
+            return
+        assert_same_bits(self.params, self.model.perturbed if self.open else self.model.weights)
+        assert (self.optimizer.open_step is not None) is self.open
+        assert self.net[0].track_running_stats is not self.open
+        assert {g["cram_step"] for g in self.optimizer.param_groups} == {self.model.step_count}
+
+
+def _nothing(*_) -> None:
+    """A hook of a user, which a copy can take along."""
+
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    """The tensors are small: a second thread would only wait."""
+    set_threads(1)
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_machine(examples):
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=examples, stateful_step_count=20, deadline=None, suppress_health_check=QUIET)
+    )
