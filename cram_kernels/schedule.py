@@ -143,7 +143,7 @@ def rho_of(group: dict[str, Any]) -> float | Tensor:
     if not callable(rho):
         return rho
     value = rho(group["cram_step"])
-    if not isinstance(value, Tensor) and not (is_number(value) and value >= 0):
+    if value.numel() != 1 if isinstance(value, Tensor) else not (is_number(value) and value >= 0):
         raise ValueError(f"CrAM: what rho(step) returns must be a number >= 0, got {value!r} at step {group['cram_step']}")
     return value
 

@@ -563,7 +563,7 @@ def test_slips_of_the_pen_are_refused(options, words):
         CrAM(fresh(), lr=0.1, **options)
 
 
-@pytest.mark.parametrize("returned", [-1.0, float("nan"), None, "x", True], ids=str)
+@pytest.mark.parametrize("returned", [-1.0, float("nan"), None, "x", True, torch.ones(2)], ids=str)
 def test_what_a_schedule_of_rho_returns_is_checked(returned):
     params = fresh()
     optimizer = CrAM(params, lr=0.1, rho=lambda step: returned)
@@ -755,8 +755,15 @@ def test_names_that_no_longer_fit_their_parameters_are_refused():
     optimizer = CrAM(list(zip("abc", params, strict=True)), lr=0.1, exclude=["a"])
     optimizer.param_groups[0]["params"].pop(0)
     set_gradients(params, grads(1))
-    with pytest.raises(ValueError, match="param_names of a group must name each of its params, in order, got 3 names of 2 parameters"):
-        optimizer.perturb()
+    for call in (optimizer.perturb, lambda: optimizer.coverage(NM(2, 4))):
+        with pytest.raises(ValueError, match="param_names of a group must name each of its params, in order, got 3 names of 2 parameters"):
+            call()
+
+
+@pytest.mark.parametrize("pattern", [0.9, [TopK(sparsity=0.9)], TopK], ids=str)
+def test_coverage_takes_one_pattern(pattern):
+    with pytest.raises(ValueError, match="CrAM.coverage: pattern must be"):
+        CrAM(fresh(), lr=0.1).coverage(pattern)
 
 
 def test_a_parameter_that_was_frozen_after_its_backward_pass_is_not_pruned():

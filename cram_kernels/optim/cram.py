@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import schedule
 from ..coverage import CoverageTable, coverage_of, dense_in, why_dense
-from ..patterns import Pattern, TopK
+from ..patterns import NM, Pattern, TopK
 from ..warning import warn
 from . import halves, options
 from .base import Wrapper, base_of
@@ -280,6 +280,9 @@ class CrAM(Wrapper):
         Example:
             print(opt.coverage(TopK(sparsity=0.9)))
         """
+        if not isinstance(pattern, TopK | NM):
+            raise ValueError(f"CrAM.coverage: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
+        options.check_groups(self.param_groups)
         table = coverage_of(self._workspace, self.param_groups, pattern, self._why_dense)
         if table.emptied:
             warn(f"CrAM: {pattern} leaves no weight of {', '.join(table.emptied)}: exclude it, or rank by tensor (scope='tensor')")
