@@ -762,7 +762,7 @@ def test_names_that_no_longer_fit_their_parameters_are_refused():
 
 @pytest.mark.parametrize("pattern", [0.9, [TopK(sparsity=0.9)], TopK], ids=str)
 def test_coverage_takes_one_pattern(pattern):
-    with pytest.raises(ValueError, match="CrAM.coverage: pattern must be"):
+    with pytest.raises(ValueError, match=r"CrAM\.coverage: pattern must be"):
         CrAM(fresh(), lr=0.1).coverage(pattern)
 
 

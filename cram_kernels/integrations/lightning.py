@@ -10,8 +10,8 @@ class TwoPassModule:
     """`class Net(TwoPassModule, LightningModule)`: each step runs `training_step` and backward twice, in every precision.
 
     With another optimizer than CrAM nothing changes. `second_pass`: whether the weights are perturbed now. What the second pass logs is
-    dropped: it is measured at other weights. Made over the module, the optimizer keeps batch norms still in the second pass, and checkpoints
-    clean at any time:
+    dropped: it is measured at other weights. Made over the module, the optimizer keeps batch norms still in the second pass, and
+    checkpoints clean at any time:
 
         def configure_optimizers(self):
             return CrAM(self, lr=0.1)
