@@ -126,7 +126,7 @@ class Model:
             first = g1 if self.plus and moved else None
             combined.append(second if first is None else first if second is None else first + second)
         self._update(combined)
-        if self.mask_period > 1 and self.pattern is not None:
+        if self.mask_period > 1 and self.pattern is not None and any(perturbed):
             self.uses[self.pattern] = self.uses.get(self.pattern, 0) + 1
         self.step_count += 1
 

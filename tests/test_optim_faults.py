@@ -835,3 +835,44 @@ def test_a_function_that_happens_to_be_called_like_one_of_torchs_closes_its_step
 
     _init_optim_state()
     assert optimizer.open_step is None and optimizer.param_groups[0]["cram_step"] == 1
+
+
+def test_a_step_without_gradients_forgets_no_count_of_masks():
+    """Found by the state machine: the masks of mask_period were computed anew after it."""
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1, compression=[NM(2, 4)], mask_period=3)
+    two_halves(optimizer, params, grads(1), grads(2))
+    counted = optimizer.param_groups[0]["cram_mask_uses"]
+    with pytest.warns(CrAMWarning, match="no parameter has a"):
+        optimizer.perturb()
+        optimizer.step()
+    assert optimizer.param_groups[0]["cram_mask_uses"] == counted == (("2:4", 1),)
+
+
+@every_base
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_parameter_with_the_first_gradient_alone_is_clipped_and_unscaled(base, hooked, scaled):
+    """Found by the state machine. With SGD and a second gradient of 0 in its place the update must be the same; the other bases only need
+    the right gradient in p.grad, which a hook of the base sees."""
+    params, seen = fresh(), []
+    optimizer = made(params, base, compression=[], rho=0.0, max_grad_norm=1.0)
+    if hooked:
+        optimizer.base_optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in params))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+    factor = 8.0 if scaled else 1.0
+    if scaler is not None:
+        scaler.scale(torch.ones(()))
+    before, first = clones(params), grads(1)
+    set_gradients(params, [factor * g for g in first])
+    optimizer.perturb(scaler)
+    params[0].grad = torch.zeros_like(params[0])  # the others take no part in the second pass
+    optimizer.step() if scaler is None else scaler.step(optimizer)
+    norm = torch.cat([g.flatten() for g in first]).double().norm().float()
+    clipped = [g * (1.0 / (norm + 1e-6)) for g in first]
+    assert len(seen) == (len(params) if hooked else 0)
+    for g, c in zip(seen, clipped, strict=False):
+        torch.testing.assert_close(g, c, rtol=1e-5, atol=1e-7)
+    if base == "sgd":
+        for p, b, c in zip(params, before, clipped, strict=True):
+            torch.testing.assert_close(p.detach(), b - 0.1 * c, rtol=1e-5, atol=1e-7)

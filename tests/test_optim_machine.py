@@ -1,12 +1,13 @@
 """A state machine over the public optimizer, against the page of plain torch in optim_model.py: users do everything in any order.
 
 Whatever a rule does, and whatever it raises: outside of a step the weights are the model's to the bit, within a step they are the model's
-perturbed ones. `make test` runs some hundred steps; `pytest -m slow` ten times as many.
+perturbed ones. `make test` runs some hundred steps, `pytest -m slow` ten times as many.
 """
 
 import copy
 import gc
 import io
+import os
 import pickle
 import warnings
 
@@ -340,6 +341,13 @@ def one_thread(set_threads):
 
 @pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_machine(examples):
-    run_state_machine_as_test(
-        Machine, settings=settings(max_examples=examples, stateful_step_count=20, deadline=None, suppress_health_check=QUIET)
+    """The same examples in every run, so that a run that was green stays green; `CRAM_KERNELS_FUZZ=5000` searches that many new ones."""
+    wanted = int(os.environ.get("CRAM_KERNELS_FUZZ", 0))
+    rules = settings(
+        max_examples=wanted or examples,
+        derandomize=not wanted,
+        stateful_step_count=20,
+        deadline=None,
+        suppress_health_check=QUIET,
     )
+    run_state_machine_as_test(Machine, settings=rules)

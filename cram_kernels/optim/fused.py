@@ -65,9 +65,13 @@ class Update:
         for part in parts:
             if self.perturbed or self.second.inv_scale is not None:
                 ops.restore_combine_(*part.common(), **self.factors(part))
+            scale = on(self.first.inv_scale, part.device)
             for i, slot in enumerate(part.slots):
                 grad = part.grads[i] if part.grads else slot.nothing
-                slot.param.grad = whole_of(slot.param, part.first[i] if grad is slot.nothing else grad)
+                if grad is slot.nothing:  # the op has nowhere to write: the first gradient, unscaled and clipped, is all there is
+                    first = part.first[i]
+                    grad = first if scale is None else (first.float() * scale).to(first.dtype)
+                slot.param.grad = whole_of(slot.param, grad)
         return [Columns(part.slots, part.grads, part.flag) for part in parts]
 
     def factors(self, part: Columns) -> dict[str, Any]:

@@ -156,5 +156,5 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     work.open = None
     if norm is not None and work.last is not None:
         work.last = replace(work.last, second_grad_norm=norm)
-    known = {schedule.key_of(p) for p in optimizer._patterns()} if step.kept_patterns else set()
+    known = {schedule.key_of(p) for p in optimizer._patterns()} if optimizer.mask_period > 1 else set()
     schedule.count(optimizer.param_groups, step.kept_patterns, known)
