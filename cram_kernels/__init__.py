@@ -2,6 +2,7 @@
 
 from . import _native, _registration
 from .backend import BackendUnavailable, use_backend
+from .batch import split_batch
 from .batchnorm import frozen_batchnorm, tune_batchnorm
 from .checkpoint import save
 from .compat import SAM, NMTopkCrAM, TopkCrAM, TopkCrAMPeriod
@@ -13,6 +14,7 @@ from .prune import prune
 from .reconstruct import reconstruct
 from .report import Report
 from .schedule import RhoWarmup, SparsityWarmup
+from .train_step import train_step
 from .version import __version__
 from .warning import CrAMWarning
 
@@ -43,6 +45,8 @@ __all__ = [
     "prune",
     "reconstruct",
     "save",
+    "split_batch",
+    "train_step",
     "tune_batchnorm",
     "use_backend",
 ]

@@ -141,7 +141,7 @@ def test_fp16_takes_two_passes_with_the_mixin_alone(tmp_path):
         scaler.update()
     net, without = TwoPassNet(max_grad_norm=0.5), Net(max_grad_norm=0.5)
     fit(net, tmp_path, plugins=[fp16()])
-    assert len(net.losses) == 2 * STEPS and not net.second_pass
+    assert len(net.losses) == 2 * STEPS and not net.in_second_pass
     assert_same_bits(weights(net.net), weights(judge))
     with pytest.warns(CrAMWarning, match="plain step of the base"):
         fit(without, tmp_path, plugins=[fp16()])
@@ -260,7 +260,7 @@ def test_another_optimizer_takes_one_pass(tmp_path):
 def test_an_error_in_the_second_pass_leaves_the_clean_weights(tmp_path):
     class Fails(TwoPassNet):
         def loss(self, batch):
-            if self.second_pass:
+            if self.in_second_pass:
                 raise KeyError("on purpose")
             return super().loss(batch)
 
@@ -269,7 +269,7 @@ def test_an_error_in_the_second_pass_leaves_the_clean_weights(tmp_path):
         with pytest.raises(KeyError, match="on purpose"):
             fit(net, tmp_path, **options)
         assert_same_bits(weights(net.net), weights(network()))
-        assert all(p.grad is None for p in net.parameters()) and not net.second_pass
+        assert all(p.grad is None for p in net.parameters()) and not net.in_second_pass
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -297,3 +297,29 @@ def test_weight_averaging_sees_the_weights_after_each_step(tmp_path):
     mean = [torch.stack(ps).mean(0) for ps in zip(*seen, strict=True)]
     for average, expected in zip(net.net.parameters(), mean, strict=True):  # on_train_end copied the average into the model
         torch.testing.assert_close(average.detach(), expected)
+
+
+@pytest.mark.parametrize("second_pass", ["half", "split"])
+def test_a_second_pass_on_fewer_samples(second_pass, tmp_path):
+    """Batches of 8; what is logged is the loss of the first pass alone."""
+    net, judge = TwoPassNet(), network()
+    net.second_pass = second_pass
+    trainer = fit(net, tmp_path)
+    optimizer, clean = CrAM(judge.parameters(), **OPTIONS).attach(judge), []
+    for x, y in batches(STEPS):
+        first = slice(8) if second_pass == "half" else slice(4)
+        clean.append(backward(judge, (x[first], y[first])))
+        optimizer.perturb()
+        backward(judge, (x[4:], y[4:]))
+        optimizer.step()
+    assert_same_bits(weights(net.net), weights(judge))
+    assert_same_bits(list(net.net.buffers()), list(judge.buffers()), "batch norm")
+    assert float(trainer.callback_metrics["loss"]) == pytest.approx(float(torch.stack(clean).mean()), rel=1e-6)
+    assert "training_step" not in vars(net)
+
+
+def test_another_second_pass_is_refused(tmp_path):
+    net = TwoPassNet()
+    net.second_pass = "third"
+    with pytest.raises(ValueError, match="TwoPassModule: second_pass must be 'all', 'half' or 'split', got 'third'"):
+        fit(net, tmp_path)

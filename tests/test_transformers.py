@@ -114,6 +114,50 @@ def test_an_uneven_last_step(tmp_path):
     assert trainer.state.global_step == 2 and len(trainer.losses) == 2 * 5
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("second_pass", ["half", "split"])
+def test_a_second_pass_on_fewer_rows(second_pass, accumulate, tmp_path):
+    """Micro-batches of 4 rows: the second pass sees the last two, the first one all or the first two."""
+    model, judge = bert(), bert()
+    trainer = trainer_of(tmp_path, model, gradient_accumulation_steps=accumulate)
+    trainer.second_pass = second_pass
+    trainer.train()
+    optimizer = CrAM(judge.parameters(), torch.optim.AdamW, **OPTIONS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / STEPS)
+    data = rows(4 * STEPS * accumulate)
+    for step in range(STEPS):
+        for end, part in ((optimizer.perturb, slice(4 if second_pass == "half" else 2)), (optimizer.step, slice(2, 4))):
+            for i in range(accumulate):
+                micro = data[4 * (step * accumulate + i) :][:4][part]
+                (judge(**{key: torch.stack([row[key] for row in micro]) for key in micro[0]}).loss / accumulate).backward()
+            end()
+        schedule.step()
+    assert_same_bits(weights(model), weights(judge))
+
+
+@pytest.mark.parametrize("second_pass", ["half", "split"])
+def test_a_mean_over_items_is_over_those_of_its_own_pass(second_pass, tmp_path):
+    """A model that takes `num_items_in_batch` divides by it: by the labels of the pass, not by those of the whole batch."""
+    counts = []
+
+    class Counts(CrAMTrainer):
+        def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+            counts.append((len(inputs["labels"]), int(num_items_in_batch)))
+            return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    trainer = trainer_of(tmp_path, bert())
+    trainer.__class__, trainer.second_pass, trainer.model_accepts_loss_kwargs = Counts, second_pass, True
+    trainer.train()
+    assert counts == [(4, 4) if second_pass == "half" else (2, 2), (2, 2)] * STEPS
+
+
+def test_another_second_pass_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, bert())
+    trainer.second_pass = "third"
+    with pytest.raises(ValueError, match="TwoPassTrainer: second_pass must be 'all', 'half' or 'split', got 'third'"):
+        trainer.train()
+
+
 def test_bf16(tmp_path):
     model = bert()
     trainer_of(tmp_path, model, bf16=True).train()

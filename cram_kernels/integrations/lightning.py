@@ -3,21 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
+from ..batch import check_second_pass, split_batch
 from ..optim import CrAM
 
 
 class TwoPassModule:
     """`class Net(TwoPassModule, LightningModule)`: each step runs `training_step` and backward twice, in every precision.
 
-    With another optimizer than CrAM nothing changes. `second_pass`: whether the weights are perturbed now. What the second pass logs is
-    dropped: it is measured at other weights. Made over the module, the optimizer keeps batch norms still in the second pass, and
-    checkpoints clean at any time:
+    With another optimizer than CrAM nothing changes. What the second pass logs is dropped: it is measured at other weights. Made over the
+    module, the optimizer keeps batch norms still in the second pass, and checkpoints clean at any time:
 
         def configure_optimizers(self):
             return CrAM(self, lr=0.1)
+
+    Attributes:
+        second_pass: the samples of the second pass, "all", "half" or "split", see `cram_kernels.split_batch`: set it in the class or in
+            `__init__`. In automatic optimization `training_step` is handed the samples of its pass; in manual optimization it cuts the
+            batch itself.
+        in_second_pass: whether the weights are perturbed now.
     """
 
-    second_pass = False
+    second_pass = "all"
+    in_second_pass = False
     trainer: Any
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
@@ -34,7 +41,20 @@ class TwoPassModule:
         if accumulated != 1 and isinstance(optimizer.optimizer, CrAM):
             wanted = "be 1 (accumulate in manual optimization, with a closure over all micro-batches)"
             raise RuntimeError(f"TwoPassModule: accumulate_grad_batches must {wanted}, got {accumulated}")
-        self.two_passes(optimizer, optimizer_closure)
+        check_second_pass("TwoPassModule", self.second_pass)
+        if self.second_pass == "all" or not isinstance(optimizer.optimizer, CrAM):
+            self.two_passes(optimizer, optimizer_closure)
+            return
+        whole: Any = self.training_step  # type: ignore[has-type]
+
+        def part(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return whole(split_batch(batch, self.second_pass)[self.in_second_pass], *args, **kwargs)
+
+        self.training_step = part  # for this step alone: Lightning's closure looks it up in each pass
+        try:
+            self.two_passes(optimizer, optimizer_closure)
+        finally:
+            del self.training_step
 
     def two_passes(self, optimizer: Any, closure: Callable[[], Any] | None) -> None:
         """A step of one of `self.optimizers()`, for manual optimization. The gradients are zeroed here.
@@ -52,7 +72,7 @@ class TwoPassModule:
             try:
                 return closure()
             finally:
-                self.second_pass = True  # from here on, if there is another one
+                self.in_second_pass = True  # from here on, if there is another one
 
         cram.zero_grad()
         try:
@@ -65,9 +85,9 @@ class TwoPassModule:
             cram.zero_grad()
             raise
         finally:
-            self.second_pass = False
+            self.in_second_pass = False
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """As of Lightning, in the first pass."""
-        if not self.second_pass:
+        if not self.in_second_pass:
             super().log(*args, **kwargs)  # type: ignore[misc]

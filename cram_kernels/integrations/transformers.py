@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batch import check_second_pass, split_batch
 from ..optim import CrAM
 
 
@@ -11,16 +12,33 @@ class TwoPassTrainer:
     """`class CrAMTrainer(TwoPassTrainer, Trainer)`: each optimizer step takes a second gradient, of the same micro-batches.
 
     The loss that is reported is the clean one, the gradient norm that of the second pass. `args.max_grad_norm` clips each pass.
+
+    Attributes:
+        second_pass: the samples of the second pass, "all", "half" or "split" of each micro-batch, see `cram_kernels.split_batch`: set it
+            in the class or before `train()`.
     """
+
+    second_pass = "all"
 
     accelerator: Any
     args: Any
     optimizer: Any
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's: the micro-batches of one optimizer step, and the number of items in them. Kept for the second pass."""
-        self._micro_batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        return self._micro_batches, items
+        """Trainer's: the micro-batches of one optimizer step, and the number of items in them. Those of the second pass are kept."""
+        check_second_pass("TwoPassTrainer", self.second_pass)
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if self.second_pass == "all":
+            self._micro_batches, self._items = batches, items
+            return batches, items
+        first, second = [], []
+        for batch in batches:
+            for half, part in zip((first, second), split_batch(batch, self.second_pass), strict=True):
+                half.append(part)
+        device = args[2] if len(args) > 2 else kwargs["device"]
+        count = self._get_num_items_in_batch  # type: ignore[attr-defined]
+        self._micro_batches, self._items = second, count(second, device)  # a mean is over the items of its own pass
+        return first, items if self.second_pass == "half" else count(first, device)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's forward and backward pass; after the last micro-batch of a step also `perturb()` and the second pass.
@@ -48,8 +66,8 @@ class TwoPassTrainer:
             cram.perturb(scaler)
             with self.accelerator.no_sync(model):
                 for micro_batch in others:
-                    step(model, micro_batch, num_items_in_batch)
-            step(model, last, num_items_in_batch)
+                    step(model, micro_batch, self._items)
+            step(model, last, self._items)
         except BaseException:
             cram.restore()
             cram.zero_grad()
