@@ -99,6 +99,8 @@ wheel: setup
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/twine check --strict dist/*.whl
+	$(PIP_INSTALL) --upgrade --target build/cffconvert cffconvert
+	PYTHONPATH=build/cffconvert $(BIN)/python build/cffconvert/bin/cffconvert --validate
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo

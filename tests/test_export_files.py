@@ -427,6 +427,8 @@ def test_a_model_in_parts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (json.dumps({"weight_map": places | {"d": places["a"]}}), "must have the tensor 'd'"),
         (json.dumps({"weight_map": places | {"a": 3}}), "must name the file of 'a', with tensors, got 3"),
         (json.dumps({"weight_map": places | {"a": index.name}}), "must name the file of 'a', with tensors, got 'model"),
+        (json.dumps({"weight_map": places | {"a": f"../{tmp_path.name}/{places['a']}"}}), "must name files in its folder, got '../"),
+        (json.dumps({"weight_map": places | {"a": str(tmp_path / places["a"])}}), "must name files in its folder, got '/"),
     ):
         index.write_text(wrong)
         assert cli.main(["check", str(index)]) == 2

@@ -65,6 +65,8 @@ def _parts(index: Path) -> dict[str, Tensor]:
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).suffix == ".json":  # an index of indices could name itself
             raise ValueError(f"read: the weight_map of {str(index)!r} must name the file of {name!r}, with tensors, got {file!r}")
+        if Path(file).is_absolute() or ".." in Path(file).parts:  # a downloaded index must not open files elsewhere
+            raise ValueError(f"read: the weight_map of {str(index)!r} must name files in its folder, got {file!r} for {name!r}")
     files = {name: read(index.parent / name) for name in sorted(set(places.values()))}
     if lost := [name for name, file in places.items() if name not in files[file]]:
         raise ValueError(f"read: {index.parent / places[lost[0]]} must have the tensor {lost[0]!r}, as {index.name} says, got none")
