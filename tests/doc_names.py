@@ -17,8 +17,8 @@ def names() -> dict[str, Any]:
         "relu": nn.ReLU(),
         "pool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
-        "fc": nn.Linear(32, 64),
-        "head": nn.Linear(64, 8),
+        "fc": nn.Linear(32, 32),
+        "head": nn.Linear(32, 8),
     }
     model = nn.Sequential(OrderedDict(layers))
     loader = [(torch.randn(16, 4, 8, 8), torch.randint(0, 8, (16,))) for _ in range(4)]

@@ -60,7 +60,9 @@ def check_command(words: list[str]) -> None:
     elif program in ("cram-kernels", "cram_kernels"):
         check_options(arguments)
     elif program in ("python", "python3") and arguments[0] == "-m":
-        assert (ROOT / Path(*arguments[1].split(".")).with_suffix(".py")).exists() or (ROOT / Path(*arguments[1].split("."))).is_dir(), words
+        assert (ROOT / Path(*arguments[1].split(".")).with_suffix(".py")).exists() or (ROOT / Path(*arguments[1].split("."))).is_dir(), (
+            words
+        )
     elif program in ("python", "python3"):
         assert (ROOT / arguments[0]).exists(), words
     elif program == "pytest":

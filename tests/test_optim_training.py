@@ -150,7 +150,7 @@ def test_activation_checkpointing_changes_no_weight(use_reentrant):
 
 def test_a_stale_backward_raises_but_not_through_a_checkpoint():
     """A forward pass before perturb() whose backward pass comes after it. What was saved for it knows that the weights were written; a
-    checkpoint saves its inputs alone, and computes the rest again with the perturbed weights: torch's limit, named in docs/frameworks.md.
+    checkpoint saves its inputs alone, and computes the rest again with the perturbed weights: torch's limit, named in docs/torch.md.
     """
     net, optimizer = started()
     optimizer.detach()

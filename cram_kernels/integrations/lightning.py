@@ -1,4 +1,4 @@
-"""Lightning: a mixin for a LightningModule whose optimizer is CrAM; see docs/frameworks.md."""
+"""Lightning: a mixin for a LightningModule whose optimizer is CrAM; see docs/lightning.md."""
 
 from collections.abc import Callable
 from typing import Any

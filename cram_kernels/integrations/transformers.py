@@ -1,4 +1,4 @@
-"""Hugging Face: a mixin for a Trainer whose optimizer is CrAM; see docs/frameworks.md."""
+"""Hugging Face: a mixin for a Trainer whose optimizer is CrAM; see docs/transformers.md."""
 
 from typing import Any
 
