@@ -101,9 +101,11 @@ def coverage_of(
 ) -> CoverageTable:
     """The coverage of an optimizer's parameters; `dense_because` is None where the pattern prunes a slot."""
     slots = workspace.follow(groups)
+    is_open = workspace.open is not None and workspace.open.perturbed
+    if not is_open:
+        slots = workspace.renew(workspace.stale(slots))
     dense = {s.param: why for s in slots if (why := dense_because(s, pattern)) is not None}
     pruned = [s for s in slots if s.param not in dense and s.holds()]
-    is_open = workspace.open is not None and workspace.open.perturbed
     buckets = workspace.make_buckets((pattern,) * len(groups), pruned, dense_because) if pruned and not is_open else []
     kept = kept_counts(buckets, pattern)
     return CoverageTable(

@@ -396,6 +396,33 @@ def check_gradients_that_ranks_have_not_shared_are_refused(mesh: DeviceMesh, fol
     assert all(same_on_all_ranks(p.detach()) for p in model.parameters())
 
 
+def check_a_model_that_ddp_wraps_later_is_seen(mesh: DeviceMesh, folder: Path) -> None:
+    """As Accelerate and Lightning do it: the optimizer is made over the model, which DDP wraps afterwards."""
+    inner = network()
+    optimizer = CrAM(inner, compression=[TopK(sparsity=0.5)], **SGD)
+    model = DistributedDataParallel(inner)
+    batch = next(batches(1, seed=dist.get_rank()))
+    with model.no_sync():
+        backward(model, batch)
+    with pytest.raises(RuntimeError, match=r"the first gradients must .* got those of a pass under no_sync\(\)"):
+        optimizer.perturb()
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.perturb()
+        backward(model, batch)
+        optimizer.step()
+        assert all(same_on_all_ranks(p.detach()) for p in inner.parameters())
+    before = [p.detach().clone() for p in inner.parameters()]
+    backward(model, batch)
+    optimizer.perturb()
+    with model.no_sync():
+        backward(model, batch)
+    with pytest.raises(RuntimeError, match=r"the second gradients must .* got those of a pass under no_sync\(\)"):
+        optimizer.step()
+    assert_same_bits(list(inner.parameters()), before)
+
+
 def run(rank: int, ranks: int, folder: str, store: str) -> None:
     """One process: all checks in turn, each named where it fails."""
     torch.set_num_threads(1)

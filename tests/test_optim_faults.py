@@ -470,8 +470,8 @@ def test_a_parameter_of_another_shape_does_not_keep_the_others_perturbed():
     optimizer.perturb()
     model.weight.data = torch.ones(4, 6)
     set_gradients(list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0 must keep its dtype, device, shape and strides between"):
-        with pytest.warns(CrAMWarning, match="1 parameters were written to"):
+    with pytest.raises(RuntimeError, match=r"parameter .weight. must keep its dtype, device, shape and strides between"):
+        with pytest.warns(CrAMWarning, match=r"what was written to parameter .weight. after"):
             optimizer.step()
     assert torch.equal(model.bias, bias) and torch.equal(model.weight, torch.ones(4, 6))
     assert model.weight.grad is None
@@ -631,7 +631,7 @@ def test_what_somebody_wrote_after_perturb_is_not_lost(write, end):
                 p.copy_(t) if write == "load" else p.mul_(0.5)
     written = clones(params)
     set_gradients(params, grads(3))
-    with pytest.warns(CrAMWarning, match="were written to after perturb"):
+    with pytest.warns(CrAMWarning, match="after perturb\\(\\) stays there"):
         if end == "collected":
             del optimizer
             gc.collect()
@@ -783,7 +783,7 @@ def test_a_hook_may_return_another_state_dict():
     assert "compression" not in optimizer.state_dict()["mine"]["param_groups"][0]
 
 
-class OwnCheckpoint(torch.optim.SGD):
+class OwnCheckpoint(torch.optim.RMSprop):
     """A base that keeps more than torch's optimizers do, and says so in its checkpoints."""
 
     slow = 3
@@ -802,7 +802,7 @@ def test_a_base_with_checkpoints_of_its_own_is_not_saved_by_halves():
     assert optimizer.train() == "training" and optimizer.slow == 3 and not hasattr(optimizer, "nothing")
 
 
-class TensorsOnly(torch.optim.SGD):
+class TensorsOnly(torch.optim.RMSprop):
     """A base from before parameters had names."""
 
     def __init__(self, params, **options):
@@ -876,3 +876,149 @@ def test_a_parameter_with_the_first_gradient_alone_is_clipped_and_unscaled(base,
     if base == "sgd":
         for p, b, c in zip(params, before, clipped, strict=True):
             torch.testing.assert_close(p.detach(), b - 0.1 * c, rtol=1e-5, atol=1e-7)
+
+
+# --- what a reviewer of the second design found ---
+
+
+@every_base
+def test_hooks_of_all_optimizers_run_once_a_step(base):
+    """A base that takes its own step, too, is one optimizer with ours."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    params, calls = fresh(), []
+    optimizer = made(params, base)
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, *_: calls.append(("before", o))),
+        register_optimizer_step_post_hook(lambda o, *_: calls.append(("after", o))),
+    ]
+    try:
+        two_halves(optimizer, params, grads(1), grads(2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == [("before", optimizer), ("after", optimizer)]
+
+
+@every_base
+def test_a_step_that_is_watched_is_the_same_step(base):
+    """Hooks of the base see its step once and change no bit; a scheduler made over the base does not count it wrongly."""
+    params, twins = fresh(), fresh()
+    plain, watched = made(params, base), made(twins, base)
+    calls = []
+    watched.base_optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    watched.base_optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(watched.base_optimizer, 1)
+    for seed in range(3):
+        two_halves(plain, params, grads(seed), grads(seed + 10))
+        two_halves(watched, twins, grads(seed), grads(seed + 10))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler.step()
+        plain.param_groups[0]["lr"] = watched.param_groups[0]["lr"]
+        assert_same_bits(params, twins)
+    assert calls == 3 * ["before", "after"]
+
+
+def test_a_subclass_of_a_fused_optimizer_says_that_it_takes_its_own_step():
+    class Noisy(torch.optim.AdamW):
+        pass
+
+    with pytest.warns(CrAMWarning, match="Noisy takes its own step, which is slower: it is a subclass"):
+        CrAM(fresh(), Noisy, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CrAM(fresh(), torch.optim.AdamW, lr=0.1)
+        CrAM(fresh(), torch.optim.RMSprop, lr=0.1)
+
+
+@pytest.mark.parametrize("value", [["*"], 0.9])
+@pytest.mark.parametrize("option", ["exclude", "mask_period", "max_grad_norm", "master_weights", "prune_embeddings", "seed"])
+def test_an_option_of_the_whole_optimizer_is_refused_in_a_group_at_any_time(option, value):
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    set_gradients(params, grads(1))
+    optimizer.param_groups[0][option] = value
+    before = clones(params)
+    for call in (optimizer.perturb, optimizer.plain_step, lambda: optimizer.coverage(TopK(sparsity=0.5)), optimizer.state_dict):
+        with pytest.raises(ValueError, match=f"{option} must be given to the optimizer"):
+            call()
+    assert_same_bits(params, before)
+
+
+def test_a_base_may_have_an_option_of_the_same_name():
+    class Seeded(torch.optim.Optimizer):
+        def __init__(self, params, seed=0):
+            super().__init__(params, {"seed": seed})
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["seed"] * p.grad)
+
+    params = fresh()
+    base = Seeded(params, seed=1)
+    optimizer = CrAM(base, compression=[], rho=0.0, plus=False)
+    before = clones(params)
+    two_halves(optimizer, params, grads(1), grads(2))
+    assert_same_bits(params, [b - g for b, g in zip(before, grads(2), strict=True)])
+
+
+def test_groups_count_the_same_steps():
+    params = fresh()
+    optimizer = CrAM([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    optimizer.param_groups[1]["cram_step"] = 5
+    set_gradients(params, grads(1))
+    with pytest.raises(ValueError, match="cram_step, which the optimizer counts, must be the same in all groups, got 0 and 5"):
+        optimizer.perturb()
+
+
+def test_a_group_that_the_base_was_given_joins_the_count_when_it_is_wrapped_again():
+    params = fresh()
+    first = CrAM(params[:1], lr=0.1)
+    two_halves(first, params[:1], grads(1)[:1], grads(2)[:1])
+    first.base_optimizer.add_param_group({"params": params[1:]})
+    second = CrAM(first.base_optimizer)
+    assert [group["cram_step"] for group in second.param_groups] == [1, 1]
+    two_halves(second, params, grads(1), grads(2))
+
+
+def test_coverage_right_after_a_conversion_counts_the_weights_that_are_there():
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 8, bias=False))
+    optimizer = CrAM(model, lr=0.1)
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    optimizer.perturb()
+    optimizer.restore()
+    model.bfloat16()
+    kept = [row.kept for row in optimizer.coverage(TopK(sparsity=0.5))]
+    flat = torch.cat([p.detach().float().abs().flatten() for p in model.parameters()])
+    threshold = flat.sort(descending=True).values[flat.numel() // 2 - 1]
+    assert kept == [int((p.detach().float().abs() > threshold).sum()) for p in model.parameters()]
+
+
+def test_names_that_decide_what_stays_dense_name_one_parameter_each():
+    def network():
+        return nn.ModuleDict({"x": nn.Embedding(8, 8)})
+
+    optimizer = CrAM(network(), lr=0.1)
+    other = nn.ModuleDict({"x": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match=r"names of parameters must differ, got 'x.weight' twice"):
+        optimizer.add_param_group({"params": list(other.named_parameters())})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [("other." + name, p) for name, p in other.named_parameters()]})
+    dense = {row.name: row.why_dense for row in optimizer.coverage(TopK(sparsity=0.5))}
+    assert dense["x.weight"] is not None and dense["other.x.weight"] is None
+
+
+def test_a_named_parameter_is_named_in_warnings():
+    model = nn.Linear(4, 4)
+    optimizer = CrAM(model, lr=0.1)
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    optimizer.perturb()
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.warns(CrAMWarning, match=r"what was written to parameter 'weight' after perturb\(\) stays there"):
+        del optimizer
+        gc.collect()
+    assert not model.weight.any()

@@ -57,8 +57,10 @@ class Wrapper(Optimizer):
     def __init__(self, base: Optimizer, group_options: dict[str, Any]) -> None:
         # torch's own constructor would add every group once more: its __setstate__ makes the hook tables, and nothing else.
         Optimizer.__setstate__(self, {"base_optimizer": base, "defaults": {**base.defaults, **group_options}})
+        wrapped = next((group for group in base.param_groups if "cram_step" in group), {})  # by an earlier optimizer: its counts go on
+        counters = {key: wrapped[key] for key in schedule.COUNTERS if key in wrapped}
         for group in base.param_groups:
-            for key, value in group_options.items():
+            for key, value in (group_options | counters).items():
                 group.setdefault(key, value)
         self._start()
 
@@ -182,7 +184,7 @@ class Wrapper(Optimizer):
             message = f"{base.__name__} has one of its own, and a checkpoint of CrAM would lose what it holds: save that of base_optimizer"
             raise RuntimeError(f"CrAM: state_dict() must be that of torch.optim.Optimizer, got a base whose is not: {message}")
         self.refuse_within_step("state_dict()")
-        options.check_groups(self.param_groups)
+        options.check_groups(self.base_optimizer)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

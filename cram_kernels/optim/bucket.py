@@ -3,7 +3,7 @@
 Nothing of it is optimizer state, which torch casts to the parameter's dtype when it loads a checkpoint.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from .. import ops
 from ..distributed import Spread, is_spread, local_of, local_ranks, spread_of, whole_of
 from ..patterns import Pattern, TopK
-
-if TYPE_CHECKING:
-    pass
 
 STRIDED = torch.strided
 NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
@@ -23,8 +20,8 @@ class Slot:
     """One parameter: its place in the groups, the tensor that the ops work on, and the memory beside it that lasts from step to step.
     `nothing`, of 0 elements, stands for what is absent, as in the ops."""
 
-    def __init__(self, param: Tensor, group: int, position: int) -> None:
-        self.param, self.group, self.position = param, group, position
+    def __init__(self, param: Tensor, group: int, position: int, name: str | None = None) -> None:
+        self.param, self.group, self.position, self.name = param, group, position, name
         self.spread = is_spread(param)
         self.local = local_of(param)  # the parameter, or this rank's shard of it
         self.dtype, self.device, self.shape = self.local.dtype, self.local.device, self.local.shape
@@ -67,7 +64,7 @@ class Slot:
         return self.param._version + self.local._version
 
     def __str__(self) -> str:
-        return f"parameter {self.position} of group {self.group}"
+        return f"parameter {self.position} of group {self.group}" if self.name is None else f"parameter {self.name!r}"
 
     def state_dtype(self) -> torch.dtype:
         """The dtype of the base optimizer's state."""

@@ -125,6 +125,9 @@ class CrAM(Wrapper):
         options.check_exclude(base.param_groups, self.exclude)
         names = [(n, id(p)) for group in base.param_groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)]
         self._dense = dense_in(params, names, prune_embeddings) if isinstance(params, nn.Module) else ({}, {})
+        if type(base) not in FUSED and isinstance(base, tuple(FUSED)):
+            fused = ", ".join(kind.__name__ for kind in FUSED)
+            warn(f"CrAM: {type(base).__name__} takes its own step, which is slower: it is a subclass, only {fused} themselves are fused")
         super().__init__(base, group_options | schedule.first_counters(seed))
         if isinstance(params, nn.Module):
             self.attach(params)
@@ -282,7 +285,7 @@ class CrAM(Wrapper):
         """
         if not isinstance(pattern, TopK | NM):
             raise ValueError(f"CrAM.coverage: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
-        options.check_groups(self.param_groups)
+        options.check_groups(self.base_optimizer)
         table = coverage_of(self._workspace, self.param_groups, pattern, self._why_dense)
         if table.emptied:
             warn(f"CrAM: {pattern} leaves no weight of {', '.join(table.emptied)}: exclude it, or rank by tensor (scope='tensor')")
@@ -290,6 +293,7 @@ class CrAM(Wrapper):
 
     def _check_names(self) -> None:
         options.check_exclude(self.param_groups, self.exclude)
+        options.check_unique(self.param_groups, {name for reasons in self._dense for name in reasons})
 
     # --- the model ---
 

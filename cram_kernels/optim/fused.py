@@ -49,14 +49,14 @@ class Update:
         if skipped(self.second):
             return
         self.second = Factor()
-        if op is None:
-            base.step()
-            return
         for hook in pre_hooks:
             hook(base, (), {})
-        for part in parts:
-            part.grads = [slot.nothing if slot.param.grad is None else slot.fitted(slot.param.grad) for slot in part.slots]
-            op(self, part)
+        if op is None:
+            own_step(base)
+        else:
+            for part in parts:
+                part.grads = [slot.nothing if slot.param.grad is None else slot.fitted(slot.param.grad) for slot in part.slots]
+                op(self, part)
         for hook in post_hooks:
             hook(base, (), {})
 
@@ -168,6 +168,13 @@ class Update:
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
         return state
+
+
+def own_step(base: Optimizer) -> None:
+    """The step of a base that is not fused, without what torch puts around it: the hooks of the base are run by `Update.run`, and hooks of
+    all optimizers by the step() of CrAM, so that each runs once."""
+    step = type(base).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(base)  # type: ignore[attr-defined]
 
 
 FUSED = {SGD: Update.sgd, Adam: Update.adam, AdamW: Update.adam}

@@ -44,7 +44,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     """The first half: move the weights uphill and prune them. Clean weights are given."""
     work, groups = optimizer._workspace, optimizer.param_groups
     options.check_optimizer_options(optimizer)
-    options.check_groups(groups)
+    options.check_groups(optimizer.base_optimizer)
     factor = first_factor(scaler, optimizer)
     lists = schedule.choices(groups, optimizer.compression)
     levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
@@ -112,7 +112,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     work, step, base = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer
     try:
         work.updating = True
-        options.check_groups(optimizer.param_groups)
+        options.check_groups(base)
         optimizer._heal_others()
         work.follow(optimizer.param_groups)
         active, grads = work.gradients(converted=step is None)

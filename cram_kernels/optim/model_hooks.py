@@ -24,13 +24,14 @@ class ModelHooks:
     def __init__(self, model: nn.Module, optimizer: "Wrapper") -> None:
         self.model, self.optimizer = model, weakref.ref(optimizer)
         self.handles: list[Any] = []
-        self.unsynced: dict[nn.Module, bool] = {}  # DDP -> whether it has left the gradients of its last pass to each rank
+        self.unsynced: dict[nn.Module, bool] = {}  # module -> whether DDP has left the gradients of its last pass to each rank
         self.sharded = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]  # by FSDP2
         for module in model.modules():
             self.handles.append(module.register_state_dict_post_hook(_Hook(self, "after_state_dict")))
             self.handles.append(module.register_load_state_dict_pre_hook(_Hook(self, "before_load")))
-            if isinstance(module, DDP):
-                self.handles.append(module.register_forward_hook(_Hook(self, "after_forward")))
+        wrappers: list[nn.Module] = [m for m in model.modules() if isinstance(m, DDP)]
+        for module in wrappers or [model]:
+            self.handles.append(module.register_forward_hook(_Hook(self, "after_forward")))
 
     def after_state_dict(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
         optimizer = self.optimizer()
@@ -48,9 +49,11 @@ class ModelHooks:
         if (optimizer := self.optimizer()) is not None:
             optimizer.give_up("the model was loaded between perturb() and step()")
 
-    def after_forward(self, module: DDP, *_: Any) -> None:
-        if torch.is_grad_enabled():  # the pass after this one goes by it, whatever no_sync() does until then
-            self.unsynced[module] = not module.require_backward_grad_sync
+    def after_forward(self, module: nn.Module, *_: Any) -> None:
+        """Note whether DDP, in the attached model or around it, will share the gradients of this pass."""
+        ddp = module if isinstance(module, DDP) else DDP._active_ddp_module
+        if ddp is not None and torch.is_grad_enabled():  # the pass goes by what holds now, whatever no_sync() does until then
+            self.unsynced[module] = not ddp.require_backward_grad_sync
 
     def check_synced(self, which: str, needed: bool) -> None:
         """Raise where the gradients of this pass are needed on all ranks alike, and a DDP model has not shared them."""

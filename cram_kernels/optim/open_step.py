@@ -278,7 +278,8 @@ class OpenStep:
             note_versions(same)
         self.end()
         if kept:
-            warn(f"CrAM: {len(kept)} parameters were written to after perturb() and stay as they are, the first is {kept[0]}")
+            some = ", ".join(map(str, kept[:3])) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+            warn(f"CrAM: what was written to {some} after perturb() stays there; the other weights are the clean ones again")
 
     def end(self) -> None:
         """The weights are back, by `restore` or by an update."""

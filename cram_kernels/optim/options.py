@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..distributed import local_of
 from ..params import overlapping, why_unfit
@@ -51,16 +52,28 @@ def check_constructor_options(seed: Any, exclude: Any, prune_embeddings: Any) ->
     return tuple(names)
 
 
-def check_groups(groups: Groups) -> None:
+def check_groups(base: Optimizer) -> None:
     """Check all groups before a step: a script may have changed them, or the base optimizer behind our back."""
+    groups = base.param_groups
     for group in groups:
+        check_no_optimizer_options(group, base.defaults)
         if "rho" not in group or "compression" not in group or "cram_step" not in group:
             message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
             raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
         if "param_names" in group and len(group["param_names"]) != len(group["params"]):
             found = f"{len(group['param_names'])} names of {len(group['params'])} parameters"
             raise ValueError(f"CrAM: param_names of a group must name each of its params, in order, got {found}")
+        if group["cram_step"] != groups[0]["cram_step"]:
+            found = f"{groups[0]['cram_step']} and {group['cram_step']}"
+            raise ValueError(f"CrAM: cram_step, which the optimizer counts, must be the same in all groups, got {found}")
         check_group_options(group)
+
+
+def check_no_optimizer_options(group: dict[str, Any], base_options: Iterable[str]) -> None:
+    """Raise ValueError where a group has an option of ours that holds for all groups."""
+    for key in OPTIMIZER_OPTIONS:
+        if key in group and key not in base_options:
+            raise ValueError(f"CrAM: {key} must be given to the optimizer, where it holds for all groups, got it in a parameter group")
 
 
 def check_group_options(group: dict[str, Any]) -> None:
@@ -89,9 +102,7 @@ def check_new_group(group: dict[str, Any], ours: dict[str, Any], base_options: I
         ours: the defaults of our options.
         base_options: names that the base optimizer uses, which win over ours.
     """
-    for key in OPTIMIZER_OPTIONS:
-        if key in group and key not in base_options:
-            raise ValueError(f"CrAM: {key} must be given to the optimizer, where it holds for all groups, got it in a parameter group")
+    check_no_optimizer_options(group, base_options)
     check_group_options({**ours, **group})
     if group.get("compression") is not None:
         group["compression"] = checked_compression(group["compression"])
@@ -127,6 +138,13 @@ def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(names)}")
+
+
+def check_unique(groups: Groups, special: set[str]) -> None:
+    """Names that decide what stays dense must name one parameter each: a second model may use them, too."""
+    names = [name for group in groups for name in group.get("param_names", ()) if name in special]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"CrAM: names of parameters must differ, got {twice[0]!r} twice: put a prefix before those of the second model")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

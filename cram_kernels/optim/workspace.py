@@ -45,9 +45,10 @@ class Workspace:
             known = {id(s.param): s for s in self.slots}
             slots = []
             for i, group in enumerate(groups):
+                names = group.get("param_names")
                 for j, param in enumerate(group["params"]):
                     slot = known.get(id(param)) or Slot(param, i, j)
-                    slot.group, slot.position = i, j
+                    slot.group, slot.position, slot.name = i, j, names[j] if names else None
                     slots.append(slot)
             self.slots, self.sizes = slots, sizes
             self.plans.clear()
@@ -60,23 +61,11 @@ class Workspace:
             converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
         active = [s for s in self.slots if s.param.grad is not None]
-        if stale := [
-            s
-            for s in active
-            if s.spread
-            or s.param.dtype is not s.dtype
-            or s.param.shape != s.shape
-            or s.param.stride() != s.strides
-            or s.param.device != s.device
-            if not s.holds()
-        ]:
+        if stale := self.stale(active):
             if not converted:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
                 raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
-            new = {s: Slot(s.param, s.group, s.position) for s in stale}
-            self.slots = [new.get(s, s) for s in self.slots]
-            self.plans.clear()
-            active = [new.get(s, s) for s in active]
+            active = [s for s in self.renew(stale) if s.param.grad is not None]
         if len(active) == len(self.slots):
             active = self.slots
         given: list[Any] = [s.param.grad for s in active]
@@ -85,6 +74,28 @@ class Workspace:
             for s, g in zip(active, given, strict=True)
         ]
         return active, grads
+
+    @staticmethod
+    def stale(slots: list[Slot]) -> list[Slot]:
+        """Those whose parameter was converted or moved since the slot was made."""
+        return [
+            s
+            for s in slots
+            if s.spread
+            or s.param.dtype is not s.dtype
+            or s.param.shape != s.shape
+            or s.param.stride() != s.strides
+            or s.param.device != s.device
+            if not s.holds()
+        ]
+
+    def renew(self, stale: list[Slot]) -> list[Slot]:
+        """Replace these slots; the memory beside the old ones is let go. Returns the slots of all parameters."""
+        if stale:
+            new = {s: Slot(s.param, s.group, s.position, s.name) for s in stale}
+            self.slots = [new.get(s, s) for s in self.slots]
+            self.plans.clear()
+        return self.slots
 
     def flag(self, device: torch.device, number: int) -> Tensor:
         """int32 [] on the device, 0 unless the bucket of this number is perturbed."""
