@@ -1,6 +1,7 @@
 """CrAM in plain torch, from docs/contract.md alone: what the optimizer must do, without fusion, caches, or any line of the package.
 
-It keeps its own copies of the weights, and takes gradients as lists of tensors, None where a parameter has none.
+It keeps its own copies of the weights as float32 numbers, of which each is one of `dtype` unless there are master weights, and takes
+gradients as lists of tensors, None where a parameter has none.
 """
 
 import math
@@ -40,8 +41,8 @@ def draw(seed: int, step: int, levels: int) -> int:
 @dataclass
 class Model:
     weights: list[Tensor]
-    base: str  # "sgd", "adam", "adamw"
-    patterns: list[Top | NofM]
+    base: str  # "sgd", "adam", "adamw", "rmsprop"
+    patterns: list[list[Top | NofM]]  # those among which a step draws, of each weight
     rho: float = 0.05
     plus: bool = True
     sparse_grad: bool = True
@@ -52,10 +53,26 @@ class Model:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0
+    dtype: torch.dtype = torch.float32
+    master_weights: bool = False
     step_count: int = 0
     state: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     masks: dict[Top | NofM, list[Tensor | None]] = field(default_factory=dict)  # kept ones
     uses: dict[Top | NofM, int] = field(default_factory=dict)
+
+    def rounded(self, t: Tensor) -> Tensor:
+        """As a parameter holds it."""
+        return t.to(self.dtype).float()
+
+    def stored(self, t: Tensor) -> Tensor:
+        """As state and clean weights are held."""
+        return t if self.master_weights else self.rounded(t)
+
+    def reset(self, i: int) -> None:
+        """Another parameter takes this place: it has no state, and no masks."""
+        self.state.pop(i, None)
+        for masks in self.masks.values():
+            masks[i] = None
 
     # --- the first half ---
 
@@ -65,17 +82,18 @@ class Model:
         rho = torch.tensor(self.rho)
         if self.normalize_grad and norm is not None:
             rho = rho / (norm + 1e-12)
-        moved = [w.clone() if g is None else w + rho * g for w, g in zip(self.weights, grads, strict=True)]
-        pattern = self.patterns[draw(self.seed, self.step_count, len(self.patterns))] if self.patterns else None
-        active = [g is not None for g in grads]
-        masks = self._masks(pattern, moved, active)
-        self.first, self.second_masks, self.pattern = grads, masks if self.sparse_grad else [None] * len(masks), pattern
+        moved = [self.rounded(w if g is None else w + rho * g) for w, g in zip(self.weights, grads, strict=True)]
+        drawn = [choice[draw(self.seed, self.step_count, len(choice))] if choice else None for choice in self.patterns]
+        masks: list[Tensor | None] = [None] * len(moved)
+        for pattern in set(drawn) - {None}:
+            active = [g is not None and p == pattern for g, p in zip(grads, drawn, strict=True)]
+            masks = [m if own is None else own for m, own in zip(masks, self._masks(pattern, moved, active), strict=True)]
+        self.first, self.second_masks = grads, masks if self.sparse_grad else [None] * len(masks)
+        self.used = {p for g, p in zip(grads, drawn, strict=True) if g is not None and p is not None}
         self.perturbed = [u if m is None else torch.where(m, u, 0.0) for u, m in zip(moved, masks, strict=True)]
         return self.perturbed
 
-    def _masks(self, pattern: Top | NofM | None, moved: list[Tensor], active: list[bool]) -> list[Tensor | None]:
-        if pattern is None:
-            return [None] * len(moved)
+    def _masks(self, pattern: Top | NofM, moved: list[Tensor], active: list[bool]) -> list[Tensor | None]:
         prunable = [
             a and u.dim() >= 2 and (isinstance(pattern, Top) or u.shape[1] % pattern.m == 0) for a, u in zip(active, moved, strict=True)
         ]
@@ -126,8 +144,8 @@ class Model:
             first = g1 if self.plus and moved else None
             combined.append(second if first is None else first if second is None else first + second)
         self._update(combined)
-        if self.mask_period > 1 and self.pattern is not None and any(perturbed):
-            self.uses[self.pattern] = self.uses.get(self.pattern, 0) + 1
+        for pattern in self.used if self.mask_period > 1 else ():
+            self.uses[pattern] = self.uses.get(pattern, 0) + 1
         self.step_count += 1
 
     def plain(self, grads: Grads) -> None:
@@ -140,13 +158,16 @@ class Model:
             if g is None:
                 continue
             w, state = self.weights[i], self.state.setdefault(i, {})
+            if self.base == "rmsprop":
+                self.weights[i] = self._rmsprop(w, g, state)
+                continue
             if self.base == "sgd":
                 if self.weight_decay:
                     g = g + torch.tensor(self.weight_decay) * w
                 if self.momentum:
-                    state["b"] = torch.tensor(self.momentum) * state["b"] + g if "b" in state else g.clone()
-                    g = state["b"]
-                self.weights[i] = w - lr * g
+                    g = torch.tensor(self.momentum) * self.stored(state["b"]) + g if "b" in state else g.clone()
+                    state["b"] = self.stored(g)
+                self.weights[i] = self.stored(w - lr * g)
                 continue
             t = state["t"] = state.get("t", torch.zeros(())) + 1
             if self.weight_decay and self.base == "adamw":
@@ -154,10 +175,20 @@ class Model:
             elif self.weight_decay:
                 g = g + torch.tensor(self.weight_decay) * w
             zero = torch.zeros_like(w)
-            state["m"] = torch.tensor(0.9) * state.get("m", zero) + torch.tensor(1 - 0.9) * g
-            state["v"] = torch.tensor(0.999) * state.get("v", zero) + torch.tensor(1 - 0.999) * (g * g)
+            m = torch.tensor(0.9) * self.stored(state.get("m", zero)) + torch.tensor(1 - 0.9) * g
+            v = torch.tensor(0.999) * self.stored(state.get("v", zero)) + torch.tensor(1 - 0.999) * (g * g)
+            state["m"], state["v"] = self.stored(m), self.stored(v)
             c1, c2 = (torch.tensor(1 - beta ** int(t)) for beta in (0.9, 0.999))
-            self.weights[i] = w - (lr / c1) * (state["m"] / (_sqrt(state["v"]) / _sqrt(c2) + torch.tensor(1e-8)))
+            self.weights[i] = self.stored(w - (lr / c1) * (m / (_sqrt(v) / _sqrt(c2) + torch.tensor(1e-8))))
+
+    def _rmsprop(self, w: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """Any other base takes its own step with the combined gradient."""
+        param = torch.nn.Parameter(w.clone())
+        param.grad = g.clone()
+        base = torch.optim.RMSprop([param], lr=self.lr, weight_decay=self.weight_decay)
+        base.state[param] = state
+        base.step()
+        return param.detach()
 
 
 def _sqrt(t: Tensor) -> Tensor:

@@ -1022,3 +1022,20 @@ def test_a_named_parameter_is_named_in_warnings():
         del optimizer
         gc.collect()
     assert not model.weight.any()
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_step_that_was_given_up_before_the_first_update_can_be_copied_and_saved(base):
+    """Found by the state machine: Adam's state had a master weight and nothing else, which torch's Adam cannot load."""
+    params = fresh(torch.bfloat16)
+    optimizer = made(params, base, master_weights=True)
+    set_gradients(params, grads(1, torch.bfloat16))
+    optimizer.perturb()
+    optimizer.restore()
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(optimizer.state_dict())
+    twins = [p for group in twin.param_groups for p in group["params"]]
+    for both in ((optimizer, params), (twin, twins)):
+        two_halves(*both, grads(1, torch.bfloat16), grads(2, torch.bfloat16))
+    assert_same_bits(params, twins)
+    assert all(state["master"].dtype == torch.float32 for state in optimizer.state.values())

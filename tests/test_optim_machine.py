@@ -23,8 +23,9 @@ from torch import nn
 from cram_kernels import NM, CrAM, CrAMWarning, TopK
 
 SHAPES = [(4, 8), (8,), (2, 4, 3, 1), (5, 6)]
-BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 LISTS = [[], [Top(0.5)], [NofM(2, 4)], [Top(0.9), NofM(2, 4)], [Top(0.5), Top(0.9), NofM(1, 4)]]
+OWN_LISTS = [None, None, [], [Top(0.5)], [NofM(2, 4), Top(0.9)]]  # of the second group
 
 
 class Stop(Exception):
@@ -40,20 +41,25 @@ gradients = st.tuples(
 )
 
 
-def tensors(drawn) -> list[torch.Tensor | None]:
-    seed, kind, which = drawn
-    found = random_tensors(SHAPES, seed)
-    if kind == "zero":
-        return [torch.zeros_like(g) for g in found]
-    if kind == "tied":
-        return [g.round() for g in found]
-    return [g if kind == "all" or there else None for g, there in zip(found, which, strict=True)]
-
-
 class Machine(RuleBasedStateMachine):
+    def tensors(self, drawn) -> list[torch.Tensor | None]:
+        """The gradients of a pass, as the model takes them: none for what is frozen, or in no group."""
+        seed, kind, which = drawn
+        found = random_tensors(SHAPES, seed)
+        if kind == "zero":
+            found = [torch.zeros_like(g) for g in found]
+        if kind == "tied":
+            found = [g.round() for g in found]
+        there = [kind != "some" or there for there in which]
+        there = [there[i] and i in self.members and i not in self.frozen for i in range(len(found))]
+        return [g.to(self.model.dtype).float() if t else None for g, t in zip(found, there, strict=True)]
+
     @initialize(
         base=st.sampled_from(sorted(BASES)),
         patterns=st.sampled_from(LISTS),
+        own=st.sampled_from(OWN_LISTS),
+        dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+        masters=st.booleans(),
         options=st.fixed_dictionaries(
             {
                 "plus": st.booleans(),
@@ -68,20 +74,37 @@ class Machine(RuleBasedStateMachine):
         groups=st.booleans(),
         hooks=st.sampled_from([(), ("base",), ("wrapper",)]),
     )
-    def start(self, base, patterns, options, weight_decay, groups, hooks):
-        self.params = [nn.Parameter(t) for t in random_tensors(SHAPES, 99)]
+    def start(self, base, patterns, own, dtype, masters, options, weight_decay, groups, hooks):
+        if base == "rmsprop":
+            dtype = torch.float32  # the rounding of its update to 16 bits is torch's own affair
+        if dtype is not torch.float32:
+            hooks = ()  # a hook of the base is shown the combined gradient in 16 bits
+        self.params = [nn.Parameter(t.to(dtype)) for t in random_tensors(SHAPES, 99)]
+        self.members, self.frozen = set(range(len(SHAPES))), set()
+        options = options | {"master_weights": masters and base != "rmsprop"}
         self.net = nn.Sequential(nn.BatchNorm1d(3))
         self.net.weights = nn.ParameterList(self.params)
         self.base, self.hooks, self.options, self.groups = base, hooks, options, groups
+        self.patterns, self.own = patterns, own if groups else None
         self.base_options = {"lr": 0.1, "weight_decay": weight_decay} | ({"momentum": 0.9} if base == "sgd" else {})
-        self.model = Model([p.detach().clone() for p in self.params], base, patterns, weight_decay=weight_decay, **options)
+        weights = [p.detach().float().clone() for p in self.params]
+        self.model = Model(weights, base, self.lists(), weight_decay=weight_decay, dtype=dtype, **options)
         self.optimizer = self.made(self.params)
         self.open = self.warned = False
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
 
+    def lists(self) -> list[list[Top | NofM]]:
+        return [self.patterns if i < 2 or self.own is None else self.own for i in range(len(SHAPES))]
+
+    def second_group(self, params) -> dict:
+        own = {} if self.own is None else {"compression": [pattern_of(p) for p in self.own]}
+        return {"params": params[2:], **own}
+
     def made(self, params) -> CrAM:
-        listed = [{"params": params[:2]}, {"params": params[2:]}] if self.groups else params
-        patterns = [pattern_of(p) for p in self.model.patterns]
+        listed = params
+        if self.groups:
+            listed = [{"params": params[:2]}] + ([self.second_group(params)] if 2 in self.members else [])
+        patterns = [pattern_of(p) for p in self.patterns]
         optimizer = CrAM(listed, BASES[self.base], compression=patterns, **self.options, **self.base_options)
         for target in self.hooks:
             (optimizer if target == "wrapper" else optimizer.base_optimizer).register_step_pre_hook(_nothing)
@@ -91,7 +114,7 @@ class Machine(RuleBasedStateMachine):
 
     def give(self, grads) -> None:
         for p, g in zip(self.params, grads, strict=True):
-            p.grad = None if g is None else g.clone()
+            p.grad = None if g is None else g.to(p.dtype)
 
     # --- steps ---
 
@@ -103,7 +126,7 @@ class Machine(RuleBasedStateMachine):
     )
     def step(self, first, second, form, fails):
         """A whole step in one of its forms, in which the user's code may raise in either pass."""
-        passes = iter([(1, tensors(first)), (2, tensors(second))])
+        passes = iter([(1, self.tensors(first)), (2, self.tensors(second))])
 
         def closure():
             number, grads = next(passes)
@@ -140,52 +163,52 @@ class Machine(RuleBasedStateMachine):
                 if scaler is not None:
                     scaler._per_optimizer_states.clear()
                 if fails == 2:  # the masks of the first half may be there, to be used again
-                    self.model.perturb(tensors(first))
+                    self.model.perturb(self.tensors(first))
                 self.open = False
                 return
         if scaler is not None:
             scaler.update()
-        self.model.perturb(tensors(first))
-        self.model.finish(tensors(second))
+        self.model.perturb(self.tensors(first))
+        self.model.finish(self.tensors(second))
         self.open = False
         assert all(p.grad is None for p in self.params)
 
     @precondition(lambda self: not self.open)
     @rule(first=gradients)
     def perturb(self, first):
-        self.give(tensors(first))
+        self.give(self.tensors(first))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CrAMWarning)
             self.optimizer.perturb()
-        self.model.perturb(tensors(first))
+        self.model.perturb(self.tensors(first))
         self.open = True
 
     @precondition(lambda self: self.open)
     @rule(first=gradients)
     def perturb_again(self, first):
         """The first half of the open step is given up, with a warning."""
-        self.give(tensors(first))
+        self.give(self.tensors(first))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.optimizer.perturb()
         assert any("called twice" in str(w.message) for w in caught)
-        self.model.perturb(tensors(first))
+        self.model.perturb(self.tensors(first))
 
     @precondition(lambda self: self.open)
     @rule(second=gradients)
     def finish(self, second):
-        self.give(tensors(second))
+        self.give(self.tensors(second))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CrAMWarning)
             self.optimizer.step()
-        self.model.finish(tensors(second))
+        self.model.finish(self.tensors(second))
         self.open = False
 
     @rule(grads=gradients)
     def plain_step(self, grads):
-        self.give(tensors(grads))
+        self.give(self.tensors(grads))
         self.optimizer.plain_step()
-        self.model.plain(tensors(grads))
+        self.model.plain(self.tensors(grads))
         self.open = False
 
     @rule()
@@ -198,14 +221,14 @@ class Machine(RuleBasedStateMachine):
     @rule(first=gradients, where=st.sampled_from([1, 2]))
     def overflow(self, first, where):
         """In either pass: nothing is updated, and the scale goes down."""
-        self.give(tensors(first))
+        self.give(self.tensors(first))
         if not any(p.grad is not None for p in self.params):
             return
         infinite = [None if p.grad is None else torch.full_like(p, float("inf")) for p in self.params]
         self.scaler.scale(torch.ones(()))
         scale = self.scaler.get_scale()
         for half in (1, 2):
-            self.give(infinite if half == where else tensors(first))
+            self.give(infinite if half == where else self.tensors(first))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CrAMWarning)  # a pattern may prune none of the few that have a gradient
                 self.optimizer.perturb(self.scaler) if half == 1 else self.scaler.step(self.optimizer)
@@ -220,7 +243,8 @@ class Machine(RuleBasedStateMachine):
 
     def counted(self) -> dict[Top | NofM, int]:
         uses = dict(self.optimizer.param_groups[0]["cram_mask_uses"])
-        keys = {p: f"topk {p.sparsity!r} model" if isinstance(p, Top) else f"{p.n}:{p.m}" for p in self.model.patterns}
+        known = [p for choice in self.model.patterns for p in choice]
+        keys = {p: f"topk {p.sparsity!r} model" if isinstance(p, Top) else f"{p.n}:{p.m}" for p in known}
         return {p: uses[key] for p, key in keys.items() if key in uses}
 
     # --- what scripts change ---
@@ -238,6 +262,60 @@ class Machine(RuleBasedStateMachine):
         for group in self.optimizer.param_groups:
             group["rho"] = rho
         self.model.rho = rho
+
+    @precondition(lambda self: not self.open)
+    @rule(i=st.integers(0, 3), frozen=st.booleans())
+    def freeze(self, i, frozen):
+        self.params[i].requires_grad_(not frozen)
+        self.frozen = self.frozen | {i} if frozen else self.frozen - {i}
+
+    @precondition(lambda self: not self.open)
+    @rule(i=st.integers(0, 3), seed=st.integers(0, 99))
+    def replace(self, i, seed):
+        """Another parameter in the same place, as code that adds Gaussians or tokens does it."""
+        new = nn.Parameter(torch.randn(SHAPES[i], generator=torch.Generator().manual_seed(seed)).to(self.model.dtype))
+        new.requires_grad_(i not in self.frozen)
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [new if p is self.params[i] else p for p in group["params"]]
+        self.optimizer.state.pop(self.params[i], None)
+        self.params[i] = self.net.weights[i] = new
+        self.model.weights[i] = new.detach().float().clone()
+        self.model.reset(i)
+
+    @precondition(lambda self: not self.open and self.groups)
+    @rule(setter=st.booleans())
+    def remove_group(self, setter):
+        """The parameters of the second group are trained no more."""
+        groups = [group for group in self.optimizer.param_groups if group["params"]][:1]
+        if setter:
+            self.optimizer.param_groups = groups
+        else:
+            self.optimizer.param_groups[:] = groups
+        for i in (2, 3):
+            self.optimizer.state.pop(self.params[i], None)
+            self.model.reset(i)
+            self.model.weights[i] = self.model.rounded(self.model.weights[i])
+        self.members = {0, 1}
+
+    @precondition(lambda self: 2 not in self.members)
+    @rule()
+    def add_group(self):
+        if self.open:
+            self.optimizer.restore()
+            self.optimizer.zero_grad()
+            self.open = False
+        self.optimizer.add_param_group(self.second_group(self.params) | {"lr": self.model.lr, "rho": self.model.rho})
+        self.members = {0, 1, 2, 3}
+
+    @precondition(lambda self: not self.open and self.base != "rmsprop" and not self.options["master_weights"] and not self.hooks)
+    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    def convert(self, dtype):
+        """The state follows when it is next used; the masks that were kept are computed anew."""
+        if dtype is not self.model.dtype:
+            self.net.to(dtype)
+            self.model.dtype = dtype
+            self.model.weights = [self.model.rounded(w) for w in self.model.weights]
+            self.model.masks.clear()
 
     @rule(mode=st.booleans())
     def train_or_eval(self, mode):
@@ -268,8 +346,11 @@ class Machine(RuleBasedStateMachine):
         file.seek(0)
         lr, rho = self.model.lr, self.model.rho
         if backwards:
-            self.model.patterns = self.model.patterns[::-1]
-        self.params = [nn.Parameter(p.detach().clone()) for p in self.params]
+            self.patterns, self.own = self.patterns[::-1], self.own and self.own[::-1]
+            self.model.patterns = self.lists()
+        self.params = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in self.params]
+        for state in self.model.state.values():  # torch casts it to the dtype of the parameter
+            state.update({key: self.model.stored(t) for key, t in state.items() if key != "t"})
         self.net.weights = nn.ParameterList(self.params)
         self.optimizer = self.made(self.params)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
@@ -284,6 +365,7 @@ class Machine(RuleBasedStateMachine):
             gc.collect()
         self.model.lr, self.model.rho, self.model.step_count = 0.1, 0.05, 0
         self.model.state, self.model.masks, self.model.uses = {}, {}, {}
+        self.model.weights = [self.model.rounded(w) for w in self.model.weights]  # the masters are gone, too
         self.optimizer = self.made(self.params)
         self.optimizer.zero_grad()
         self.open = False
@@ -300,7 +382,7 @@ class Machine(RuleBasedStateMachine):
         elif self.open:
             self.optimizer.load_state_dict(self.saved())
         if self.open:
-            self.give(tensors(second))
+            self.give(self.tensors(second))
             with pytest.raises(RuntimeError, match="given up"):
                 self.optimizer.step()
             assert all(p.grad is None for p in self.params)
@@ -320,7 +402,8 @@ class Machine(RuleBasedStateMachine):
     def the_weights_are_the_models(self):
         if not hasattr(self, "params"):
             return
-        assert_same_bits(self.params, self.model.perturbed if self.open else self.model.weights)
+        expected = self.model.perturbed if self.open else self.model.weights
+        assert_same_bits(self.params, [w.to(self.model.dtype) for w in expected])
         assert (self.optimizer.open_step is not None) is self.open
         assert self.net[0].track_running_stats is not self.open
         assert {g["cram_step"] for g in self.optimizer.param_groups} == {self.model.step_count}

@@ -16,7 +16,7 @@ from .. import ops as typed_ops
 from ..distributed import whole_of
 from .bucket import Slot, kept_state, per_tensor
 from .open_step import Columns
-from .precision import Factor, on, skipped
+from .precision import Factor, hang_master, on, skipped
 from .workspace import Workspace
 
 Hooks = list[Callable[..., Any]]
@@ -96,6 +96,8 @@ class Update:
         buffers: list[Tensor] = []
         new: list[Slot] = []
         for slot in part.slots:
+            if slot.master is not slot.nothing:
+                hang_master(self.base.state[slot.param], slot)
             if not used[slot.group]:
                 buffers += (slot.nothing,)
                 continue
@@ -167,6 +169,7 @@ class Update:
             state["step"] = state["step"].float()
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+        hang_master(state, slot)
         return state
 
 

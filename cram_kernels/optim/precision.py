@@ -148,16 +148,24 @@ def prepare_masters(base: Optimizer, slots: list[Slot]) -> None:
         param = slot.local
         if param.dtype == torch.float32:
             continue
-        state = base.state[slot.param]
+        state = base.state.get(slot.param, {})
         master = local_of(state[MASTER]) if MASTER in state else None
         if master is None or master.dtype != torch.float32 or master.stride() != param.stride():
             master = torch.empty_like(param, dtype=torch.float32).copy_(param if master is None else master)
-            state[MASTER] = whole_of(slot.param, master)
-            master = local_of(state[MASTER])
+            if MASTER in state:
+                state[MASTER] = whole_of(slot.param, master)
+                master = local_of(state[MASTER])
         elif slot.master is master and slot.version == slot.versions():
             continue
         torch.where(param == master.to(param.dtype), master, param, out=master)
         slot.master, slot.version = master, slot.versions()
+
+
+def hang_master(state: dict[str, Any], slot: Slot) -> None:
+    """Make the master part of the state, with the first update: state that has a master, but not yet what the base makes in its first step,
+    is more than torch's optimizers can load and copy."""
+    if slot.master is not slot.nothing and MASTER not in state:
+        state[MASTER] = whole_of(slot.param, slot.master)
 
 
 def note_versions(slots: list[Slot]) -> None:
