@@ -1,7 +1,10 @@
 """What pruning did to a model: plain data that prints as a table and goes to JSON."""
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,6 +118,28 @@ def _row(name: str, shape: str, pattern: str, layers: Sequence[Layer], note: str
     return name, shape, pattern, f"{total['numel']:,}", f"{total['zeros']:,}", f"{total['sparsity']:.2%}", note
 
 
+_WIDTH: ContextVar[int | None] = ContextVar("width of a table", default=None)
+
+
+@contextmanager
+def table_width(columns: int | None) -> Iterator[None]:
+    """Tables that are made within the block fit so many columns; None: they are as wide as their cells need."""
+    token = _WIDTH.set(columns)
+    try:
+        yield
+    finally:
+        _WIDTH.reset(token)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows below their head; where that is wider than `table_width` allows, a paragraph a row that names its cells."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in (head, *rows))
+    lines = ["  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip() for row in (head, *rows)]
+    limit = _WIDTH.get()
+    if limit is None or max(map(len, lines)) <= limit:
+        return "\n".join(lines)
+    paragraphs = []
+    for first, *others in rows:
+        named = [f"{name} {cell}".strip() for name, cell in zip(head[1:], others, strict=True) if cell not in ("", "-")]
+        paragraphs += textwrap.wrap(first, limit) + textwrap.wrap("; ".join(named), limit, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(paragraphs)

@@ -1,40 +1,66 @@
-"""The commands `check` and `export`."""
+"""The commands `check`, `prune` and `export`."""
 
 import argparse
 import importlib
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..patterns import NM
+from ..patterns import NM, TopK
+from ..terminal import Help, progress, show
 from .check import check_weights
 from .files import read, weights_in
 from .load import fitting
+from .prune_file import prune_file
 from .weights import weights_of
 from .write import FORMATS, export
 
-OK, VIOLATED, CANNOT, UNCHECKED = 0, 1, 2, 3
+OK, VIOLATED, UNCHECKED = 0, 1, 3
 FILES = "safetensors, torch checkpoint (loaded with weights_only), index.json of a model in parts"
 
 
 def add_commands(commands: Any) -> None:
     check = commands.add_parser(
         "check",
-        help="is every tensor of a file 2:4, on which axis, and who can run it?",
-        description="Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read; "
+        help="is every weight in a file n:m, and who can run it?",
+        description="Says for every tensor whether it is 2:4 along its input channels, and which engines run that faster.\n\n"
+        "Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read; "
         "3, something that may be a weight could not be checked.",
+        epilog="Example:\n  cram-kernels check model.safetensors --exclude 'head.*'",
+        formatter_class=Help,
     )
     check.add_argument("file", help=f"{FILES}, or .onnx")
-    check.add_argument("--json", action="store_true", help="everything as JSON instead of a table")
     check.set_defaults(run=run_check)
+    prune = commands.add_parser(
+        "prune",
+        help="prune the weights in a file in one shot",
+        description="Sets the smallest weights in a file to zero, and writes another file. All tensors of 2 or more dims are ranked "
+        "together; a matrix with the name of an embedding table stays dense. A torch checkpoint keeps all else that it holds.\n\n"
+        "A network with batch norm then needs tune_batchnorm(), which takes data.\n\n"
+        "Exit status: 0; 2, nothing was written: the file cannot be read or pruned, or an argument is wrong.",
+        epilog="Example:\n  cram-kernels prune model.pt pruned.pt --sparsity 0.9 --exclude 'fc.*'\n"
+        "  cram-kernels prune model.safetensors pruned.safetensors --pattern 2:4",
+        formatter_class=Help,
+    )
+    prune.add_argument("file", type=Path, help=FILES)
+    prune.add_argument("out", type=Path, help="NAME.safetensors, or a torch checkpoint; replaced in one step when all is written")
+    rule = prune.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--sparsity", type=_sparsity, metavar="0.9", help="the share of the weights that becomes zero")
+    rule.add_argument("--pattern", type=_pattern, metavar="2:4", help="N:M, keep N of M input channels")
+    prune.add_argument("--scope", choices=("model", "tensor"), help="with --sparsity: rank all tensors together (default), or each alone")
+    prune.add_argument("--prune-embeddings", action="store_true", help="prune what has the name of an embedding table too")
+    prune.set_defaults(run=run_prune)
     write = commands.add_parser(
         "export",
-        help="write the weights of a file in another format, checked",
-        description="Exit status: 0; 1, refused: a tensor violates the pattern; 2, the file cannot be read or an argument is wrong.",
+        help="write the weights of a file for an engine, checked",
+        description="Checks that the weights are 2:4, writes them in a format that engines read, and reads the file back.\n\n"
+        "Exit status: 0; 1, refused: a tensor violates the pattern; 2, the file cannot be read or an argument is wrong.",
+        epilog="Example:\n  cram-kernels export checkpoint.pt model.safetensors --prune\n"
+        "  cram-kernels export checkpoint.pt model.onnx \\\n      --model torchvision.models:resnet50 --input 1,3,224,224",
+        formatter_class=Help,
     )
     write.add_argument("file", type=Path, help=FILES)
     write.add_argument("out", type=Path, help="replaced in one step when all is written and checked")
@@ -55,11 +81,13 @@ def add_commands(commands: Any) -> None:
     )
     write.set_defaults(run=run_export)
     for command in (check, write):
-        command.add_argument("--key", metavar="A.B", help="where a torch checkpoint has its state dict; the usual keys if absent")
         command.add_argument(
             "--pattern", type=_pattern, default=NM(2, 4), metavar="2:4", help="N:M, at most N of M input channels; 2:4 if absent"
         )
+    for command in (check, prune, write):
+        command.add_argument("--key", metavar="A.B", help="where a torch checkpoint has its state dict; the usual keys if absent")
         command.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="names that may stay dense; may be repeated")
+        command.add_argument("--json", action="store_true", help="the report as JSON instead of a table")
 
 
 def _pattern(text: str) -> NM:
@@ -70,34 +98,52 @@ def _pattern(text: str) -> NM:
         raise argparse.ArgumentTypeError(f"must be N:M, as 2:4, got {text!r}") from error
 
 
-def run_check(options: argparse.Namespace) -> int:
+def _sparsity(text: str) -> float:
     try:
+        return TopK(sparsity=float(text)).sparsity
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1), 0.9 for 90 %, got {text!r}") from error
+
+
+def run_check(options: argparse.Namespace) -> int:
+    with progress(f"checking {options.file}"):
         report = check_weights(weights_in(options.file, options.key), options.pattern, options.exclude)
-        print(report.to_json() if options.json else report)
-    except Exception as error:
-        return _cannot("check", error)
+    show(report, as_json=options.json)
     if report.unchecked and not report.violating:
         return UNCHECKED
     return OK if report.ok else VIOLATED
 
 
+def run_prune(options: argparse.Namespace) -> int:
+    if options.scope and options.pattern:
+        raise ValueError("--scope must be absent for --pattern, which ranks within groups")
+    pattern = options.pattern or TopK(sparsity=options.sparsity, scope=options.scope or "model")
+    more = {"key": options.key, "prune_embeddings": options.prune_embeddings, "progress": progress}
+    report = prune_file(options.file, options.out, pattern, options.exclude, **more)
+    show(report, f"{options.out}: {options.out.stat().st_size:,} bytes", as_json=options.json)
+    return OK
+
+
 def run_export(options: argparse.Namespace) -> int:
     options.format = options.format or ("onnx" if options.out.suffix == ".onnx" else "safetensors")
     common: dict[str, Any] = {"pattern": options.pattern, "exclude": options.exclude}
-    try:
+    with progress(f"reading {options.file}"):
         source: Any = read(options.file, options.key)
         source = _model(options.model, source) if options.format == "onnx" else source
-        before = options.file.stat().st_size  # now: it may be the one that is replaced
-        if not options.prune and (violating := check_weights(weights_of(source), **common).violating):
-            print(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}", file=sys.stderr)
-            return VIOLATED
-        common |= {"format": options.format, "prune": options.prune}
-        if options.format == "onnx":
-            common["example_inputs"] = tuple(_input(text, source) for text in options.input)
+    before = options.file.stat().st_size  # now: it may be the one that is replaced
+    if not options.prune and (violating := check_weights(weights_of(source), **common).violating):
+        print(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}", file=sys.stderr)
+        return VIOLATED
+    common |= {"format": options.format, "prune": options.prune}
+    if options.format == "onnx":
+        common["example_inputs"] = tuple(_input(text, source) for text in options.input)
+    with progress(f"writing {options.out}"):
         report = export(source, options.out, **common)
-        print(f"{report.summary()}\n{options.out}: {options.out.stat().st_size:,} bytes, {options.format}; {options.file}: {before:,}")
-    except Exception as error:
-        return _cannot("export", error)
+    after = options.out.stat().st_size
+    if options.json:
+        show(report, as_json=True)
+    else:
+        show(report.summary(), f"{options.out}: {after:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
 
 
@@ -128,11 +174,3 @@ def _input(text: str, model: nn.Module) -> torch.Tensor:
         raise ValueError(f"export: --input must be a shape, and after a colon a dtype of torch, got {text!r}")
     sizes = [int(size) for size in shape.split(",")]
     return torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.randint(2, sizes).to(dtype)
-
-
-def _cannot(command: str, error: Exception) -> int:
-    """Whatever it was: Python's own exit status for an exception, 1, would say that a tensor violates the pattern."""
-    if not isinstance(error, OSError | ValueError | ImportError | TypeError):
-        traceback.print_exception(error)
-    print(f"{command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
-    return CANNOT

@@ -66,7 +66,7 @@ def manifest(format: str, report: NMReport, stored: Mapping[str, str]) -> dict[s
     }
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Contiguous tensors on the CPU, no two of which share memory.
 
     Raises:
@@ -76,9 +76,18 @@ def save(path: Path, tensors: Mapping[str, Tensor], own: dict[str, Any]) -> None
     from safetensors import SafetensorError
 
     try:
-        save_file(dict(tensors), str(path), metadata={"format": "pt", KEY: json.dumps(own)})
+        save_file(dict(tensors), str(path), metadata={"format": "pt", **metadata})
     except SafetensorError as error:
-        raise OSError(f"export: {path}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    safetensors()
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return file.metadata() or {}
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -87,11 +96,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it has one that this version cannot read.
     """
-    safetensors()
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get(KEY)
+    text = read_metadata(path).get(KEY)
     if text is None:
         return None
     own = json.loads(text)

@@ -74,10 +74,23 @@ def _parts(index: Path) -> dict[str, Tensor]:
 
 
 def _checkpoint(path: Path, key: str | None) -> dict[str, Any]:
+    return state_in(path, checkpoint(path), key)
+
+
+def checkpoint(path: Path) -> Any:
+    """What a torch checkpoint holds, loaded with weights_only.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler meets in a file that is none
         raise ValueError(f"read: path must be a torch checkpoint that weights_only loads, got {str(path)!r}: {_short(error)}") from error
+
+
+def state_in(path: Path, content: Any, key: str | None) -> dict[str, Any]:
+    """The state dict in the content of a checkpoint, the object itself; key as in `read`, path for messages."""
     found = dict(_state_dicts(content))
     where = key if key is not None else _likeliest(content, found)
     state = content if where == "" else _at(content, where)

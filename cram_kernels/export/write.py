@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def export(
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
     if example_inputs is not None or onnx_options is not None:
         raise ValueError(f"export: example_inputs and onnx_options must be absent for format {format!r}, got some")
-    weights = _storable(model)
+    weights = storable("export", model)
     report = _conforming(weights, pattern, exclude, prune)
     tensors: dict[str, Tensor] = {}
     stored: dict[str, str] = {}
@@ -91,12 +92,12 @@ def export(
                 raise ValueError(f"export: names must differ from those of packed parts, got {name!r} twice")
             tensors[name] = t
     with replacing("export", path) as partial:
-        container.save(partial, tensors, container.manifest(format, report, stored))
+        container.save(partial, tensors, {container.KEY: json.dumps(container.manifest(format, report, stored))})
         _verify(partial, weights, stored, path)
     return report
 
 
-def _storable(model: nn.Module | Mapping[str, Any]) -> list[Weight]:
+def storable(op: str, model: nn.Module | Mapping[str, Any]) -> list[Weight]:
     """Contiguous copies on the CPU: the files are row-major, and tensors that share memory are each stored. Of what is no tensor and holds
     no weights (extra state, a version) one warning gives the names."""
     found, left_out = [], []
@@ -109,10 +110,10 @@ def _storable(model: nn.Module | Mapping[str, Any]) -> list[Weight]:
         if weight.why_dense or t.layout != torch.strided or t.is_meta or (isinstance(own, Tensor) and not is_plain(own)):
             kind = f"one of class {type(own).__name__}: export the model before it is converted"
             why = weight.why_dense or ("a meta tensor" if t.is_meta else f"layout {t.layout}" if t.layout != torch.strided else kind)
-            raise ValueError(f"export: tensor {weight.name!r} must be dense and have data, got {why}")
+            raise ValueError(f"{op}: tensor {weight.name!r} must be dense and have data, got {why}")
         found.append(dataclasses.replace(weight, tensor=t.cpu().contiguous().clone()))
     if left_out:
-        warn(f"export: left out, since a safetensors file holds tensors only: {', '.join(left_out)}")
+        warn(f"{op}: left out, since a safetensors file holds tensors only: {', '.join(left_out)}")
     return found
 
 
@@ -153,7 +154,7 @@ def _prune_(weights: list[Weight], pattern: NM) -> None:
 def _verify(partial: Path, weights: list[Weight], stored: Mapping[str, str], path: Path) -> None:
     found = read_safetensors(partial)
     for weight in weights:
-        same = _same_numbers if stored.get(weight.name) == cutlass.NAME else _same_bits
+        same = _same_numbers if stored.get(weight.name) == cutlass.NAME else same_bits
         for name in (weight.name, *weight.aliases):
             if not same(found[name], weight.tensor):
                 raise ValueError(f"export: {path} must give back {name!r}, got another tensor")
@@ -163,14 +164,14 @@ def _bits(t: Tensor) -> Tensor:
     return t.reshape(-1).view(torch.uint8).view(-1, max(1, t.element_size()))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 
 def _same_numbers(a: Tensor, b: Tensor) -> bool:
     """To the bit, but that a -0 may be +0: packing has no place for it beside two numbers."""
     zeros = (a == 0) & (b == 0)
-    return _same_bits(a.masked_fill(zeros, 0), b.masked_fill(zeros, 0))
+    return same_bits(a.masked_fill(zeros, 0), b.masked_fill(zeros, 0))
 
 
 def _export_onnx(
