@@ -31,7 +31,8 @@ class TwoPassTrainer:
         if self.second_pass == "all":
             self._micro_batches, self._items = batches, items
             return batches, items
-        first, second = [], []
+        first: list[Any] = []
+        second: list[Any] = []
         for batch in batches:
             for half, part in zip((first, second), split_batch(batch, self.second_pass), strict=True):
                 half.append(part)

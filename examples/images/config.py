@@ -1,0 +1,159 @@
+"""What a run is: a dataclass, filled from YAML and the command line by jsonargparse; the published YAML files are read too."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cram_kernels import NM, Pattern, TopK
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Args:
+        data: the data set.
+        data_path: its folder, as unpacked from what its publisher distributes (see data.py); not needed for mnist5k.
+        model: see models.py.
+        optimizer: the base optimizer.
+        method: sgd takes plain steps of the base optimizer; sam perturbs and does not prune; cram and cram+ prune in the second pass.
+        compression: the patterns of cram and cram+, one of which each step draws: shares of zeros (0.9) and N:M ("2:4").
+        uniform: each layer has the sparsity, instead of the whole model; the first and last layer stay dense, as in the published code.
+        mask_period: compute the masks of a pattern at every mask_period-th use of it.
+        sparse_grad: mask the second gradient.
+        normalize_grad: divide rho by the norm of the gradients; SAM's own form.
+        second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half.
+        batch: images a step, over all processes.
+        epochs: of training. The rate rises over warmup_epochs as (epoch + 1) / warmup_epochs, then falls as a cosine to 0.
+        validation: the share of the training images that is held back to choose the best checkpoint, such as 0.1. With 0 the test images
+            choose it, as in the published code, and results.json says so.
+        train_images: use the first so many training images only; 0 uses all.
+        workers: processes that load images.
+        precision: fp32, or autocast to bf16 or fp16 (with a gradient scaler).
+        parallel: under torchrun: ddp, or fsdp2 with sharded parameters.
+        start: begin with the weights of this checkpoint; layers of another shape, such as a head for other classes, keep their new ones.
+        start_pattern: prune the weights of `start` to this pattern first ("0.9" or "2:4").
+        hold_zeros: weights that are zero at the start stay zero.
+        train_only: "head" trains the last linear layer alone.
+        out: the folder to write: last.pt, best.pt, results.json, and TensorBoard's events.
+        resume: go on after the last epoch in out/last.pt; the end is that of an uninterrupted run, to the bit.
+        eval_only: test out/best.pt and do not train.
+        tensorboard: write events.
+        device: cuda where there is one, else cpu.
+    """
+
+    data: Literal["cifar10", "cifar100", "imagefolder", "mnist5k", "fashion_mnist"] = "mnist5k"
+    data_path: Path = Path("data")
+    model: str = "resnet8"
+    optimizer: Literal["SGD", "AdamW"] = "SGD"
+    method: Literal["sgd", "sam", "cram", "cram+"] = "cram+"
+    compression: list[float | str] = field(default_factory=lambda: [0.5, 0.7, 0.9])
+    rho: float = 0.05
+    uniform: bool = False
+    mask_period: int = 1
+    sparse_grad: bool = True
+    normalize_grad: bool = False
+    second_pass: Literal["all", "half", "split"] = "all"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 128
+    epochs: int = 200
+    warmup_epochs: int = 5
+    validation: float = 0.0
+    train_images: int = 0
+    workers: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    seed: int = 0
+    start: Path | None = None
+    start_pattern: float | str | None = None
+    hold_zeros: bool = False
+    train_only: Literal["all", "head"] = "all"
+    out: Path = Path("run")
+    resume: bool = False
+    eval_only: bool = False
+    tensorboard: bool = True
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "epochs", "mask_period"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be a share in [0, 1), got {self.validation}")
+        if self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        self.patterns()
+
+    def patterns(self) -> list[Pattern]:
+        if self.method in ("sgd", "sam"):
+            return []
+        if not self.compression:
+            raise ValueError("compression must have a pattern for cram and cram+, got an empty list; method sam does not prune")
+        return [pattern(text, self.uniform) for text in self.compression]
+
+
+def pattern(text: float | str, uniform: bool = False) -> Pattern:
+    """`0.9` or "0.9" is a share of zeros, "2:4" keeps 2 of 4."""
+    n, colon, m = str(text).partition(":")
+    try:
+        return NM(int(n), int(m)) if colon else TopK(float(n), "tensor" if uniform else "model")
+    except ValueError as error:
+        raise ValueError(f"a pattern must be a share of zeros in [0, 1) such as 0.9, or N:M such as 2:4, got {text!r}") from error
+
+
+# The published repository (IST-DASLab/CrAM): class names, and its option -> ours. Its scripts give rho, batch size and data as arguments.
+METHODS = {"SAM": "sam", "TopkCrAM": "cram", "TopkCrAMPeriod": "cram", "NMTopkCrAM": "cram"}
+OPTIONS = {"rho": "rho", "sparsities": "compression", "sparse_grad": "sparse_grad", "grad_norm": "normalize_grad", "unif_prune": "uniform"}
+PLUS, PERIOD = "plus_version", "mask_freq"
+
+
+def published(path: Path) -> dict[str, Any]:
+    """The options that a YAML file of the published repository sets, under our names; ValueError for what has no counterpart."""
+    training = yaml.safe_load(path.read_text())["training"]
+    sections = {name: dict(training[name]) for name in training}
+    unknown = sections.keys() - {"optimizer", "SAM", "lr_scheduler"}
+    base, sam, schedule = (sections.get(name, {}) for name in ("optimizer", "SAM", "lr_scheduler"))
+    kind = sam.pop("class", None)
+    found: dict[str, Any] = {"optimizer": base.pop("class"), "method": "sgd" if kind is None else METHODS.get(kind)}
+    shape = schedule.pop("class", "CosineLR")
+    if unknown:
+        raise ValueError(f"{path}: sections must be optimizer, SAM and lr_scheduler, got {min(unknown)!r}")
+    if found["method"] is None or shape != "CosineLR":
+        raise ValueError(f"{path}: class must be CosineLR and one of {', '.join(METHODS)}, got {shape!r} and {kind!r}")
+    if found["method"] == "cram" and sam.pop(PLUS, True):
+        found["method"] = "cram+"
+    if kind == "NMTopkCrAM":
+        found["compression"] = ["2:4", "4:8"]
+    if kind == "SAM":
+        found["normalize_grad"] = True
+    if kind == "TopkCrAMPeriod":
+        found["mask_period"] = sam.pop(PERIOD, 1)
+    names = {("SAM", key): ours for key, ours in OPTIONS.items()}
+    names |= {("optimizer", key): key for key in ("lr", "momentum", "weight_decay")}
+    names |= {("lr_scheduler", "warmup_length"): "warmup_epochs", ("lr_scheduler", "end_epoch"): "epochs"}
+    for section, options in (("optimizer", base), ("SAM", sam), ("lr_scheduler", schedule)):
+        for key, value in options.items():
+            if (section, key) not in names:
+                raise ValueError(f"{path}: {section} must have options of the published files, got {key!r}")
+            found[names[section, key]] = value
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """From the command line: --config FILE (ours) or --published FILE (the published form), then single options, the last one counts."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description="Train an image classifier with CrAM.")
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
+    parser.add_argument("--published", type=Path | None, default=None, help="a YAML file of the published repository, read unchanged")
+    parser.add_class_arguments(Config)
+    given = parser.parse_args(arguments)
+    if given.published is not None:
+        parser.set_defaults(published(given.published))
+        given = parser.parse_args(arguments)
+    values = given.as_dict()
+    return Config(**{name: values[name] for name in Config.__dataclass_fields__})

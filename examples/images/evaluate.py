@@ -1,0 +1,208 @@
+"""Prune trained networks in one shot, repair them in two ways, and test them; mean and spread over runs that differ by their seed alone.
+
+    python examples/images/evaluate.py runs/sgd-0 runs/sgd-1 runs/cram-0 runs/cram-1 --out results
+    python examples/images/evaluate.py runs/cram-0 --patterns '[0.8]' --corruptions all --out results
+
+A run is a folder that train.py has written. For each pattern: the network as pruned, after `tune_batchnorm` on 1,000 fixed training images,
+and, from the pruned one anew, after `reconstruct` on the same images. Writes evaluation.json, table.md and picture.png.
+"""
+
+import copy
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import corruptions
+import torch
+from config import Config, pattern
+from data import Batches, Images, calibration
+from models import make
+from torch import nn
+from tqdm.auto import tqdm
+from train import accuracy, data_of, versions, write_json
+
+from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
+
+REPAIRS = ("as pruned", "batch norm tuned", "reconstructed")
+
+
+@dataclass
+class Evaluation:
+    """What to evaluate.
+
+    Args:
+        runs: folders that train.py has written; those whose options differ by the seed alone are averaged.
+        out: the folder to write.
+        patterns: to prune to: shares of zeros (0.9) and N:M ("2:4").
+        checkpoint: the best epoch, or the last one. The best is chosen on the validation images, or else on the test images themselves.
+        calibration: how many training images the two repairs may see.
+        repairs: which states to test.
+        corruptions: "all" 15 of ImageNet-C, or names; of the dense network and of each pattern after batch-norm tuning.
+        severities: of the corruptions, 1 to 5.
+        corrupted_images: the first so many test images; 0 uses all.
+        device: cuda or cpu.
+    """
+
+    runs: list[Path]
+    out: Path = Path("evaluation")
+    patterns: list[float | str] = field(default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, "2:4"])
+    checkpoint: Literal["best.pt", "last.pt"] = "best.pt"
+    calibration: int = 1000
+    repairs: list[Literal["as pruned", "batch norm tuned", "reconstructed"]] = field(default_factory=lambda: list(REPAIRS))
+    corruptions: str | list[str] = field(default_factory=list)
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    corrupted_images: int = 0
+    device: str = "cpu"
+
+
+def label(config: dict[str, Any]) -> str:
+    """What sets a run apart in a table."""
+    if config["method"] == "sgd":
+        name = config["optimizer"]
+    else:
+        levels = ", ".join(str(pattern(text)) for text in config["compression"])
+        name = {"sam": "SAM", "cram": f"CrAM {{{levels}}}", "cram+": f"CrAM+ {{{levels}}}"}[config["method"]]
+    parts = [name, "uniform" * config["uniform"], f"masks every {config['mask_period']}" if config["mask_period"] > 1 else ""]
+    parts += [f"second pass {config['second_pass']}" if config["second_pass"] != "all" and config["method"] != "sgd" else ""]
+    return ", ".join([part for part in parts if part] + [f"{config['epochs']} epochs"])
+
+
+def repaired(model: nn.Module, what: str, dense: nn.Module, images: Batches) -> nn.Module:
+    """A copy of a pruned model, in the state that `what` names."""
+    model = copy.deepcopy(model)
+    if what == "batch norm tuned":
+        tune_batchnorm(model, images, len(images))
+    elif what == "reconstructed":
+        reconstruct(model, dense, images, samples=len(images.images))
+    return model
+
+
+def evaluate_run(folder: Path, given: Evaluation) -> dict[str, Any]:
+    """All accuracies of one run, in percent."""
+    saved = torch.load(folder / given.checkpoint, map_location="cpu", weights_only=True)
+    device = torch.device(given.device)
+    config = Config(**{name: Path(v) if name in ("data_path", "out", "start") and v else v for name, v in saved["config"].items()})
+    training, _, test, classes = data_of(config)
+    model = make(config.model, classes, training.take(torch.tensor([0]), None).shape[1])
+    model.load_state_dict(saved["model"])
+    model.to(device).eval()
+    images, judged = calibration(training, given.calibration), Batches(test, config.batch, shuffle=False)
+    result: dict[str, Any] = {"run": str(folder), "label": label(saved["config"]), "seed": config.seed, "config": saved["config"]}
+    result |= {"dense": accuracy(model, judged, device), "pruned": {}, "zeros": {}}
+    names = [given.corruptions] if isinstance(given.corruptions, str) else given.corruptions
+    if names:
+        result["corrupted"] = {"dense": corrupted(model, test, names, given, device)}
+    for text in tqdm(given.patterns, desc=str(folder), leave=False, disable=None):
+        pruned = copy.deepcopy(model)
+        report = prune(pruned, pattern(text))
+        name = str(pattern(text))
+        result["zeros"][name] = report.to_dict()["pruned"]["sparsity"]
+        states = {what: repaired(pruned, what, model, images) for what in given.repairs}
+        result["pruned"][name] = {what: accuracy(m, judged, device) for what, m in states.items()}
+        if names:
+            tuned = states.get("batch norm tuned") or repaired(pruned, "batch norm tuned", model, images)
+            result["corrupted"][name] = corrupted(tuned, test, names, given, device)
+    return result
+
+
+def corrupted(model: nn.Module, test: Images, names: list[str], given: Evaluation, device: torch.device) -> dict[str, dict[str, float]]:
+    """Accuracy by corruption and severity."""
+    count = given.corrupted_images or len(test)
+    return {
+        name: {
+            str(s): 100 * corruptions.share_right(model, test.subset(torch.arange(min(count, len(test)))), name, s, device)
+            for s in given.severities
+        }
+        for name in corruptions.names(names)
+    }
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:
+    """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR"."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for r in results:
+        found = columns.setdefault(r["label"], {})
+        found.setdefault("dense", []).append(r["dense"])
+        for name, states in r["pruned"].items():
+            for what, value in states.items():
+                found.setdefault(f"{name}, {what}", []).append(value)
+        for name, by_corruption in r.get("corrupted", {}).items():
+            values = [v for severities in by_corruption.values() for v in severities.values()]
+            found.setdefault(f"{name}, corrupted", []).append(statistics.fmean(values))
+    return {
+        name: {c: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v)) for c, v in found.items()}
+        for name, found in columns.items()
+    }
+
+
+def table(summary: dict[str, dict[str, tuple[float, float, int]]], patterns: list[str], repairs: list[str]) -> str:
+    """Markdown: a line for each way of training and of repair."""
+
+    def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
+        if column not in found:
+            return ""
+        mean, spread, runs = found[column]
+        return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
+
+    lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
+    for name, found in summary.items():
+        for i, what in enumerate(repairs):
+            first = [name, str(found["dense"][2]), cell(found, "dense")] if i == 0 else ["", "", ""]
+            lines.append("| " + " | ".join([*first, what, *(cell(found, f"{p}, {what}") for p in patterns)]) + " |")
+        if f"{patterns[0]}, corrupted" in found or "dense, corrupted" in found:
+            values = [cell(found, f"{p}, corrupted") for p in patterns]
+            lines.append("| " + " | ".join(["", "", cell(found, "dense, corrupted"), "corrupted, batch norm tuned", *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(summary: dict[str, dict[str, tuple[float, float, int]]], given: Evaluation) -> None:
+    """Accuracy over sparsity: full lines after batch-norm tuning, broken ones after reconstruction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shares = sorted((p for p in map(pattern, given.patterns) if isinstance(p, TopK)), key=lambda p: p.sparsity)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, (name, found) in enumerate(summary.items()):
+        for what, style in (("batch norm tuned", "-"), ("reconstructed", "--")):
+            if what not in given.repairs:
+                continue
+            means, spreads, _ = zip(found["dense"], *(found[f"{p}, {what}"] for p in shares), strict=True)
+            x = [0.0, *(100 * p.sparsity for p in shares)]
+            axes.errorbar(x, means, spreads, color=f"C{i}", linestyle=style, marker="o", markersize=3, capsize=2, label=f"{name}, {what}")
+    axes.set(xlabel="weights that are zero, %", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(given.out / "picture.png", dpi=120)
+    plt.close(figure)
+
+
+def evaluate(given: Evaluation) -> dict[str, Any]:
+    """Evaluate all runs and write the three files; returns what evaluation.json holds."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = [evaluate_run(folder, given) for folder in given.runs]
+    summary = summarise(results)
+    text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs))
+    found = {"versions": versions(), "checkpoint": given.checkpoint, "calibration": given.calibration, "runs": results, "summary": summary}
+    write_json(given.out / "evaluation.json", found)
+    (given.out / "table.md").write_text(text)
+    draw(summary, given)
+    print(text)
+    return found
+
+
+def parse(arguments: list[str] | None = None) -> Evaluation:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description="Prune trained networks in one shot, repair and test them.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py has written")
+    parser.add_class_arguments(Evaluation, skip={"runs"})
+    values = parser.parse_args(arguments).as_dict()
+    return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
+
+
+if __name__ == "__main__":
+    evaluate(parse())

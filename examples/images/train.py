@@ -1,0 +1,331 @@
+"""Train an image classifier with SGD, SAM or CrAM, on one process or under torchrun.
+
+    python examples/images/train.py --config examples/images/configs/cifar10_resnet20_multi.yaml --data_path DATA --out runs/0 --seed 0
+    torchrun --nproc-per-node 4 examples/images/train.py --config examples/images/configs/imagenet_resnet50_multi.yaml --data_path IMAGENET
+    python examples/images/train.py --published PUBLISHED.yaml --rho 0.2 --data cifar10 --model resnet20 --data_path DATA
+
+Needs `pip install 'cram_kernels[examples]'`. evaluate.py prunes what this has trained.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from config import Config, parse, pattern
+from data import Batches, Images, held_back, load
+from models import head, make
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+import cram_kernels
+from cram_kernels import CrAM, hold_zeros, prune, train_step
+
+PLACES = {"out", "resume", "eval_only", "device", "workers", "tensorboard", "data_path"}  # options that do not change the run
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(config: Config) -> torch.device:
+    """The device of this process; under torchrun the process group is made."""
+    kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device
+
+
+def network(config: Config, classes: int, channels: int) -> nn.Module:
+    """The network to begin with: a new one, or that of `start`, pruned where `start_pattern` says so."""
+    torch.manual_seed(config.seed)
+    model = make(config.model, classes, channels)
+    if config.start is not None:
+        given = torch.load(config.start, map_location="cpu", weights_only=True)
+        given, own = given.get("model", given), model.state_dict()
+        fitting = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
+        missing = [name for name in own if name not in fitting and not name.startswith(head(model)[0] + ".")]
+        if missing:
+            raise ValueError(f"start must be a checkpoint of {config.model}, got {config.start} without a fitting {missing[0]!r}")
+        model.load_state_dict(own | fitting)
+        if config.start_pattern is not None:
+            prune(model, pattern(config.start_pattern), exclude=[head(model)[0] + ".*"])
+    if config.train_only == "head":
+        model.requires_grad_(False)
+        head(model)[1].requires_grad_(True)
+    return model
+
+
+def wrapped(model: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
+    """(model whose parameters are trained, module to call)."""
+    if ranks() == 1:
+        return model, model
+    if config.parallel == "ddp":
+        return model, DistributedDataParallel(model)
+    for module in list(model.modules())[1:]:
+        if isinstance(module, nn.Sequential) and any(p.requires_grad for p in module.parameters()):
+            fully_shard(module)
+    fully_shard(model)
+    return model, model
+
+
+def optimizer_of(model: nn.Module, config: Config) -> Optimizer:
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "SGD":
+        options["momentum"] = config.momentum
+    base = getattr(torch.optim, config.optimizer)
+    if config.method == "sgd":
+        return base(model.parameters(), **options)
+    names = [name for name, _ in model.named_parameters()]
+    return CrAM(
+        model,
+        base,
+        compression=config.patterns(),
+        rho=config.rho,
+        plus=config.method == "cram+",
+        sparse_grad=config.sparse_grad,
+        normalize_grad=config.normalize_grad,
+        mask_period=config.mask_period,
+        seed=config.seed,
+        exclude=[names[0], *names[-2:]] if config.uniform else (),
+        **options,
+    )
+
+
+def rate(config: Config, epoch: int) -> float:
+    """Of the learning rate in this epoch: a linear rise, then a cosine."""
+    if epoch < config.warmup_epochs:
+        return (epoch + 1) / config.warmup_epochs
+    return 0.5 + 0.5 * math.cos(math.pi * (epoch - config.warmup_epochs) / max(1, config.epochs - config.warmup_epochs))
+
+
+@torch.no_grad()
+def accuracy(module: nn.Module, batches: Batches, device: torch.device, workers: int = 0) -> float:
+    """In percent, over all processes."""
+    module.eval()
+    right, count = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    for x, y in batches.loader(workers):
+        right += (module(x.to(device)).argmax(1) == y.to(device)).sum()
+        count += len(y)
+    if ranks() > 1:
+        dist.all_reduce(right)
+        dist.all_reduce(count)
+    return 100 * int(right) / int(count)
+
+
+class Checkpoints:
+    """last.pt and best.pt in a folder, written by rank 0: whole tensors, also of a sharded model."""
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def __init__(self, out: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.out, self.model, self.optimizer = out, model, optimizer
+        self.sharded = isinstance(model, FSDPModule)
+
+    def save(self, name: str, content: dict[str, Any], with_optimizer: bool) -> None:
+        if self.sharded:
+            model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
+        else:
+            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        if rank() == 0:
+            cram_kernels.save(content | {"model": model} | ({"optimizer": optimizer} if with_optimizer else {}), self.out / name)
+
+    def load(self, name: str) -> dict[str, Any]:
+        if not (self.out / name).is_file():
+            raise FileNotFoundError(f"{self.out / name} is missing: there is nothing to go on with or to test")
+        content = torch.load(self.out / name, map_location="cpu", weights_only=True)
+        if self.sharded and "optimizer" in content:
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=content["model"],
+                optim_state_dict=content["optimizer"],
+                options=StateDictOptions(full_state_dict=True),
+            )
+        else:
+            self.model.load_state_dict(content["model"])
+            if "optimizer" in content:
+                self.optimizer.load_state_dict(content["optimizer"])
+        return content
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
+
+
+def check_same_run(config: Config, saved: dict[str, Any]) -> None:
+    for name, value in plain(config).items():
+        if name not in PLACES and saved.get(name) != value:
+            raise ValueError(f"resume: {name} must be {saved.get(name)!r} as in last.pt, got {value!r}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    return {"cram_kernels": cram_kernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def data_of(config: Config) -> tuple[Images, Images | None, Images, int]:
+    """(training images, images held back for validation or None, test images, classes)."""
+    train, test, classes = load(config.data, config.data_path)
+    if config.train_images:
+        train = train.subset(torch.arange(config.train_images))
+    if not config.validation:
+        return train, None, test, classes
+    rest, held = held_back(train, config.validation)
+    return rest, held, test, classes
+
+
+def one_epoch(
+    config: Config,
+    module: nn.Module,
+    optimizer: Optimizer,
+    batches: Batches,
+    device: torch.device,
+    scaler: torch.amp.GradScaler | None,
+    after_step: Callable[[Tensor], None],
+) -> float:
+    """The mean loss of the first passes."""
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    module.train(config.train_only == "all")
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        with nullcontext() if kind is None else torch.autocast(device.type, kind):
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+    total = torch.zeros((), device=device)
+    for x, y in tqdm(batches.loader(config.workers), total=len(batches), leave=False, disable=None if rank() == 0 else True):
+        value = train_step(optimizer, loss, (x.to(device), y.to(device)), config.second_pass, scaler)
+        total += value
+        after_step(value)
+    if ranks() > 1:
+        dist.all_reduce(total)
+    return float(total) / len(batches) / ranks()
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, or with `eval_only` just test; returns what results.json holds."""
+    device = start_processes(config)
+    training, held, test, classes = data_of(config)
+    model = network(config, classes, training.take(torch.tensor([0]), None).shape[1]).to(device)
+    model, module = wrapped(model, config)
+    held_zeros = hold_zeros(model) if config.hold_zeros else nullcontext()
+    optimizer = optimizer_of(model, config)
+    checkpoints = Checkpoints(config.out, model, optimizer)
+    judged = [Batches(images, config.batch, False, 0, rank(), ranks()) for images in (held if held is not None else test, test)]
+    if config.eval_only:
+        checkpoints.load("best.pt")
+        results = {"test": accuracy(module, judged[1], device, config.workers), "config": plain(config), "versions": versions()}
+        if rank() == 0:
+            print(f"test accuracy {results['test']:.2f} %")
+        return results
+    config.out.mkdir(parents=True, exist_ok=True)
+    batches = Batches(training, config.batch, True, config.seed, rank(), ranks())
+    scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+    history: list[dict[str, Any]] = []
+    best = {"epoch": -1, "accuracy": -1.0}
+    if config.resume:
+        saved = checkpoints.load("last.pt")
+        check_same_run(config, saved["config"])
+        history, best = saved["history"], saved["best"]
+        if scaler is not None:
+            scaler.load_state_dict(saved["scaler"])
+    writer = None
+    if config.tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(config.out), purge_step=len(history) * len(batches))
+    steps = len(history) * len(batches)
+
+    def after_step(loss: Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        if writer is not None and steps % 50 == 0:
+            writer.add_scalar("train/loss", float(loss), steps)
+            if isinstance(optimizer, CrAM) and optimizer.last is not None:
+                optimizer.last.log(writer, steps)
+
+    with held_zeros:
+        for epoch in range(len(history), config.epochs):
+            start = time.perf_counter()
+            torch.manual_seed((config.seed * 1_000_003 + epoch) * 1_000_003 + rank())  # of dropout: a resumed run needs no other state
+            batches.start_epoch(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * rate(config, epoch)
+            loss = one_epoch(config, module, optimizer, batches, device, scaler, after_step)
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss must be finite, got {loss} in epoch {epoch}; {config.out}/last.pt has the epoch before")
+            if ranks() > 1:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)  # each process has batch norms of its own
+            now = accuracy(module, judged[0], device, config.workers)
+            seconds = time.perf_counter() - start
+            history.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "accuracy": now, "seconds": seconds})
+            better = now > best["accuracy"]
+            if better:
+                best = {"epoch": epoch, "accuracy": now}
+            content = {"config": plain(config), "history": history, "best": best, "classes": classes}
+            if better:
+                checkpoints.save("best.pt", content, with_optimizer=False)
+            checkpoints.save("last.pt", content | {"scaler": None if scaler is None else scaler.state_dict()}, with_optimizer=True)
+            if writer is not None:
+                for name in ("lr", "loss", "accuracy"):
+                    writer.add_scalar(f"epoch/{name}", history[-1][name], steps)
+                writer.flush()
+            if rank() == 0:
+                print(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.4f}, accuracy {now:.2f} %, {seconds:.1f} s", flush=True)
+    results = {
+        "config": plain(config),
+        "versions": versions(),
+        "processes": ranks(),
+        "selected_on": "test" if held is None else "validation",
+        "best": best,
+        "last_test": accuracy(module, judged[1], device, config.workers),
+        "history": history,
+    }
+    if rank() == 0:
+        write_json(config.out / "results.json", results)
+    if writer is not None:
+        writer.close()
+    return results
+
+
+def main() -> None:
+    try:
+        train(parse())
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
