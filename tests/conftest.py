@@ -127,7 +127,7 @@ MARKS = {
     "executed": tuple(f"test_cuda_{name}" for name in ("bad_input", "histogram", "library", "nm", "perturb", "topk", "update")),
     "frameworks": ("test_framework_examples", "test_lightning", "test_transformers"),
     "tools": ("test_benchmarks", "test_cuda_static", "test_docs", "test_site", "test_verify_gpu"),
-    "slow": ("test_demo", "test_ranks", "test_triton"),
+    "slow": ("test_demo", "test_ranks", "test_recipe_images_train", "test_triton"),
 }
 # Files that take long, and those that wait for other processes: first, so that no worker of pytest-xdist is left with one at the end.
 FIRST = ("test_triton.py", "test_demo.py", "test_ranks.py", "test_benchmarks.py", "test_framework_examples.py", "test_cuda_topk.py")

@@ -49,7 +49,7 @@ class Config:
     model: str = "resnet8"
     optimizer: Literal["SGD", "AdamW"] = "SGD"
     method: Literal["sgd", "sam", "cram", "cram+"] = "cram+"
-    compression: list[float | str] = field(default_factory=lambda: [0.5, 0.7, 0.9])
+    compression: list[str | float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
     rho: float = 0.05
     uniform: bool = False
     mask_period: int = 1
@@ -69,7 +69,7 @@ class Config:
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
     start: Path | None = None
-    start_pattern: float | str | None = None
+    start_pattern: str | float | None = None
     hold_zeros: bool = False
     train_only: Literal["all", "head"] = "all"
     out: Path = Path("run")
@@ -96,7 +96,10 @@ class Config:
         return [pattern(text, self.uniform) for text in self.compression]
 
 
-def pattern(text: float | str, uniform: bool = False) -> Pattern:
+# In the types of options str comes before float: YAML 1.1 reads 2:4 as a number of base 60, 124.
+
+
+def pattern(text: str | float, uniform: bool = False) -> Pattern:
     """`0.9` or "0.9" is a share of zeros, "2:4" keeps 2 of 4."""
     n, colon, m = str(text).partition(":")
     try:

@@ -4,6 +4,8 @@ Of the packages that have them this one runs with NumPy 2: imagecorruptions 1.1.
 needs ImageMagick. Severities are those of 224 x 224 images; on smaller ones they are harder, and no figures of CIFAR-10-C.
 """
 
+from unittest import mock
+
 import numpy as np
 import torch
 from data import Images
@@ -31,10 +33,15 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarra
         from corrupt_tta import corrupt as apply
     except ImportError as error:
         raise RuntimeError(f"corruptions need the package corrupt-tta ({error}): pip install corrupt-tta") from error
-    state = np.random.get_state()
+    state, new_generator = np.random.get_state(), np.random.default_rng
+
+    def seeded(given: int | None = None) -> np.random.Generator:
+        return new_generator(seed if given is None else given)
+
     try:
-        np.random.seed(seed)  # the package draws from NumPy's global generator
-        found = apply(image, severity=severity, corruption_name=name)
+        np.random.seed(seed)  # the package draws from NumPy's global generator, and for impulse_noise from a new one of scikit-image
+        with mock.patch.object(np.random, "default_rng", seeded):
+            found = apply(image, severity=severity, corruption_name=name)
     finally:
         np.random.set_state(state)
     return np.clip(np.round(found), 0, 255).astype(np.uint8)

@@ -46,7 +46,7 @@ class Evaluation:
 
     runs: list[Path]
     out: Path = Path("evaluation")
-    patterns: list[float | str] = field(default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, "2:4"])
+    patterns: list[str | float] = field(default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, "2:4"])
     checkpoint: Literal["best.pt", "last.pt"] = "best.pt"
     calibration: int = 1000
     repairs: list[Literal["as pruned", "batch norm tuned", "reconstructed"]] = field(default_factory=lambda: list(REPAIRS))

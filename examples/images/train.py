@@ -22,12 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from checkpoints import Checkpoints, rank, ranks
 from config import Config, parse, pattern
 from data import Batches, Images, held_back, load
 from models import head, make
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
@@ -36,14 +37,6 @@ import cram_kernels
 from cram_kernels import CrAM, hold_zeros, prune, train_step
 
 PLACES = {"out", "resume", "eval_only", "device", "workers", "tensorboard", "data_path"}  # options that do not change the run
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def start_processes(config: Config) -> torch.device:
@@ -84,10 +77,11 @@ def wrapped(model: nn.Module, config: Config) -> tuple[nn.Module, nn.Module]:
         return model, model
     if config.parallel == "ddp":
         return model, DistributedDataParallel(model)
-    for module in list(model.modules())[1:]:
-        if isinstance(module, nn.Sequential) and any(p.requires_grad for p in module.parameters()):
-            fully_shard(module)
-    fully_shard(model)
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks(),))
+    for module in reversed(list(model.modules())[1:]):  # those within others first
+        if isinstance(module, nn.Sequential) and any(True for _ in module.parameters()):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model, model
 
 
@@ -133,42 +127,6 @@ def accuracy(module: nn.Module, batches: Batches, device: torch.device, workers:
         dist.all_reduce(right)
         dist.all_reduce(count)
     return 100 * int(right) / int(count)
-
-
-class Checkpoints:
-    """last.pt and best.pt in a folder, written by rank 0: whole tensors, also of a sharded model."""
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-    def __init__(self, out: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-        self.out, self.model, self.optimizer = out, model, optimizer
-        self.sharded = isinstance(model, FSDPModule)
-
-    def save(self, name: str, content: dict[str, Any], with_optimizer: bool) -> None:
-        if self.sharded:
-            model, optimizer = get_state_dict(self.model, self.optimizer, options=self.options)
-        else:
-            model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        if rank() == 0:
-            cram_kernels.save(content | {"model": model} | ({"optimizer": optimizer} if with_optimizer else {}), self.out / name)
-
-    def load(self, name: str) -> dict[str, Any]:
-        if not (self.out / name).is_file():
-            raise FileNotFoundError(f"{self.out / name} is missing: there is nothing to go on with or to test")
-        content = torch.load(self.out / name, map_location="cpu", weights_only=True)
-        if self.sharded and "optimizer" in content:
-            set_state_dict(
-                self.model,
-                self.optimizer,
-                model_state_dict=content["model"],
-                optim_state_dict=content["optimizer"],
-                options=StateDictOptions(full_state_dict=True),
-            )
-        else:
-            self.model.load_state_dict(content["model"])
-            if "optimizer" in content:
-                self.optimizer.load_state_dict(content["optimizer"])
-        return content
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -1,0 +1,340 @@
+"""examples/images on small data in the formats of the real sets: training, resuming, several processes, transfer, evaluation."""
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import image_sets
+import published
+import pytest
+import torch
+from optim_cases import assert_same_bits
+from torch.nn import functional as F
+
+IMAGES = Path(__file__).parent.parent / "examples" / "images"
+for package in ("jsonargparse", "mlxtend", "matplotlib", "tqdm", "tensorboard"):
+    pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[examples]'` brings it")
+sys.path.insert(0, str(IMAGES))
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
+from config import Config  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    """The tensors are small: a second thread would only wait."""
+    set_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory) -> Path:
+    """120 images to train and 40 to test."""
+    return image_sets.write_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+def config(cifar: Path, out: Path, **options) -> Config:
+    small = {"model": "resnet8", "batch": 32, "epochs": 3, "warmup_epochs": 1, "compression": [0.5, 0.9], "rho": 0.1, "tensorboard": False}
+    return Config(data="cifar10", data_path=cifar, out=out, **{**small, **options})
+
+
+def saved(out: Path, name: str = "last.pt") -> dict:
+    return torch.load(out / name, weights_only=True)
+
+
+METHODS = {
+    "sgd": {"method": "sgd"},
+    "sam": {"method": "sam", "normalize_grad": True},
+    "cram": {"method": "cram", "compression": [0.5]},
+    "nm": {"compression": ["2:4", "4:8"]},
+    "uniform": {"uniform": True},
+    "period": {"mask_period": 2},
+    "half": {"second_pass": "half"},
+    "split": {"second_pass": "split"},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "adamw": {"optimizer": "AdamW", "lr": 0.01},
+}
+
+
+@pytest.mark.parametrize("method", ["cram+", "cram", "uniform", "sam", "sgd"])
+def test_training_is_that_of_the_published_code(method, cifar, tmp_path):
+    """Two epochs beside a loop with the published optimizer on the same batches, equal to the bit; all rates are powers of two, and SAM's
+    norm is taken away, whose last bits differ."""
+    exact = {"lr": 2.0**-4, "momentum": 0.5, "weight_decay": 2.0**-9}
+    options = {"method": "cram+" if method == "uniform" else method, "uniform": method == "uniform", "warmup_epochs": 2, "epochs": 2}
+    given = config(cifar, tmp_path, compression=[0.7], **exact, **options)
+    train.train(given)
+
+    torch.manual_seed(0)
+    model = models.make("resnet8", 10)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    kind = {"sgd": None, "sam": published.SAM}.get(method, published.TopkCrAM)
+    flags = {} if method in ("sam", "sgd") else {"sparsities": [0.7], "plus_version": method != "cram", "unif_prune": method == "uniform"}
+    if kind is None:
+        optimizer = torch.optim.SGD(model.parameters(), **exact)
+    else:
+        optimizer = kind(model.parameters(), torch.optim.SGD, rho=0.1, **flags, **exact)
+        optimizer.normalized = False
+    batches = data.Batches(data.load("cifar10", cifar)[0], 32, True)
+    for epoch in range(2):
+        batches.start_epoch(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = exact["lr"] * (epoch + 1) / 2
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            if kind is None:
+                optimizer.step()
+                continue
+            optimizer.first_step(zero_grad=True)
+            for norm in norms:
+                norm.momentum = 0.0
+            F.cross_entropy(model(x), y).backward()
+            for norm in norms:
+                norm.momentum = 0.1
+            optimizer.second_step(zero_grad=True)
+    found = saved(tmp_path)["model"]
+    trained = dict(model.named_parameters())
+    assert_same_bits([found[name] for name in trained], list(trained.values()))
+    assert all(torch.equal(found[name], b) for name, b in model.named_buffers() if "running" in name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_is_to_the_bit(method, cifar, tmp_path, monkeypatch):
+    options = {"validation": 0.1, **METHODS[method]}
+    if method == "fp16":
+        options |= {"train_images": 40, "batch": 20}  # a CPU takes seconds a batch
+    whole = train.train(config(cifar, tmp_path / "whole", **options))
+    left, one_epoch = [1, 1], train.one_epoch
+
+    def interrupted(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return one_epoch(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "one_epoch", interrupted)
+        train.train(config(cifar, tmp_path / "parts", **options))
+    assert saved(tmp_path / "parts")["history"][-1]["epoch"] == 1
+    parts = train.train(config(cifar, tmp_path / "parts", resume=True, **options))
+    one, two = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert_same_bits(list(two["model"].values()), list(one["model"].values()))
+    for p, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(two["optimizer"]["state"][p][name]), torch.as_tensor(value)), name
+    strip = [{key: value for key, value in row.items() if key != "seconds"} for row in parts["history"]]
+    assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in whole["history"]]
+    assert parts["best"] == whole["best"] == saved(tmp_path / "parts", "best.pt")["best"]
+    assert parts["selected_on"] == "validation" and len(parts["history"]) == 3
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["last_test"] == whole["last_test"]
+
+
+def test_resuming_another_run_is_refused(cifar, tmp_path):
+    given = config(cifar, tmp_path, epochs=1, method="sgd")
+    with pytest.raises(FileNotFoundError, match=r"last\.pt is missing"):
+        train.train(dataclasses.replace(given, resume=True))
+    train.train(given)
+    with pytest.raises(ValueError, match=r"resume: lr must be 0\.1 as in last\.pt, got 0\.2"):
+        train.train(dataclasses.replace(given, resume=True, lr=0.2))
+
+
+def test_eval_only_tests_the_best_checkpoint(cifar, tmp_path, capsys):
+    given = config(cifar, tmp_path, epochs=2, lr=0.05)
+    results = train.train(given)
+    assert results["selected_on"] == "test"
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = train.train(dataclasses.replace(given, eval_only=True))
+    assert found["test"] == results["best"]["accuracy"] and f"{found['test']:.2f} %" in capsys.readouterr().out
+    model, test = models.make("resnet8", 10), data.load("cifar10", cifar)[1]
+    model.load_state_dict(saved(tmp_path, "best.pt")["model"])
+    x = (test.x.float() / 255 - torch.tensor(test.mean).view(3, 1, 1)) / torch.tensor(test.std).view(3, 1, 1)
+    assert found["test"] == pytest.approx(100 * float((model.eval()(x).argmax(1) == test.y).float().mean()))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_tensorboard_has_the_epochs_and_what_the_optimizer_did(cifar, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    results = train.train(config(cifar, tmp_path, epochs=2, batch=2, train_images=100, tensorboard=True))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {"train/loss", "cram/kept", "cram/threshold", "epoch/lr"} <= set(events.Tags()["scalars"])
+    rows = [event.value for event in events.Scalars("epoch/loss")]
+    assert rows == pytest.approx([row["loss"] for row in results["history"]])
+
+
+def test_an_infinite_loss_stops_with_the_last_good_epoch(cifar, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss must be finite, got"):
+        train.train(config(cifar, tmp_path, method="sgd", lr=1e30, epochs=2, warmup_epochs=0))
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(cifar, tmp_path_factory) -> Path:
+    """One torchrun does all the runs: a step under DDP and under FSDP2, and three epochs of FSDP2, whole, and interrupted and resumed."""
+    out = tmp_path_factory.mktemp("ranks")
+    common = ["--data", "cifar10", "--data_path", str(cifar), "--model", "resnet8", "--tensorboard", "false", "--compression", "[0.5,0.9]"]
+    one_step = [*common, "--epochs", "1", "--warmup_epochs", "1", "--batch", "64", "--train_images", "64", "--parallel"]
+    three = [*common, "--epochs", "3", "--warmup_epochs", "1", "--batch", "32", "--validation", "0.1", "--parallel", "fsdp2"]
+    runs = [([*one_step, name, "--out", str(out / name)], None) for name in ("ddp", "fsdp2")]
+    runs += [([*three, "--out", str(out / "whole")], None), ([*three, "--out", str(out / "parts")], 2)]
+    runs += [([*three, "--out", str(out / "parts"), "--resume", "true"], None)]
+    runs += [([*one_step, "fsdp2", "--precision", "bf16", "--out", str(out / "bf16")], None)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent / "recipe_ranks.py"), json.dumps(runs)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.timeout(300)
+def test_ddp_and_fsdp2_train_the_same_network(two_processes, cifar):
+    """They see the same batches. Within rounding and for one step: a threshold tells weights apart that differ in their last bits."""
+    ddp, fsdp2 = (saved(two_processes / name)["model"] for name in ("ddp", "fsdp2"))
+    untrained = train.network(config(cifar, two_processes), 10, 3).state_dict()
+    for name, t in ddp.items():
+        torch.testing.assert_close(fsdp2[name], t, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ddp["fc.weight"], untrained["fc.weight"])
+    assert json.loads((two_processes / "fsdp2" / "results.json").read_text())["processes"] == 2
+
+
+def test_fsdp2_resumes_to_the_bit(two_processes):
+    whole, parts = saved(two_processes / "whole"), saved(two_processes / "parts")
+    assert [row["loss"] for row in whole["history"]] == [row["loss"] for row in parts["history"]]
+    assert_same_bits(list(parts["model"].values()), list(whole["model"].values()))
+
+
+def test_a_checkpoint_of_two_processes_is_one_of_one(two_processes, cifar):
+    """Whole tensors under the names of the model: evaluate.py needs no processes."""
+    found = train.train(dataclasses.replace(config(cifar, two_processes / "bf16"), eval_only=True))
+    assert found["test"] == json.loads((two_processes / "bf16" / "results.json").read_text())["best"]["accuracy"]
+
+
+# Transfer
+
+
+def test_a_pruned_checkpoint_is_trained_with_its_zeros_held(cifar, tmp_path):
+    """To other classes: the head is new and dense, all else keeps exactly the zeros of 90 %."""
+    train.train(config(cifar, tmp_path / "first", epochs=1))
+    hundred = image_sets.write_cifar(tmp_path / "cifar100", classes=100, per_file=64)
+    given = config(hundred, tmp_path / "second", epochs=2, start=tmp_path / "first" / "best.pt", start_pattern=0.9, hold_zeros=True)
+    given = dataclasses.replace(given, data="cifar100", method="sgd")
+    start = train.network(given, 100, 3).state_dict()
+    train.train(given)
+    found = saved(tmp_path / "second")["model"]
+    assert found["fc.weight"].shape == (100, 32) and found["fc.weight"].count_nonzero() == found["fc.weight"].numel()
+    kept, total = 0, 0
+    for name, t in start.items():
+        if t.dim() > 1 and name != "fc.weight":
+            assert torch.equal(found[name] == 0, t == 0), name
+            assert not torch.equal(found[name], t)
+            kept, total = kept + int(t.count_nonzero()), total + t.numel()
+    assert 0.09 < kept / total <= 0.1
+
+
+def test_the_head_alone_is_trained(cifar, tmp_path):
+    train.train(config(cifar, tmp_path / "first", epochs=1))
+    given = config(cifar, tmp_path / "second", epochs=1, start=tmp_path / "first" / "best.pt", train_only="head", method="sgd")
+    train.train(given)
+    start, found = saved(tmp_path / "first", "best.pt")["model"], saved(tmp_path / "second")["model"]
+    assert {name for name in start if not torch.equal(start[name], found[name])} == {"fc.weight", "fc.bias"}
+
+
+def test_a_checkpoint_of_another_network_is_refused(cifar, tmp_path):
+    train.train(config(cifar, tmp_path, epochs=1))
+    with pytest.raises(ValueError, match=r"start must be a checkpoint of resnet20, got .*best\.pt without a fitting 'conv1\.weight'"):
+        train.train(config(cifar, tmp_path / "other", model="resnet20", start=tmp_path / "best.pt"))
+
+
+# Other data, and evaluation
+
+
+def test_a_folder_of_images(tmp_path):
+    """Pictures of several sizes, read by two processes, as by this one."""
+    folder = image_sets.write_folder(tmp_path / "images")
+    options = {"data": "imagefolder", "data_path": folder, "model": "resnet8", "batch": 4, "epochs": 1, "tensorboard": False}
+    results = [train.train(Config(**options, out=tmp_path / str(w), workers=w)) for w in (0, 2)]
+    assert results[0]["history"][0]["loss"] == results[1]["history"][0]["loss"]
+    assert_same_bits(list(saved(tmp_path / "2")["model"].values()), list(saved(tmp_path / "0")["model"].values()))
+
+
+def test_fashion(tmp_path):
+    folder = image_sets.write_fashion(tmp_path / "data")
+    results = train.train(Config(data="fashion_mnist", data_path=folder, epochs=1, batch=16, out=tmp_path / "run", tensorboard=False))
+    assert len(results["history"]) == 1 and 0 <= results["last_test"] <= 100
+
+
+@pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")
+def test_evaluation(cifar, tmp_path):
+    """Two seeds, against pruning, statistics and counting in plain torch."""
+    pytest.importorskip("corrupt_tta")
+    runs = []
+    for seed in (0, 1):
+        runs.append(tmp_path / f"run{seed}")
+        train.train(config(cifar, runs[-1], epochs=2, seed=seed))
+    options = {"patterns": [0.8, "2:4"], "calibration": 100, "corruptions": ["fog"], "severities": [1, 5], "corrupted_images": 10}
+    found = evaluate.evaluate(evaluate.Evaluation(runs, out=tmp_path / "out", checkpoint="last.pt", **options))
+    test = data.load("cifar10", cifar)[1]
+    x = (test.x.float() / 255 - torch.tensor(test.mean).view(3, 1, 1)) / torch.tensor(test.std).view(3, 1, 1)
+    for run, row in zip(runs, found["runs"], strict=True):
+        model = models.make("resnet8", 10)
+        model.load_state_dict(saved(run)["model"])
+
+        def accuracy(model):
+            return 100 * float((model.eval()(x).argmax(1) == test.y).double().mean())
+
+        assert row["dense"] == pytest.approx(accuracy(model))
+        pruned = copy.deepcopy(model)
+        weights = [p for p in pruned.parameters() if p.dim() > 1]
+        magnitudes = torch.cat([w.detach().abs().flatten() for w in weights]).sort(descending=True).values
+        threshold = magnitudes[int(len(magnitudes) * 0.2 + 0.999) - 1]
+        with torch.no_grad():
+            for w in weights:
+                w[w.abs() <= threshold] = 0
+        assert row["pruned"]["80 %"]["as pruned"] == pytest.approx(accuracy(pruned))
+        assert row["zeros"]["80 %"] == pytest.approx(0.8, abs=1e-3) and 0.4 < row["zeros"]["2:4"] <= 0.5
+        for norm in (m for m in pruned.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.reset_running_stats()
+            norm.momentum = None
+        pruned.train()
+        for images, _ in data.calibration(data.load("cifar10", cifar)[0], 100):
+            pruned(images)
+        assert row["pruned"]["80 %"]["batch norm tuned"] == pytest.approx(accuracy(pruned))
+        assert set(row["corrupted"]) == {"dense", "80 %", "2:4"} and set(row["corrupted"]["2:4"]["fog"]) == {"1", "5"}
+    (summary,) = found["summary"].values()
+    assert summary["dense"][0] == pytest.approx(sum(row["dense"] for row in found["runs"]) / 2) and summary["dense"][2] == 2
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "reconstructed" in text and "corrupted" in text and len(text.splitlines()) == 6
+    assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["runs"][0]["pruned"] == found["runs"][0]["pruned"]
+
+
+@pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")
+def test_the_study_trains_what_is_missing(cifar, tmp_path, monkeypatch, capsys):
+    import study
+
+    small = ["--data", "cifar10", "--data_path", str(cifar), "--epochs", "1", "--warmup_epochs", "0", "--tensorboard", "false"]
+    arguments = [*small, "--out", str(tmp_path), "--seeds", "1", "--methods", "sgd-twice", "split"]
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    study.main()
+    assert len(saved(tmp_path / "sgd-twice-0")["history"]) == 2 and saved(tmp_path / "split-0")["config"]["second_pass"] == "split"
+    times = [(tmp_path / f"{name}-0" / "last.pt").stat().st_mtime_ns for name in ("sgd-twice", "split")]
+    capsys.readouterr()
+    study.main()
+    table = capsys.readouterr().out
+    assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epochs | 1 |" in table
+    assert times == [(tmp_path / f"{name}-0" / "last.pt").stat().st_mtime_ns for name in ("sgd-twice", "split")]
+    assert study.changed(Config(out=tmp_path), "sgd-twice", 1).epochs == 400
