@@ -5,7 +5,6 @@ import contextlib
 import io
 import re
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "text", "json", "mermaid"}
 MAKE = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+EXTRAS = set(re.findall(r"^(\w+) = \[\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 
 
 def name_of(page: Path) -> str:
@@ -60,9 +59,8 @@ def check_command(words: list[str]) -> None:
     elif program in ("cram-kernels", "cram_kernels"):
         check_options(arguments)
     elif program in ("python", "python3") and arguments[0] == "-m":
-        assert (ROOT / Path(*arguments[1].split(".")).with_suffix(".py")).exists() or (ROOT / Path(*arguments[1].split("."))).is_dir(), (
-            words
-        )
+        module = ROOT / Path(*arguments[1].split("."))
+        assert module.with_suffix(".py").exists() or module.is_dir(), words
     elif program in ("python", "python3"):
         assert (ROOT / arguments[0]).exists(), words
     elif program == "pytest":

@@ -4,8 +4,8 @@ Plain SVG without a library, so that the same numbers give the same file; tests/
 """
 
 import json
+import math
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def accuracy(report: dict) -> str:
-    """Accuracy over sparsity, a curve a method, with the standard deviation over the seeds. `report`: the report.json of examples/mnist.py."""
+    """Accuracy over sparsity, a curve a method, with the standard deviation over the seeds; from the report of examples/mnist.py."""
     width, height, left, right, top, bottom = 720, 340, 60, 690, 46, 290
     methods = list(report["methods"].values())
     rows = ["dense", *(row for row in methods[0]["summary"]["tuned"] if re.fullmatch(r"\d+ %", row))]
@@ -60,6 +60,83 @@ def accuracy(report: dict) -> str:
     return svg(width, height, "Accuracy over sparsity", parts)
 
 
+def box(x: float, y: float, width: float, height: float, fill: str, title: str, lines: Sequence[str]) -> list[str]:
+    parts = [f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='6' fill='{fill}' stroke='#555555'/>"]
+    parts.append(text(x + width / 2, y + 24, title, 14, extra=" font-weight='bold'"))
+    return parts + [text(x + width / 2, y + 48 + 18 * i, line, 12) for i, line in enumerate(lines)]
+
+
+def arrow(x1: float, y1: float, x2: float, y2: float, dashed: bool = False) -> str:
+    """A horizontal or vertical line with a head."""
+    dx, dy = (x2 > x1) - (x2 < x1), (y2 > y1) - (y2 < y1)
+    head = f"{x2:g},{y2:g} {x2 - 9 * dx - 5 * dy:g},{y2 - 9 * dy - 5 * dx:g} {x2 - 9 * dx + 5 * dy:g},{y2 - 9 * dy + 5 * dx:g}"
+    dash = " stroke-dasharray='5 4'" if dashed else ""
+    return f"<line x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='#333333'{dash}/><polygon points='{head}' fill='#333333'/>"
+
+
+def bracket() -> str:
+    """How many weights have which magnitude (a normal distribution), and what one pass does with them at 70 %."""
+    width, height, left, right, top, bottom = 720, 300, 40, 690, 60, 230
+    low, high, end = 0.94, 1.14, 3.2  # the 70 % quantile of |N(0, 1)| is 1.036; the bracket is drawn wider than it is
+
+    def x(magnitude: float) -> float:
+        return left + (right - left) * magnitude / end
+
+    def y(magnitude: float) -> float:
+        return bottom - (bottom - top) * math.exp(-(magnitude**2) / 2)
+
+    def area(start: float, stop: float, colour: str) -> str:
+        points = [(x(start), bottom)] + [(x(m), y(m)) for m in (start + (stop - start) * i / 40 for i in range(41))] + [(x(stop), bottom)]
+        return f"<polygon points='{' '.join(f'{px:.1f},{py:.1f}' for px, py in points)}' fill='{colour}'/>"
+
+    parts = [text(width / 2, 26, "One pass: most weights are settled by a bracket that a sample has guessed", 15)]
+    parts += [area(0, low, "#d9dde2"), area(low, high, COLOURS[3]), area(high, end, COLOURS[1])]
+    parts.append(f"<line x1='{left}' x2='{right}' y1='{bottom}' y2='{bottom}' stroke='#333333'/>")
+    parts += [text(x(0.45), bottom - 40, "below: zero", 14), text(x(1.75), bottom - 18, "above: kept", 14, colour="white")]
+    parts += [text(x(1.04), top + 24, "inside: candidates,", 13), text(x(1.04), top + 42, "1 to 2 % of a large model", 13)]
+    parts += [text(x(low), bottom + 18, "low", 12, "end"), text(x(high), bottom + 18, "high", 12, "start")]
+    parts.append(text(width / 2, bottom + 44, "magnitude of the perturbed weight", 13))
+    parts.append(text(width / 2, bottom + 62, "the bracket is drawn wider than it is", 11, colour="#777777"))
+    return svg(width, height, "The bracket around the threshold", parts)
+
+
+def selection() -> str:
+    """The four stages."""
+    boxes = [
+        ("1. Sample", "#f4f6f8", ("read some ten thousand", "weights; guess where the", "threshold lies: a bracket")),
+        ("2. One pass", "#d5ecef", ("over all weights: perturb,", "save, prune, write masks;", "list the candidates")),
+        ("3. Finish", "#f4f6f8", ("find the exact threshold", "among the candidates;", "set the wrong ones right")),
+    ]
+    parts = [text(360, 28, "Guess, verify, finish", 16)]
+    for i, (title, fill, lines) in enumerate(boxes):
+        parts += box(20 + 240 * i, 50, 200, 110, fill, title, lines)
+    parts += [arrow(220, 105, 260, 105), arrow(460, 105, 500, 105), arrow(600, 160, 600, 200, dashed=True)]
+    parts += box(
+        380,
+        200,
+        320,
+        92,
+        "#fbe9eb",
+        "4. Fallback, seldom",
+        ("the threshold was outside of the bracket:", "count digits of all keys (radix select), rewrite"),
+    )
+    parts.append(text(360, 250, "exact in every case; only time differs", 13, "end"))
+    return svg(720, 310, "The stages of the selection", parts)
+
+
+def traffic() -> str:
+    """Bytes of memory traffic for a float32 weight, by count."""
+    bars = [("one pass (here)", 16.125), ("two passes: select, then prune", 24.125), ("radix select, then prune", 40.125)]
+    parts = [text(360, 26, "Perturb and prune: bytes moved for a float32 weight, by count", 15)]
+    for i, (label, value) in enumerate(bars):
+        y = 50 + 44 * i
+        parts.append(text(250, y + 20, label, 13, "end"))
+        parts.append(f"<rect x='262' y='{y}' width='{value * 9.5:g}' height='28' fill='{COLOURS[1] if i == 0 else COLOURS[2]}'/>")
+        parts.append(text(270 + value * 9.5, y + 20, f"{value:g}" if i == 0 else f"{value:g} or more", 13, "start"))
+    parts.append(text(360, 196, "read weight and gradient, write saved weight and pruned weight: 16; mask: 1/8", 12, colour="#777777"))
+    return svg(720, 212, "Memory traffic", parts)
+
+
 def badge(label: str, value: str) -> str:
     """A badge that needs no server."""
     one, two = 7 * len(label) + 16, 7 * len(value) + 16
@@ -78,13 +155,19 @@ def badge(label: str, value: str) -> str:
 
 def pictures() -> dict[str, str]:
     """Name of the file -> what it holds."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    torch = next(need for need in project["dependencies"] if need.startswith("torch"))
+    project = (ROOT / "pyproject.toml").read_text()
+    python, torch, licence = (
+        re.search(pattern, project, re.MULTILINE)[1]  # type: ignore[index]
+        for pattern in (r'^requires-python = ">=([\d.]+)"', r'^dependencies = \["torch>=([\d.]+)', r'^license = "(.*)"')
+    )
     return {
         "accuracy.svg": accuracy(json.loads((DATA / "mnist.json").read_text())),
-        "python.svg": badge("Python", project["requires-python"].replace(">=", "") + " or later"),
-        "torch.svg": badge("torch", torch.removeprefix("torch>=") + " or later"),
-        "licence.svg": badge("licence", project["license"]),
+        "bracket.svg": bracket(),
+        "selection.svg": selection(),
+        "traffic.svg": traffic(),
+        "python.svg": badge("Python", f"{python} or later"),
+        "torch.svg": badge("torch", f"{torch} or later"),
+        "licence.svg": badge("licence", licence),
     }
 
 
