@@ -63,10 +63,10 @@ def contest(dense: nn.Module, ours: nn.Module, x: Tensor, rounds: int) -> dict[s
 
 def layer_row(dense: nn.Module, sparse: Any, shape: tuple[int, ...], sparsity: str, rounds: int) -> dict[str, Any]:
     trial = try_layer(dense, sparse, shape)
-    sparse.plan = [2**62, *trial.plan]
+    sparse.plan = [2**62, trial.tile]
     row = contest(dense, sparse, torch.randn(shape), rounds)
-    bytes_each = sparse.weight_bytes / max(1, sparse.values.numel())
-    return {"weight": list(dense.weight.shape), "input": list(shape), "sparsity": sparsity, **row, "plan": trial.plan, "bytes": bytes_each}
+    bytes_each = sparse.weight_bytes / max(1, sparse.nonzeros)
+    return {"weight": list(dense.weight.shape), "input": list(shape), "sparsity": sparsity, **row, "tile": trial.tile, "bytes": bytes_each}
 
 
 def linears(options: argparse.Namespace, rows: tuple[int, ...] = ROWS) -> Iterator[dict[str, Any]]:
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in options.only or [name for name in CASES if not (options.quick and name == "resnet50")]:
             result["load"][case] = [load()]
             print(
-                f"\n{case}: load {load()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | plan |\n|"
+                f"\n{case}: load {load()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | tile |\n|"
                 + "---|" * 8
             )
             rows = result["cases"][case] = []
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(row)
                 times = " | ".join(f"{row[name]:.0f}" for name in ("torch_us", "onnxruntime_us", "sparse_us"))
                 print(
-                    f"| {row['weight']} | {row['input']} | {row['sparsity']} | {times} | {row['ratio']:.2f} | {row.get('plan', '')} |",
+                    f"| {row['weight']} | {row['input']} | {row['sparsity']} | {times} | {row['ratio']:.2f} | {row.get('tile', '')} |",
                     flush=True,
                 )
             result["load"][case].append(load())

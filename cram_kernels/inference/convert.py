@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
 from .trial import Trial, plan_from, try_layer
-from .weights import MAX_COLUMNS
 
 Shapes = dict[nn.Module, set[tuple[int, ...]]]  # the input shapes of each layer
 
@@ -156,8 +155,8 @@ def _why_left_out(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) ->
         return f"the weight is {weight.dtype} on {weight.device}, not float32 on the CPU"
     if isinstance(module, nn.Conv2d) and (why := why_no_convolution(module)) is not None:
         return f"the convolution would have to {why}"
-    if not 1 <= weight[0:1].numel() <= MAX_COLUMNS:
-        return f"a row of the weight would have to have 1 to {MAX_COLUMNS} elements"
+    if weight.numel() == 0:
+        return "the weight is empty"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, which a new layer would lose"
     parent = model.get_submodule(name.rpartition(".")[0])

@@ -1,11 +1,11 @@
 """The ops of sparse inference as torch sees them: result shapes for tracing, and no gradients.
 
-A weight of shape [rows, ...] is three vectors: `values` float32, the elements of it with any bit set, in row-major order; `columns` int16,
-for each of them its place in its flattened row, as the bits of an unsigned number; `counts` int16, how many each row has, unsigned too.
-`plan` says how the product is cut: (largest number of columns, tile, k_block, chunk), ..., empty for the defaults; csrc/sparse/matrix.h.
+A weight of shape [rows, ...] is one vector of bytes, `packed`, cut as `layout` says: rows, columns, columns of a block, rows of a section
+(weights.py, csrc/sparse/matrix.h). `plan` says how many columns of the product are handled together: (largest number of columns, tile), ...,
+empty for the defaults.
 
-    sparse_linear(input [..., K], values, columns, counts, bias [rows] or None, plan) -> [..., rows]
-    sparse_conv2d(input [B, C, H, W], values, columns, counts, bias, kernel_size, stride, padding, dilation, plan) -> [B, rows, H', W']
+    sparse_linear(input [..., K], packed, bias [rows] or None, layout, plan) -> [..., rows]
+    sparse_conv2d(input [B, C, H, W], packed, bias, layout, kernel_size, stride, padding, dilation, plan) -> [B, rows, H', W']
 
 Both take contiguous float32 on the CPU. A column that is not stored is skipped, so 0 * Inf does not make a NaN.
 """
@@ -15,22 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sparse_linear = torch.ops.cram_kernels.sparse_linear
-sparse_conv2d = torch.ops.cram_kernels.sparse_conv2d
+sparse_linear = torch.ops.cram_kernels.sparse_linear.default
+sparse_conv2d = torch.ops.cram_kernels.sparse_conv2d.default
 
 
 @torch.library.register_fake("cram_kernels::sparse_linear")
-def _(input: Tensor, values: Tensor, columns: Tensor, counts: Tensor, bias: Tensor | None, plan: list[int]) -> Tensor:
-    return input.new_empty(*input.shape[:-1], counts.shape[0])
+def _(input: Tensor, packed: Tensor, bias: Tensor | None, layout: list[int], plan: list[int]) -> Tensor:
+    return input.new_empty(*input.shape[:-1], layout[0])
 
 
 @torch.library.register_fake("cram_kernels::sparse_conv2d")
 def _(
     input: Tensor,
-    values: Tensor,
-    columns: Tensor,
-    counts: Tensor,
+    packed: Tensor,
     bias: Tensor | None,
+    layout: list[int],
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
@@ -41,7 +40,7 @@ def _(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, kernel_size, stride, strict=True)
     ]
-    return input.new_empty(input.shape[0], counts.shape[0], *size)
+    return input.new_empty(input.shape[0], layout[0], *size)
 
 
 def refuse_autograd(op: str) -> None:

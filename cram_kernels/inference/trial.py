@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .modules import SparseLayer, SparseLinear
 
 Run = Callable[[], Tensor]
-L1_FLOATS = 10 * 1024  # of the first-level cache, what a packed block of activations may take
 LAST = 2**62  # the largest number of columns of the last entry of a plan
 
 
@@ -22,13 +21,12 @@ class Trial:
 
     input_shape: tuple[int, ...]
     columns: int  # of the matrix of activations: rows of a Linear's input, output positions of a convolution
-    plan: tuple[int, int, int]  # tile, k_block, chunk
+    tile: int  # columns that are handled together
     speedup: float  # time of the dense layer over time of the sparse one
     bf16_speedup: float | None  # of the dense layer in bfloat16, where this CPU has matrix units for it (AMX)
 
     def __str__(self) -> str:
-        tile, k_block, chunk = self.plan
-        kernel = "dot" if tile == 1 else f"tile {tile}, block {k_block}, chunk {chunk}"
+        kernel = "one row" if self.tile == 1 else f"tile {self.tile}"
         bf16 = "" if self.bf16_speedup is None else f"; dense bfloat16 (AMX): {self.bf16_speedup:.2f}x"
         return f"{list(self.input_shape)}: {self.speedup:.2f}x ({kernel}{bf16})"
 
@@ -44,16 +42,10 @@ def rounds_of(runs: list[Run], rounds: int) -> list[list[float]]:
     return [own[1:] for own in times]
 
 
-def candidates(layer: SparseLayer, columns: int) -> list[tuple[int, int, int]]:
-    """(tile, k_block, chunk) that may be fastest for so many columns."""
-    k = torch.Size(layer.weight_shape[1:]).numel()
-    linear = isinstance(layer, SparseLinear)
+def candidates(layer: SparseLayer, columns: int) -> list[int]:
+    """Tiles that may be fastest for so many columns."""
     tiles = [tile for tile in (8, 16, 32, 64, 128) if tile < 2 * columns or tile == 8]
-    found = [(1, k, 64)] if linear and columns <= 4 else []
-    for tile in tiles[-3:]:
-        blocks = {min(k, block) for block in (L1_FLOATS // tile, 2 * L1_FLOATS // tile, 16 * L1_FLOATS // tile)}
-        found += [(tile, block, 256) for block in sorted(blocks)]
-    return found
+    return ([1] if isinstance(layer, SparseLinear) and columns <= 4 else []) + tiles[-3:]
 
 
 def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...], rounds: int = 15) -> Trial:
@@ -64,18 +56,20 @@ def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...
         columns = x.numel() // x.shape[-1] if isinstance(sparse, SparseLinear) else y.shape[-1] * y.shape[-2]
         before = sparse.plan
 
-        def run(plan: tuple[int, int, int]) -> Run:
+        def run(tile: int) -> Run:
+            plan = [LAST, tile]
+
             def call() -> Tensor:
-                sparse.plan = [LAST, *plan]
+                sparse.plan = plan
                 return sparse(x)
 
             return call
 
         try:
-            plans = candidates(sparse, columns)
-            medians = [statistics.median(own) for own in rounds_of([run(plan) for plan in plans], 3)]
-            best = sorted(range(len(plans)), key=medians.__getitem__)[:2]
-            contest = [lambda: dense(x), *(run(plans[i]) for i in best)]
+            tiles = candidates(sparse, columns)
+            medians = [statistics.median(own) for own in rounds_of([run(tile) for tile in tiles], 3)]
+            best = sorted(range(len(tiles)), key=medians.__getitem__)[:2]
+            contest = [lambda: dense(x), *(run(tiles[i]) for i in best)]
             if matrix_units():
                 half, half_x = copy.deepcopy(dense).bfloat16(), x.bfloat16()
                 contest.append(lambda: half(half_x))
@@ -84,7 +78,7 @@ def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...
             sparse.plan = before
     ratios = [statistics.median(d / own for d, own in zip(times[0], other, strict=True)) for other in times[1:]]
     winner = max(range(len(best)), key=ratios.__getitem__)
-    return Trial(tuple(input_shape), columns, plans[best[winner]], ratios[winner], ratios[-1] if matrix_units() else None)
+    return Trial(tuple(input_shape), columns, tiles[best[winner]], ratios[winner], ratios[-1] if matrix_units() else None)
 
 
 def matrix_units() -> bool:
@@ -99,7 +93,7 @@ def plan_from(trials: list[Trial]) -> list[int]:
     plan: list[int] = []
     for columns, following in zip(order, [*order[1:], None], strict=True):
         last = LAST if following is None else max(columns, int((columns * following) ** 0.5))
-        if columns == 1 and by_columns[1].plan[0] == 1:
+        if columns == 1 and by_columns[1].tile == 1:
             last = min(last, 4)  # a dot product for each row of the input
-        plan += [last, *by_columns[columns].plan]
+        plan += [last, by_columns[columns].tile]
     return plan

@@ -1,4 +1,8 @@
-"""A weight with zeros as compressed rows, and as the bitmask and values that a state dict holds."""
+"""A weight with zeros as the kernels of sparse inference read it, and as the bitmask and values that a state dict holds.
+
+The packed form, described in csrc/sparse/matrix.h, is one vector of bytes: values float32 [steps, 16], places int16 [rows * blocks],
+columns uint8 [steps, 16], steps of each slice uint8 [slices].
+"""
 
 from dataclasses import dataclass
 
@@ -7,61 +11,136 @@ from torch import Tensor
 
 from ..reference.key import pack_bits, unpack_bits
 
-MAX_COLUMNS = 65535  # a column is 16 bits
+LANES = 16  # rows of a slice
+MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands for no column
+SECTION = 384  # rows of a section, about
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Compressed rows of a float32 weight: `ops.py` says what they hold."""
+class Layout:
+    """How a weight is cut: rows and columns of the matrix, columns of a block, rows of a section."""
 
-    values: Tensor
-    columns: Tensor
-    counts: Tensor
+    rows: int
+    columns: int
+    block: int
+    section: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.block)
+
+    def numbers(self) -> list[int]:
+        return [self.rows, self.columns, self.block, self.section]
 
 
-def compress(weight: Tensor) -> Rows:
+def layout_of(shape: tuple[int, ...], block: int = MAX_BLOCK, section: int = SECTION) -> Layout:
+    """Blocks of `block` columns and sections of `section` rows at most, all about as large."""
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    sections = max(1, -(-rows // section))
+    return Layout(rows, columns, -(-columns // -(-columns // block)), LANES * -(-rows // (LANES * sections)) or LANES)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Where the slices lie. Their order is that of storage: section, block, slice."""
+
+    row: Tensor  # [slices, 16]: the row of each lane, -1 where there is none
+    block: Tensor  # [slices]
+    steps: Tensor  # [slices]
+
+    @property
+    def start(self) -> Tensor:
+        return self.steps.cumsum(0) - self.steps
+
+
+def _slices(places: Tensor, steps: Tensor, layout: Layout) -> _Slices:
+    rows, blocks, at = [], [], 0
+    for first in range(0, layout.rows, layout.section):
+        n = min(layout.section, layout.rows - first)
+        padded = torch.full((layout.blocks, -(-n // LANES) * LANES), -1)
+        padded[:, :n] = first + places[at : at + n * layout.blocks].reshape(layout.blocks, n)
+        at += n * layout.blocks
+        rows.append(padded.reshape(-1, LANES))
+        blocks.append(torch.arange(layout.blocks).repeat_interleave(padded.shape[1] // LANES))
+    return _Slices(torch.cat(rows) if rows else steps.new_empty(0, LANES), torch.cat(blocks) if blocks else steps, steps)
+
+
+def pack(weight: Tensor, layout: Layout) -> Tensor:
     """The elements with any bit set, so that -0 and NaN come back.
 
     Raises:
-        ValueError: weight is not float32 of 2 or more dims, or a row has no element or more than 65535.
+        ValueError: weight is not float32 of 2 or more dims, or a row has no element.
     """
-    _check_shape(tuple(weight.shape), weight.dtype)
-    rows = weight.detach().reshape(weight.shape[0], -1)
-    kept = rows.contiguous().view(torch.int32) != 0
-    columns = kept.nonzero()[:, 1]
-    return Rows(rows[kept], columns.to(torch.int32).to(torch.int16), kept.sum(1).to(torch.int32).to(torch.int16))
+    check_weight(weight)
+    matrix = weight.detach().reshape(layout.rows, -1).contiguous()
+    padded = torch.nn.functional.pad(matrix.view(torch.int32) != 0, (0, layout.blocks * layout.block - layout.columns))
+    counts = padded.reshape(layout.rows, layout.blocks, layout.block).sum(2)
+    places, steps = [], []
+    for first in range(0, layout.rows, layout.section):
+        own, order = counts[first : first + layout.section].T.sort(dim=1, descending=True, stable=True)
+        places.append(order.flatten())
+        steps.append(own[:, ::LANES].flatten())  # the first of 16 rows has most
+    slices = _slices(_joined(places), _joined(steps), layout)
+    total = int(slices.steps.sum())
+    values, columns = matrix.new_zeros(total * LANES), torch.full((total * LANES,), layout.block, dtype=torch.uint8)
+    # Where the first non-zero of each row and block goes; the others follow at distances of 16.
+    starts = torch.empty_like(counts)
+    own = slices.row >= 0
+    starts[slices.row[own], slices.block[:, None].expand_as(own)[own]] = (slices.start[:, None] * LANES + torch.arange(LANES))[own]
+    row, column = padded.nonzero(as_tuple=True)
+    run = row * layout.blocks + column // layout.block
+    before = counts.flatten().cumsum(0) - counts.flatten()
+    to = starts.flatten()[run] + LANES * (torch.arange(len(run)) - before[run])
+    values[to] = matrix[row, column]
+    columns[to] = (column % layout.block).to(torch.uint8)
+    parts = (values, _joined(places).to(torch.int32).to(torch.int16), columns, slices.steps.to(torch.uint8))
+    return torch.cat([part.view(torch.uint8) for part in parts])
 
 
-def _check_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    columns = torch.Size(shape[1:]).numel()
-    if dtype != torch.float32 or len(shape) < 2 or not 1 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"compress: weight must be float32 with rows of 1 to {MAX_COLUMNS} elements, got {dtype} of shape {list(shape)}")
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def positions(rows: Rows, shape: tuple[int, ...]) -> Tensor:
-    """Of each value, its place in the flattened weight."""
-    counts = rows.counts.to(torch.int64) & 0xFFFF
-    columns = rows.columns.to(torch.int64) & 0xFFFF
-    row = torch.repeat_interleave(torch.arange(shape[0], device=counts.device), counts)
-    return row * torch.Size(shape[1:]).numel() + columns
+def check_weight(weight: Tensor) -> None:
+    if weight.dtype != torch.float32 or weight.dim() < 2 or torch.Size(weight.shape[1:]).numel() < 1:
+        raise ValueError(f"pack: weight must be float32 of 2 or more dims, got {weight.dtype} of shape {list(weight.shape)}")
 
 
-def decompress(rows: Rows, shape: tuple[int, ...]) -> Tensor:
+def elements(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Of each element that is stored, its place in the flattened weight and its value, in the order of the packed form."""
+    places = 2 * layout.rows * layout.blocks
+    sections = [min(layout.section, layout.rows - first) for first in range(0, layout.rows, layout.section)]
+    tables = places + sum(-(-n // LANES) for n in sections) * layout.blocks
+    steps = (packed.numel() - tables) // (5 * LANES)
+    sizes = (4 * LANES * steps, places, LANES * steps, tables - places)
+    values, order, column, of_slice = packed.split(sizes)
+    slices = _slices(order.view(torch.int16).long() & 0xFFFF, of_slice.long(), layout)
+    slice_of_step = torch.arange(len(slices.steps)).repeat_interleave(slices.steps)
+    stored = column.reshape(steps, LANES) != layout.block
+    place = slices.row * layout.columns + slices.block[:, None] * layout.block
+    at = place[slice_of_step] + column.reshape(steps, LANES).long()
+    return at[stored], values.view(torch.float32).reshape(steps, LANES)[stored]
+
+
+def unpack(packed: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """The dense weight, to the bit."""
-    weight = rows.values.new_zeros(shape)
-    weight.view(-1)[positions(rows, shape)] = rows.values
+    at, values = elements(packed, layout)
+    weight = torch.zeros(shape)
+    weight.view(-1)[at] = values
     return weight
 
 
-def to_bitmask(rows: Rows, shape: tuple[int, ...]) -> Tensor:
-    """The mask of the file format "bitmask": bit i % 8 of byte i // 8 is 1 where element i of the flattened weight is stored."""
-    kept = torch.zeros(torch.Size(shape).numel(), dtype=torch.bool)
-    kept[positions(rows, shape)] = True
-    return pack_bits(kept)
+def to_bitmask(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Values and mask of the file format "bitmask": bit i % 8 of byte i // 8 is 1 where element i of the flattened weight is stored."""
+    at, values = elements(packed, layout)
+    at, order = at.sort()
+    kept = torch.zeros(layout.rows * layout.columns, dtype=torch.bool)
+    kept[at] = True
+    return values[order], pack_bits(kept)
 
 
-def from_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Rows:
-    """The rows of a weight that is stored as values and mask.
+def from_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The dense weight that is stored as values and mask.
 
     Raises:
         ValueError: they don't fit each other or the shape.
@@ -69,10 +148,11 @@ def from_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Rows:
     numel = torch.Size(shape).numel()
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (-(-numel // 8),):
         raise ValueError(f"bitmask must be uint8 [{-(-numel // 8)}] for a weight {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-    kept = unpack_bits(mask, numel).reshape(shape[0], -1)
+    kept = unpack_bits(mask, numel)
     if values.dtype != torch.float32 or tuple(values.shape) != (int(kept.sum()),):
         raise ValueError(f"values must be float32 [{int(kept.sum())}], as the bitmask says, got {values.dtype} {list(values.shape)}")
     if numel % 8 and int(mask[-1]) >> numel % 8:
         raise ValueError(f"bitmask must have zeros behind its {numel} bits, got others")
-    columns = kept.nonzero()[:, 1]
-    return Rows(values.detach().clone(), columns.to(torch.int32).to(torch.int16), kept.sum(1).to(torch.int32).to(torch.int16))
+    weight = torch.zeros(numel)
+    weight[kept] = values
+    return weight.reshape(shape)

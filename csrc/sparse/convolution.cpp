@@ -13,7 +13,6 @@ struct Image {
   const float* padded;  // [batch, phases[0], phases[1], channels, rows, length]
   int64_t image_size, length;
   const int64_t* offsets;  // of each row of the dense matrix
-  const float* bias;
   float* out;
   int64_t out_channels, out_height, out_width;
 
@@ -21,14 +20,19 @@ struct Image {
     kernels.gather_rows(tile.width, padded + tile.image * image_size + tile.first, offsets + begin, end - begin, tile.valid, panel);
   }
 
+  float* place(const Tile& tile, int64_t row) const { return out + (tile.image * out_channels + row) * out_height * out_width; }
+
+  // A whole tile goes where it belongs as it is, where rows of the output are as long as those of the input.
+  Target target(const Tile& tile, int64_t row) const {
+    return {length == out_width && tile.valid == tile.width ? place(tile, row) + tile.first : nullptr, out_height * out_width};
+  }
+
   void unpack(const Tile& tile, int64_t begin, int64_t end, const float* sums) const {
     const int64_t plane = out_height * out_width, stop = tile.first + tile.valid;
-    float* to = out + (tile.image * out_channels + begin) * plane;
-    const float* b = bias != nullptr ? bias + begin : nullptr;
-    if (length == out_width) return kernels.copy_rows(sums, tile.width, end - begin, tile.valid, b, to + tile.first, plane);
+    float* to = place(tile, begin);
     for (int64_t at = tile.first; at < stop;) {
       const int64_t y = at / length, x = at - y * length, row_end = y * length + out_width < stop ? y * length + out_width : stop;
-      if (row_end > at) kernels.copy_rows(sums + at - tile.first, tile.width, end - begin, row_end - at, b, to + y * out_width + x, plane);
+      if (row_end > at) kernels.copy_rows(sums + at - tile.first, tile.width, end - begin, row_end - at, to + y * out_width + x, plane);
       at = (y + 1) * length;
     }
   }
@@ -53,8 +57,7 @@ void split_row(const float* __restrict from, int64_t width, int64_t stride, int6
 }  // namespace
 
 void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const Convolution& c, const float* x, const float* bias,
-                   Plan plan, float* out) {
-  validate(kernels, a);
+                   int tile, float* out) {
   const int64_t out_height = c.out_size(0), out_width = c.out_size(1);
   int64_t phases[2], size[2];
   for (int axis = 0; axis < 2; ++axis) {
@@ -95,9 +98,8 @@ void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseM
     });
   }
   std::vector<Tile> tiles;
-  for (int64_t image = 0; image < c.batch; ++image) append_tiles(tiles, image, (out_height - 1) * size[1] + out_width, plan.tile);
-  multiply(pool, kernels, a, tiles, plan,
-           Image{kernels, padded, image_size, size[1], offsets.data(), bias, out, a.rows, out_height, out_width});
+  for (int64_t image = 0; image < c.batch; ++image) append_tiles(tiles, image, (out_height - 1) * size[1] + out_width, tile);
+  multiply(pool, kernels, a, tiles, tile, bias, Image{kernels, padded, image_size, size[1], offsets.data(), out, a.rows, out_height, out_width});
 }
 
 }  // namespace cram

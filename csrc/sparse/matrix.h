@@ -5,45 +5,74 @@
 
 namespace cram {
 
-// Compressed rows: the values of row 0, then those of row 1, ..., each row by ascending column.
+constexpr int kLanes = 16;           // rows of a slice
+constexpr int64_t kMaxBlock = 255;   // a column within a block is 8 bits, and one more number stands for no column
+constexpr int64_t kMaxSection = 4096;
+
+// The matrix is cut into sections of `section` rows and blocks of `block` columns. Within a section and block the rows are ordered by their
+// number of non-zeros, and every 16 of them are a slice: all have as many steps as the longest, so that no branch depends on a single row. Element
+// 16 * step + lane of a slice is a non-zero of its lane's row. A row that has fewer of them is filled up with values 0 in the column `block`,
+// which stands for no column: the panel of activations has a row of zeros there, so that a filler meets no NaN or Inf.
+// Slices are stored by section, then block, then number of non-zeros.
 struct SparseMatrix {
-  int64_t rows, columns;   // columns <= 65535
-  const float* values;     // [nonzeros]
-  const uint16_t* column;  // [nonzeros]
-  const uint16_t* counts;  // [rows]: non-zeros of each row
-  int64_t nonzeros;
+  int64_t rows, columns, block, section;
+  const float* values;      // [steps, 16]
+  const uint8_t* column;    // [steps, 16], within the block
+  const uint16_t* order;    // [rows of the matrix * blocks]: of each section and block, which of the section's rows comes first, second, ...
+  const uint8_t* steps_of;  // [slices]
+  int64_t steps;            // of all slices
+
+  int64_t blocks() const { return (columns + block - 1) / block; }
+  int64_t sections() const { return (rows + section - 1) / section; }
+  int64_t rows_of(int64_t s) const { return (s + 1) * section < rows ? section : rows - s * section; }
+  static int64_t slices(int64_t rows) { return (rows + kLanes - 1) / kLanes; }
+  int64_t all_slices() const {
+    const int64_t last = rows_of(sections() - 1);
+    return rows == 0 ? 0 : ((sections() - 1) * slices(section) + slices(last)) * blocks();
+  }
 };
 
-// How a product is cut, found by trials; the result hardly depends on it (only the order of the sums does).
-struct Plan {
-  int tile;         // columns of the dense matrix that stay in registers: 8, 16, 32, 64, 128; 1: a dot product a row
-  int64_t k_block;  // rows of the dense matrix that are packed at a time, to stay in the L1 cache
-  int64_t chunk;    // rows of the sparse matrix that pass over a packed block
+// The slices of one section and block.
+struct Piece {
+  int64_t rows;
+  const float* values;
+  const uint8_t* column;
+  const uint16_t* order;
+  const uint8_t* steps_of;
 };
 
-// Of one SIMD level. `tile` is one of Plan's.
+// What a product with one piece adds to. The first block of a section starts from the bias instead.
+struct Sums {
+  const float* bias;  // of the section's rows, or null
+  bool fresh;
+  float* from;  // [rows][from_stride]
+  int64_t from_stride;
+  float* to;
+  int64_t to_stride;
+};
+
+// Of one SIMD level. `tile` is 8, 16, 32, 64 or 128.
 struct SparseKernels {
   const char* name;
 
-  // out[r] = bias[r] + row r * x for rows [begin, end), whose first non-zero is number `start`. Returns whether all columns were in range.
-  bool (*dot)(const SparseMatrix&, int64_t begin, int64_t end, int64_t start, const float* x, const float* bias, float* out);
+  // to[row] = from[row] or bias[row], plus the row times x, where x[block] is 0 and x has 256 elements.
+  void (*dot)(const Piece&, const float* x, const Sums&);
 
-  // sums[r][tile] (+)= the part of row r whose columns are in [first, last) times the panel, whose first row is column `first` of the matrix.
-  // cursors[r], r in [0, rows], is where that part begins, and is moved to its end; stops[r] is the end of row r; both count from `start`.
-  void (*accumulate)(int tile, const SparseMatrix&, int64_t start, uint32_t* cursors, const uint32_t* stops, int64_t rows, const float* panel,
-                     int64_t first, int64_t last, float* sums);
+  // to[row][tile] = from[row][tile] or bias[row], plus the row times the panel, whose rows are panel_stride floats apart.
+  void (*accumulate)(int tile, const Piece&, const float* panel, int64_t panel_stride, const Sums&);
 
-  // to[c * to_stride + r] = from[r * from_stride + c] (+ bias[r], where given).
-  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_stride);
+  // to[c * to_stride + r] = from[r * from_stride + c].
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 
-  // to[r * to_stride + c] = from[r * from_stride + c] (+ bias[r], where given).
-  void (*copy_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, const float* bias, float* to, int64_t to_stride);
-
-  // Whether all columns are in range and ascend within their rows. counts are known to add up to the number of non-zeros.
-  bool (*well_formed)(const SparseMatrix&);
+  // to[r * to_stride + c] = from[r * from_stride + c].
+  void (*copy_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 
   // panel[i][tile] = from[offsets[i] ...], i in [0, rows); zeros behind the first `valid` of each row.
   void (*gather_rows)(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel);
+
+  // The largest of n bytes, and of n 16-bit numbers; 0 where n is 0.
+  int (*largest8)(const uint8_t*, int64_t n);
+  int (*largest16)(const uint16_t*, int64_t n);
 };
 
 const SparseKernels& sparse_portable();

@@ -1,6 +1,5 @@
 #include "product.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -26,45 +25,39 @@ void append_tiles(std::vector<Tile>& tiles, int64_t image, int64_t n, int tile) 
   }
 }
 
-void row_stops(const SparseMatrix& a, int64_t begin, int64_t end, std::vector<uint32_t>& stops) {
-  stops.resize(static_cast<size_t>(end - begin) + 1);
-  uint32_t at = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    stops[row - begin] = at;
-    at += a.counts[row];
-  }
-  stops[end - begin] = at;
-}
-
-std::vector<int64_t> chunk_starts(const SparseMatrix& a, int64_t chunk) {
+std::vector<int64_t> piece_starts(const SparseMatrix& a) {
   std::vector<int64_t> starts;
+  starts.reserve(static_cast<size_t>(a.sections() * a.blocks()));
+  const uint8_t* steps_of = a.steps_of;
   int64_t start = 0;
-  for (int64_t row = 0; row < a.rows; row += chunk) {
-    starts.push_back(start);
-    const int64_t end = row + chunk < a.rows ? row + chunk : a.rows;
-    uint32_t sum = 0;
-    for (int64_t r = row; r < end; ++r) sum += a.counts[r];
-    start += sum;
-  }
+  for (int64_t section = 0; section < a.sections(); ++section)
+    for (int64_t block = 0, slices = SparseMatrix::slices(a.rows_of(section)); block < a.blocks(); ++block, steps_of += slices) {
+      starts.push_back(start);
+      uint32_t sum = 0;
+      for (int64_t slice = 0; slice < slices; ++slice) sum += steps_of[slice];
+      start += sum;
+    }
   return starts;
 }
 
+Piece piece_of(const SparseMatrix& a, const std::vector<int64_t>& starts, int64_t section, int64_t block) {
+  const int64_t rows = a.rows_of(section), start = starts[section * a.blocks() + block] * kLanes;
+  return {rows, a.values + start, a.column + start, a.order + section * a.section * a.blocks() + block * rows,
+          a.steps_of + (section * SparseMatrix::slices(a.section) * a.blocks() + block * SparseMatrix::slices(rows))};
+}
+
 void validate(const SparseKernels& kernels, const SparseMatrix& a) {
-  const auto refuse = [](const std::string& what) { throw std::invalid_argument(what); };
-  int64_t total = 0;
-  for (int64_t row = 0; row < a.rows; ++row) total += a.counts[row];
-  if (total != a.nonzeros) refuse("counts must add up to " + std::to_string(a.nonzeros) + ", the number of values, got " + std::to_string(total));
-  if (kernels.well_formed(a)) return;
-  uint16_t largest = 0;
-  for (int64_t i = 0; i < a.nonzeros; ++i) largest = a.column[i] > largest ? a.column[i] : largest;
-  if (a.nonzeros > 0 && largest >= a.columns)
-    refuse("columns must be below " + std::to_string(a.columns) + ", got " + std::to_string(largest));
-  const uint16_t* column = a.column;
-  for (int64_t row = 0; row < a.rows; column += a.counts[row], ++row) {
-    bool ascending = true;
-    for (int64_t i = 1; i < a.counts[row]; ++i) ascending &= column[i - 1] < column[i];
-    if (!ascending) refuse("columns must ascend within each row, got others in row " + std::to_string(row));
-  }
+  const auto refuse = [](const char* what, int64_t limit, int64_t found) {
+    throw std::invalid_argument(std::string("packed must have ") + what + std::to_string(limit) + ", got " + std::to_string(found));
+  };
+  if (a.rows == 0) return;
+  int64_t steps = 0;
+  for (int64_t slice = 0; slice < a.all_slices(); ++slice) steps += a.steps_of[slice];
+  if (steps != a.steps) refuse("numbers of steps that add up to ", a.steps, steps);
+  if (const int largest = kernels.largest8(a.column, a.steps * kLanes); largest > a.block) refuse("columns of at most ", a.block, largest);
+  const int64_t whole = (a.sections() - 1) * a.section * a.blocks(), last = a.rows_of(a.sections() - 1);
+  if (const int largest = kernels.largest16(a.order, whole); whole > 0 && largest >= a.section) refuse("places of rows below ", a.section, largest);
+  if (const int largest = kernels.largest16(a.order + whole, last * a.blocks()); largest >= last) refuse("places of rows below ", last, largest);
 }
 
 namespace {
@@ -73,46 +66,55 @@ struct Rows {
   const SparseKernels& kernels;
   const float* x;
   int64_t columns;
-  const float* bias;
   float* out;
   int64_t out_columns;
 
   void pack(const Tile& tile, int64_t begin, int64_t end, float* panel) const {
     if (tile.valid < tile.width) memset(panel, 0, static_cast<size_t>((end - begin) * tile.width) * sizeof(float));
-    kernels.transpose(x + tile.first * columns + begin, columns, tile.valid, end - begin, nullptr, panel, tile.width);
+    kernels.transpose(x + tile.first * columns + begin, columns, tile.valid, end - begin, panel, tile.width);
   }
 
+  Target target(const Tile&, int64_t) const { return {nullptr, 0}; }
+
   void unpack(const Tile& tile, int64_t begin, int64_t end, const float* sums) const {
-    kernels.transpose(sums, tile.width, end - begin, tile.valid, bias == nullptr ? nullptr : bias + begin, out + tile.first * out_columns + begin,
-                      out_columns);
+    kernels.transpose(sums, tile.width, end - begin, tile.valid, out + tile.first * out_columns + begin, out_columns);
   }
 };
 
 }  // namespace
 
-void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const float* x, int64_t n, const float* bias, Plan plan,
+void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const float* x, int64_t n, const float* bias, int tile,
                    float* out) {
-  if (plan.tile > 1) {
-    validate(kernels, a);
+  if (tile > 1) {
     std::vector<Tile> tiles;
-    append_tiles(tiles, 0, n, plan.tile);
-    return multiply(pool, kernels, a, tiles, plan, Rows{kernels, x, a.columns, bias, out, a.rows});
+    append_tiles(tiles, 0, n, tile);
+    return multiply(pool, kernels, a, tiles, tile, bias, Rows{kernels, x, a.columns, out, a.rows});
   }
-  const std::vector<int64_t> starts = chunk_starts(a, plan.chunk);
-  const int64_t chunks = static_cast<int64_t>(starts.size());
+  validate(kernels, a);
+  const std::vector<int64_t> starts = piece_starts(a);
+  const int64_t blocks = a.blocks();
   Pool team = pool;
-  const int64_t worth = a.nonzeros * n / (kWorkOfThread / 4) + 1;  // a gather is slower than a multiplication
+  const int64_t worth = a.steps * kLanes * n / (kWorkOfThread / 4) + 1;  // a gather is slower than a multiplication
   if (worth < team.threads) team.threads = static_cast<int>(worth);
-  int64_t total = starts.empty() ? 0 : starts.back();
-  for (int64_t row = (chunks - 1) * plan.chunk; chunks > 0 && row < a.rows; ++row) total += a.counts[row];
-  if (total != a.nonzeros) validate(kernels, a);
-  std::atomic<bool> in_range{true};
-  for_tasks(team, chunks, [&](int, int64_t chunk) {
-    const int64_t begin = chunk * plan.chunk, end = begin + plan.chunk < a.rows ? begin + plan.chunk : a.rows;
-    for (int64_t i = 0; i < n; ++i)
-      if (!kernels.dot(a, begin, end, starts[chunk], x + i * a.columns, bias, out + i * a.rows)) in_range = false;
+  // Each block of x with a 0 behind it.
+  const int64_t length = blocks * (a.block + 1);
+  float* spread = Scratch::mine().panel(n * length + kMaxBlock);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t k = block * a.block, width = k + a.block < a.columns ? a.block : a.columns - k;
+      float* to = spread + i * length + block * (a.block + 1);
+      memcpy(to, x + i * a.columns + k, static_cast<size_t>(width) * sizeof(float));
+      memset(to + width, 0, static_cast<size_t>(a.block + 1 - width) * sizeof(float));
+    }
+  for_tasks(team, a.sections(), [&](int, int64_t section) {
+    const int64_t row = section * a.section;
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t i = 0; i < n; ++i) {
+        float* to = out + i * a.rows + row;
+        kernels.dot(piece_of(a, starts, section, block), spread + i * length + block * (a.block + 1),
+                    Sums{bias != nullptr ? bias + row : nullptr, block == 0, to, 1, to, 1});
+      }
   });
-  if (!in_range) validate(kernels, a);
 }
 
 }  // namespace cram

@@ -1,6 +1,7 @@
 // Products of a sparse matrix: cut into tasks that threads claim. Torch-free.
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "../cpu/parallel.h"
@@ -10,8 +11,8 @@ namespace cram {
 
 const SparseKernels& sparse_kernels(const char* level);  // of a name in simd_levels()
 
-// out[n, rows] = x[n, columns] * matrix^T + bias.
-void sparse_linear(const Pool&, const SparseKernels&, const SparseMatrix&, const float* x, int64_t n, const float* bias, Plan, float* out);
+// out[n, rows] = x[n, columns] * matrix^T + bias. tile: how many rows of x are handled together: 8, 16, 32, 64 or 128, or 1 for another kernel.
+void sparse_linear(const Pool&, const SparseKernels&, const SparseMatrix&, const float* x, int64_t n, const float* bias, int tile, float* out);
 
 struct Convolution {
   int64_t batch, channels, height, width;  // of the input, contiguous
@@ -23,10 +24,16 @@ struct Convolution {
 };
 
 // The matrix is the weight [out_channels, channels * kernel[0] * kernel[1]]; out: [batch, out_channels, out_size(0), out_size(1)].
-void sparse_conv2d(const Pool&, const SparseKernels&, const SparseMatrix&, const Convolution&, const float* x, const float* bias, Plan, float* out);
+// tile: how many output positions are handled together, 8 to 128.
+void sparse_conv2d(const Pool&, const SparseKernels&, const SparseMatrix&, const Convolution&, const float* x, const float* bias, int tile, float* out);
 
-// Throws std::invalid_argument, which says what, where counts or columns are impossible.
+// Throws std::invalid_argument, which says what, where a number in the matrix would lead out of it.
 void validate(const SparseKernels&, const SparseMatrix&);
+
+// The first step of every (section, block), in the order of their storage.
+std::vector<int64_t> piece_starts(const SparseMatrix&);
+
+Piece piece_of(const SparseMatrix&, const std::vector<int64_t>& starts, int64_t section, int64_t block);
 
 // The columns [first, first + valid) of a dense matrix, or less than a tile of them.
 struct Tile {
@@ -40,7 +47,6 @@ void append_tiles(std::vector<Tile>&, int64_t image, int64_t n, int tile);
 
 // Memory of a thread, 64-byte aligned, that stays for its next call.
 struct Scratch {
-  std::vector<uint32_t> stops, cursors;
   float* panel(int64_t floats) { return grown(panel_, floats); }
   float* sums(int64_t floats) { return grown(sums_, floats); }
   static Scratch& mine() {
@@ -56,44 +62,56 @@ struct Scratch {
   std::vector<float> panel_, sums_;
 };
 
-// Where each row of [begin, end) ends, behind the first non-zero of the first one; stops[0] is 0.
-void row_stops(const SparseMatrix&, int64_t begin, int64_t end, std::vector<uint32_t>& stops);
-
-// The number of the first non-zero of every `chunk`-th row.
-std::vector<int64_t> chunk_starts(const SparseMatrix&, int64_t chunk);
-
 constexpr int64_t kWorkOfThread = 200000;  // multiplications that are worth waking a thread for
 
-// b.pack(tile, k_begin, k_end, panel) copies a block of the dense matrix, b.unpack(tile, row_begin, row_end, sums) stores a block of results.
+// Where a block of results goes: `to` is null where they have to be rearranged.
+struct Target {
+  float* to;
+  int64_t stride;
+};
+
+// b.pack(tile, k_begin, k_end, panel) copies a block of the dense matrix; b.target(tile, row) is where results of a row and those behind it go as they
+// are; where it is nowhere, b.unpack(tile, row_begin, row_end, sums) stores them.
 template <class Dense>
-void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const std::vector<Tile>& tiles, Plan plan, const Dense& b) {
-  const std::vector<int64_t> starts = chunk_starts(a, plan.chunk);
-  const int64_t chunks = static_cast<int64_t>(starts.size()), all = static_cast<int64_t>(tiles.size());
+void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const std::vector<Tile>& tiles, int widest, const float* bias,
+              const Dense& b) {
+  validate(kernels, a);
+  const std::vector<int64_t> starts = piece_starts(a);
+  const int64_t sections = a.sections(), blocks = a.blocks(), units = static_cast<int64_t>(tiles.size()) * sections;
   int64_t columns = 0;
   for (const Tile& tile : tiles) columns += tile.width;
   Pool team = pool;
-  const int64_t worth = a.nonzeros * columns / kWorkOfThread + 1;
+  const int64_t worth = a.steps * kLanes * columns / kWorkOfThread + 1;
   if (worth < team.threads) team.threads = static_cast<int>(worth);
-  int64_t group = (all * chunks + 4 * team.threads - 1) / (4 * team.threads);  // tiles a task: about 4 tasks a thread
-  group = team.threads == 1 || group > all ? all : group < 1 ? 1 : group;
-  const int64_t groups = (all + group - 1) / group, k_block = plan.k_block < a.columns ? plan.k_block : a.columns;
-  for_tasks(team, groups * chunks, [&](int, int64_t task) {
+  const int64_t tasks = team.threads == 1 || units < 4 * team.threads ? (team.threads == 1 ? 1 : units) : 4 * team.threads;
+  // Where several sections pass over a tile, it is packed once, else block by block, to stay in the first-level cache.
+  const bool whole = sections > 1;
+  for_tasks(team, tasks, [&](int, int64_t task) {
     Scratch& scratch = Scratch::mine();
-    const int64_t chunk = task / groups, row = chunk * plan.chunk, end = row + plan.chunk < a.rows ? row + plan.chunk : a.rows, rows = end - row;
-    float* sums = scratch.sums(rows * plan.tile);
-    float* panel = scratch.panel(k_block * plan.tile);
-    row_stops(a, row, end, scratch.stops);
-    const uint32_t* stops = scratch.stops.data();
-    const int64_t last = (task % groups + 1) * group < all ? (task % groups + 1) * group : all;
-    for (int64_t t = task % groups * group; t < last; ++t) {
-      const Tile& tile = tiles[t];
-      scratch.cursors.assign(stops, stops + rows);
-      for (int64_t k = 0; k < a.columns; k += k_block) {
-        const int64_t k_end = k + k_block < a.columns ? k + k_block : a.columns;
+    float* sums = scratch.sums(a.section * widest);
+    float* panels = scratch.panel((whole ? blocks : 1) * (a.block + 1) * widest);
+    int64_t packed = -1;
+    for (int64_t unit = task * units / tasks; unit < (task + 1) * units / tasks; ++unit) {
+      const int64_t section = unit % sections, row = section * a.section, rows = a.rows_of(section);
+      const Tile& tile = tiles[unit / sections];
+      const auto pack = [&](int64_t block, float* panel) {
+        const int64_t k = block * a.block, k_end = k + a.block < a.columns ? k + a.block : a.columns;
         b.pack(tile, k, k_end, panel);
-        kernels.accumulate(tile.width, a, starts[chunk], scratch.cursors.data(), stops + 1, rows, panel, k, k_end, sums);
+        memset(panel + (k_end - k) * tile.width, 0, static_cast<size_t>((a.block + 1 - (k_end - k)) * tile.width) * sizeof(float));
+      };
+      if (whole && packed != unit / sections) {
+        for (int64_t block = 0; block < blocks; ++block) pack(block, panels + block * (a.block + 1) * tile.width);
+        packed = unit / sections;
       }
-      b.unpack(tile, row, end, sums);
+      const Target target = b.target(tile, row);
+      for (int64_t block = 0; block < blocks; ++block) {
+        float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
+        if (!whole) pack(block, panel);
+        Sums s{bias != nullptr ? bias + row : nullptr, block == 0, sums, tile.width, sums, tile.width};
+        if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride;
+        kernels.accumulate(tile.width, piece_of(a, starts, section, block), panel, tile.width, s);
+      }
+      if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
     }
   });
 }

@@ -14,23 +14,30 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// The arguments that describe the matrix, checked but for what is in them: validate() looks at that.
-SparseMatrix matrix_of(const Check& check, const Tensor& values, const Tensor& columns, const Tensor& counts, int64_t width) {
-  const auto vector_of = [&](const char* name, const Tensor& t, ScalarType dtype) {
-    if (t.scalar_type() != dtype || t.dim() != 1 || !t.is_contiguous())
-      check.refuse(name, "be a contiguous vector of " + show(dtype), show(t.scalar_type()) + " of shape " + show(t.sizes()));
-  };
-  vector_of("values", values, ScalarType::Float);
-  vector_of("columns", columns, ScalarType::Short);
-  vector_of("counts", counts, ScalarType::Short);
-  if (columns.numel() != values.numel()) check.refuse("columns", "be as many as the values, " + std::to_string(values.numel()), std::to_string(columns.numel()));
-  if (width < 1 || width > 65535) check.refuse("input", "meet 1 to 65535 columns of the weight", std::to_string(width));
-  return {counts.numel(),
-          width,
-          values.const_data_ptr<float>(),
-          static_cast<const uint16_t*>(columns.data_ptr()),
-          static_cast<const uint16_t*>(counts.data_ptr()),
-          values.numel()};
+constexpr int64_t kLargest = int64_t{1} << 28;  // rows, columns
+
+// packed and layout, checked but for what is in them: validate() looks at that.
+SparseMatrix matrix_of(const Check& check, const Tensor& packed, const Integers& layout, int64_t columns) {
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous())
+    check.refuse("packed", "be a contiguous vector of " + show(ScalarType::Byte), show(packed.scalar_type()) + " of shape " + show(packed.sizes()));
+  if (layout.size() != 4) check.refuse("layout", "have 4 numbers", std::to_string(layout.size()));
+  SparseMatrix a{layout[0], layout[1], layout[2], layout[3], nullptr, nullptr, nullptr, nullptr, 0};
+  if (a.rows < 0 || a.rows > kLargest || a.columns < 1 || a.columns > kLargest || a.block < 1 || a.block > kMaxBlock || a.section < kLanes ||
+      a.section > kMaxSection || a.section % kLanes != 0)
+    check.refuse("layout", "be rows, columns, a block of 1 to 255 and a section of 16 to 4096, divisible by 16",
+                 std::to_string(a.rows) + ", " + std::to_string(a.columns) + ", " + std::to_string(a.block) + ", " + std::to_string(a.section));
+  if (columns != a.columns) check.refuse("input", "meet " + std::to_string(a.columns) + " columns of the weight", std::to_string(columns));
+  const int64_t bytes = packed.numel(), places = a.rows * a.blocks(), tables = 2 * places + a.all_slices(), step = kLanes * (sizeof(float) + 1);
+  if (bytes < tables || (bytes - tables) % step != 0)
+    check.refuse("packed", "have " + std::to_string(tables) + " bytes and 80 a step", std::to_string(bytes));
+  a.steps = (bytes - tables) / step;
+  const char* memory = static_cast<const char*>(packed.data_ptr());
+  if (reinterpret_cast<uintptr_t>(memory) % sizeof(float) != 0) check.refuse("packed", "begin at a multiple of 4 bytes", "another address");
+  a.values = reinterpret_cast<const float*>(memory);
+  a.order = reinterpret_cast<const uint16_t*>(a.values + a.steps * kLanes);
+  a.column = reinterpret_cast<const uint8_t*>(a.order + places);
+  a.steps_of = a.column + a.steps * kLanes;
+  return a;
 }
 
 const float* bias_of(const Check& check, const MaybeTensor& bias, int64_t rows) {
@@ -45,22 +52,16 @@ void check_input(const Check& check, const Tensor& input) {
   if (!input.is_contiguous()) check.refuse("input", "be contiguous", "strides " + show(input.strides()));
 }
 
-constexpr int64_t kL1 = 40 * 1024;
-
-// plan: (largest n, tile, k_block, chunk), ... by ascending n; of `n` columns, or what usually is good where it says nothing of them.
-Plan plan_of(const Check& check, const Integers& plan, int64_t n, int64_t smallest_tile) {
-  if (plan.size() % 4 != 0) check.refuse("plan", "have 4 numbers an entry", std::to_string(plan.size()));
-  Plan chosen{n == 1 && smallest_tile == 1 ? 1 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64, 0, 256};
-  chosen.k_block = kL1 / 4 / chosen.tile;
-  for (size_t i = 0; i < plan.size(); i += 4) {
-    const int64_t tile = plan[i + 1], k_block = plan[i + 2], chunk = plan[i + 3];
-    const bool known = tile == 8 || tile == 16 || tile == 32 || tile == 64 || tile == 128 || (tile == 1 && smallest_tile == 1);
-    if (!known || k_block < 1 || k_block > 65535 || chunk < 1 || chunk > 65536)
-      check.refuse("plan", "have a tile of 8 to 128, a k_block of 1 to 65535 and a chunk of 1 to 65536",
-                   std::to_string(tile) + ", " + std::to_string(k_block) + ", " + std::to_string(chunk));
-    if (n <= plan[i]) return {static_cast<int>(tile), k_block, chunk};
+// plan: (largest n, tile), ... by ascending n; the tile for n columns, or what usually is good where it says nothing of them.
+int tile_of(const Check& check, const Integers& plan, int64_t n, int64_t smallest) {
+  if (plan.size() % 2 != 0) check.refuse("plan", "have 2 numbers an entry", std::to_string(plan.size()));
+  for (size_t i = 0; i < plan.size(); i += 2) {
+    const int64_t tile = plan[i + 1];
+    const bool known = tile == 8 || tile == 16 || tile == 32 || tile == 64 || tile == 128 || (tile == 1 && smallest == 1);
+    if (!known) check.refuse("plan", "have a tile of 8, 16, 32, 64 or 128" + std::string(smallest == 1 ? ", or 1" : ""), std::to_string(tile));
+    if (n <= plan[i]) return static_cast<int>(tile);
   }
-  return chosen;
+  return n == 1 && smallest == 1 ? 1 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
 }
 
 // What the product finds impossible is an argument of the op.
@@ -75,27 +76,26 @@ void run(const char* op, Run product) {
 
 std::vector<int64_t> list(torch::headeronly::IntHeaderOnlyArrayRef sizes) { return {sizes.begin(), sizes.end()}; }
 
-Tensor sparse_linear_cpu(const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& counts, const MaybeTensor& bias,
-                         const Integers& plan) {
+Tensor sparse_linear_cpu(const Tensor& input, const Tensor& packed, const MaybeTensor& bias, const Integers& layout, const Integers& plan) {
   Check check("sparse_linear");
   check_input(check, input);
   if (input.dim() < 1) check.refuse("input", "have 1 or more dims", "a scalar");
   std::vector<int64_t> shape = list(input.sizes());
-  const SparseMatrix a = matrix_of(check, values, columns, counts, shape.back());
+  const SparseMatrix a = matrix_of(check, packed, layout, shape.back());
   const float* b = bias_of(check, bias, a.rows);
   const int64_t n = input.numel() / a.columns;
-  const Plan chosen = plan_of(check, plan, n, 1);
+  const int tile = tile_of(check, plan, n, 1);
   shape.back() = a.rows;
   Tensor out = torch::stable::new_empty(input, shape);
   if (out.numel() == 0) return out;
   TorchContext torch;
   run("sparse_linear", [&] {
-    sparse_linear(torch.context.pool, sparse_kernels(kernels().name), a, input.const_data_ptr<float>(), n, b, chosen, out.mutable_data_ptr<float>());
+    sparse_linear(torch.context.pool, sparse_kernels(kernels().name), a, input.const_data_ptr<float>(), n, b, tile, out.mutable_data_ptr<float>());
   });
   return out;
 }
 
-Tensor sparse_conv2d_cpu(const Tensor& input, const Tensor& values, const Tensor& columns, const Tensor& counts, const MaybeTensor& bias,
+Tensor sparse_conv2d_cpu(const Tensor& input, const Tensor& packed, const MaybeTensor& bias, const Integers& layout,
                          const Integers& kernel_size, const Integers& stride, const Integers& padding, const Integers& dilation, const Integers& plan) {
   Check check("sparse_conv2d");
   check_input(check, input);
@@ -117,16 +117,16 @@ Tensor sparse_conv2d_cpu(const Tensor& input, const Tensor& values, const Tensor
     }
   }
   const int64_t window = c.kernel[0] * c.kernel[1];
-  const SparseMatrix a = matrix_of(check, values, columns, counts, c.channels > 65535 ? c.channels : c.channels * window);
+  const SparseMatrix a = matrix_of(check, packed, layout, c.channels > kLargest ? c.channels : c.channels * window);
   const float* b = bias_of(check, bias, a.rows);
   const int64_t height = c.out_size(0), width = c.out_size(1);
   if (height < 1 || width < 1) check.refuse("input", "be at least as large as the kernel", "shape " + show(input.sizes()));
-  const Plan chosen = plan_of(check, plan, height * width, 8);
+  const int tile = tile_of(check, plan, height * width, 8);
   Tensor out = torch::stable::new_empty(input, {c.batch, a.rows, height, width});
   if (out.numel() == 0) return out;
   TorchContext torch;
   run("sparse_conv2d", [&] {
-    sparse_conv2d(torch.context.pool, sparse_kernels(kernels().name), a, c, input.const_data_ptr<float>(), b, chosen, out.mutable_data_ptr<float>());
+    sparse_conv2d(torch.context.pool, sparse_kernels(kernels().name), a, c, input.const_data_ptr<float>(), b, tile, out.mutable_data_ptr<float>());
   });
   return out;
 }
@@ -135,10 +135,10 @@ Tensor sparse_conv2d_cpu(const Tensor& input, const Tensor& values, const Tensor
 }  // namespace cram
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cram_kernels, m) {
-  m.def("sparse_linear(Tensor input, Tensor values, Tensor columns, Tensor counts, Tensor? bias, int[] plan) -> Tensor");
+  m.def("sparse_linear(Tensor input, Tensor packed, Tensor? bias, int[] layout, int[] plan) -> Tensor");
   m.def(
-      "sparse_conv2d(Tensor input, Tensor values, Tensor columns, Tensor counts, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, int[] plan) -> Tensor");
+      "sparse_conv2d(Tensor input, Tensor packed, Tensor? bias, int[] layout, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int[] plan) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cram_kernels, CPU, m) {
