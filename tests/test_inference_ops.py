@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cram_kernels import _native
 from cram_kernels.inference import ops
-from cram_kernels.inference.weights import compress, decompress
+from cram_kernels.inference.weights import Layout, layout_of, pack, unpack
 
 LEVELS = [level for level in SIMD_LEVELS if level in _native.host.simd_levels()]
 
@@ -41,9 +41,9 @@ def check(actual: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tensor 
     assert ((actual - expected).abs() <= bound).all(), f"off by {((actual - expected).abs() - bound).max()} more than the bound"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: list[int]) -> Tensor:
-    rows = compress(weight)
-    return ops.sparse_linear(x, rows.values, rows.columns, rows.counts, bias, plan)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: list[int], block: int = 255, section: int = 384) -> Tensor:
+    layout = layout_of(tuple(weight.shape), block, section)
+    return ops.sparse_linear(x, pack(weight, layout), bias, layout.numbers(), plan)
 
 
 TILES = (1, 8, 16, 32, 64, 128)
@@ -60,16 +60,15 @@ def test_linear(level: str, tile: int) -> None:
         bias = torch.randn(out_features) if out_features % 2 else None
         for n in (1, 2, 7, 8, 13, 31, 64, 100, 129):
             x = torch.randn(n, in_features)
-            for k_block, chunk in ((in_features, 256), (32, 64), (7, 3)):
-                plan = [10**6, tile, k_block, chunk]
-                check(linear(x, weight, bias, plan), functional.linear, x, weight, bias)
+            for block, section in ((255, 384), (32, 64), (7, 16)):
+                check(linear(x, weight, bias, [10**6, tile], block, section), functional.linear, x, weight, bias)
 
 
 def test_linear_of_each_plan_entry() -> None:
     """An entry is good up to its number of columns; behind the last one the defaults are."""
     weight, x = pruned(20, 50, density=0.3), torch.randn(30, 50)
     for n in (1, 2, 3, 10, 30):
-        check(linear(x[:n], weight, None, [1, 1, 50, 64, 3, 8, 20, 10, 10, 16, 50, 5]), functional.linear, x[:n], weight, None)
+        check(linear(x[:n], weight, None, [1, 1, 3, 8, 10, 16]), functional.linear, x[:n], weight, None)
 
 
 def test_linear_batches(level: str) -> None:
@@ -108,13 +107,13 @@ def test_convolution(level: str, case: str) -> None:
     for density in (0.0, 0.2, 1.0):
         weight = pruned(out_channels, channels, *kernel, density=density)
         bias = torch.randn(out_channels) if density else None
-        rows = compress(weight)
+        layouts = [layout_of(tuple(weight.shape), block, section) for block, section in ((255, 384), (5, 16))]
+        packed = [pack(weight, layout) for layout in layouts]
         for batch in (0, 1, 3):
             x = torch.randn(batch, channels, *size)
             for tile in TILES[1:]:
-                for k_block, chunk in ((10**4, 256), (5, 4)):
-                    plan = [10**6, tile, k_block, chunk]
-                    y = ops.sparse_conv2d(x, rows.values, rows.columns, rows.counts, bias, kernel, stride, padding, dilation, plan)
+                for own, layout in zip(packed, layouts, strict=True):
+                    y = ops.sparse_conv2d(x, own, bias, layout.numbers(), kernel, stride, padding, dilation, [10**6, tile])
                     check(y, product, x, weight, bias)
 
 
@@ -124,7 +123,7 @@ def test_nan_and_inf(level: str, tile: int) -> None:
     weight, x = pruned(20, 40, density=0.3, seed=1), torch.randn(9, 40)
     weight[2, 5], weight[4, 6] = torch.nan, torch.inf
     x[1, 7], x[3, 8], x[5, 9] = torch.inf, -torch.inf, torch.nan
-    y = linear(x, weight, None, [10**6, tile, 16, 7])
+    y = linear(x, weight, None, [10**6, tile], 16, 16)
     stored = weight != 0
     products = torch.where(stored[None], x[:, None, :] * torch.where(stored, weight, 1.0)[None], 0.0)  # [n, out, in]
     expected = products.sum(-1)
@@ -138,13 +137,13 @@ def test_threads_do_not_change_a_bit(threads: int, set_threads: Any) -> None:
     """Enough work for four threads; each result is summed by one of them, in one order."""
     weight, image_weight = pruned(700, 300, density=0.2), pruned(64, 32, 3, 3, density=0.2)
     x, image = torch.randn(70, 300), torch.randn(2, 32, 20, 20)
-    rows, image_rows = compress(weight), compress(image_weight)
+    layout = layout_of((64, 32, 3, 3), 100, 16)
+    image_packed = pack(image_weight, layout)
 
     def run() -> list[Tensor]:
-        convolution = (image_rows.values, image_rows.columns, image_rows.counts, None, [3, 3], [1, 1], [1, 1], [1, 1])
         return [
-            *(ops.sparse_linear(x, rows.values, rows.columns, rows.counts, None, [10**6, tile, 100, 64]) for tile in (1, 8, 32)),
-            ops.sparse_conv2d(image, *convolution, [10**6, 32, 100, 16]),
+            *(linear(x, weight, None, [10**6, tile], 100, 64) for tile in (1, 8, 32)),
+            ops.sparse_conv2d(image, image_packed, None, layout.numbers(), [3, 3], [1, 1], [1, 1], [1, 1], [10**6, 32]),
         ]
 
     set_threads(1)
@@ -153,51 +152,72 @@ def test_threads_do_not_change_a_bit(threads: int, set_threads: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, run(), strict=True))
 
 
-def test_compress_and_back() -> None:
+@pytest.mark.parametrize("block, section", [(255, 384), (7, 16), (1, 32)])
+def test_pack_and_back(block: int, section: int) -> None:
     """To the bit: -0, denormals and NaN with a payload are stored."""
-    weight = pruned(9, 70, density=0.3)
-    weight[0, :4] = torch.tensor([-0.0, torch.nan, 1e-45, -torch.inf])
-    weight.view(torch.int32)[1, 1] = 0x7FA00001
-    rows = compress(weight)
-    assert torch.equal(decompress(rows, (9, 70)).view(torch.int32), weight.view(torch.int32))
-    wide = pruned(2, 65535, density=0.9)  # columns and counts that need all 16 bits
-    assert torch.equal(decompress(compress(wide), (2, 65535)), wide)
-    check(linear(torch.ones(2, 65535), wide, None, []), functional.linear, torch.ones(2, 65535), wide, None)
+    weight = pruned(45, 7, 10, density=0.3)
+    weight[0, 0, :4] = torch.tensor([-0.0, torch.nan, 1e-45, -torch.inf])
+    weight.view(torch.int32)[1, 1, 1] = 0x7FA00001
+    layout = layout_of((45, 7, 10), block, section)
+    packed = pack(weight, layout)
+    assert torch.equal(unpack(packed, layout, (45, 7, 10)).view(torch.int32), weight.view(torch.int32))
+    assert layout.section % 16 == 0 and layout.block <= block
+
+
+def test_wide_rows() -> None:
+    wide, x = pruned(2, 70000, density=0.9), torch.ones(2, 70000)
+    check(linear(x, wide, None, []), functional.linear, x, wide, None)
+
+
+LAYOUT = Layout(20, 18, 9, 16)  # two sections, two blocks, 5 bytes of order and steps at its end
 
 
 def arguments() -> dict[str, Any]:
-    rows = compress(pruned(6, 18, density=0.5))
-    return {
-        "input": torch.randn(4, 18),
-        "values": rows.values,
-        "columns": rows.columns,
-        "counts": rows.counts,
-        "bias": torch.randn(6),
-        "plan": [],
-    }
+    packed = pack(pruned(20, 18, density=0.5), LAYOUT)
+    return {"input": torch.randn(4, 18), "packed": packed, "bias": torch.randn(20), "layout": LAYOUT.numbers(), "plan": []}
 
 
-def changed(t: Tensor, i: int, value: int) -> Tensor:
-    t = t.clone()
-    t[i] = value
-    return t
+def parts(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Views of the values, the order of rows, the columns, the steps of slices."""
+    steps = (packed.numel() - 80 - 4) // 80  # 2 bytes for 20 rows in 2 blocks; 2 sections of a slice in 2 blocks
+    return packed.split((64 * steps, 80, 16 * steps, 4))  # type: ignore[return-value]
+
+
+def changed(part: int, i: int, value: int) -> Any:
+    def change(given: dict[str, Any]) -> dict[str, Any]:
+        packed = given["packed"].clone()
+        parts(packed)[part][i] = value
+        return given | {"packed": packed}
+
+    return change
 
 
 WRONG: dict[str, tuple[Any, str]] = {
     "input of float64": (lambda a: a | {"input": a["input"].double()}, "input must be float32"),
     "input not contiguous": (lambda a: a | {"input": torch.randn(18, 4).t()}, "input must be contiguous"),
     "scalar": (lambda a: a | {"input": torch.tensor(1.0)}, "input must have 1 or more dims"),
-    "values of float16": (lambda a: a | {"values": a["values"].half()}, "values must be a contiguous vector of float32"),
-    "columns of int64": (lambda a: a | {"columns": a["columns"].long()}, "columns must be a contiguous vector of int16"),
-    "columns cut off": (lambda a: a | {"columns": a["columns"][:-1]}, "columns must be as many as the values"),
-    "counts do not add up": (lambda a: a | {"counts": a["counts"] + 1}, "counts must add up to"),
-    "counts negative": (lambda a: a | {"counts": changed(a["counts"], 0, -1)}, "counts must add up to"),
-    "column beyond the input": (lambda a: a | {"columns": changed(a["columns"], -1, 18)}, "columns must be below 18, got 18"),
-    "column negative": (lambda a: a | {"columns": changed(a["columns"], 3, -1)}, "columns must be below 18, got 65535"),
-    "bias too short": (lambda a: a | {"bias": a["bias"][:-1]}, "bias must be a contiguous vector of 6 float32"),
-    "plan cut off": (lambda a: a | {"plan": [1, 8, 8]}, "plan must have 4 numbers an entry"),
-    "unknown tile": (lambda a: a | {"plan": [9, 12, 8, 8]}, "plan must have a tile of 8 to 128"),
-    "no block": (lambda a: a | {"plan": [9, 8, 0, 8]}, "plan must have a tile of 8 to 128"),
+    "another width": (lambda a: a | {"input": torch.randn(4, 17)}, "input must meet 18 columns of the weight, got 17"),
+    "packed of int8": (lambda a: a | {"packed": a["packed"].view(torch.int8)}, "packed must be a contiguous vector of uint8"),
+    "packed cut off": (lambda a: a | {"packed": a["packed"][:-1]}, "packed must have 84 bytes and 80 a step"),
+    "packed without its tables": (lambda a: a | {"packed": a["packed"][:4]}, "packed must have 84 bytes and 80 a step, got 4"),
+    "packed at an odd address": (
+        lambda a: a | {"packed": torch.cat([a["packed"][:1], a["packed"]])[1:]},
+        "packed must begin at a multiple",
+    ),
+    "a step less": (lambda a: a | {"packed": a["packed"][80:]}, "packed must have numbers of steps that add up to"),
+    "a step too many": (changed(3, 0, 200), "packed must have numbers of steps that add up to"),
+    "column beyond the block": (changed(2, 3, 10), "packed must have columns of at most 9, got 10"),
+    "row beyond the section": (changed(1, 0, 16), "packed must have places of rows below 16, got 16"),
+    "row beyond the last section": (changed(1, 79, 1), "packed must have places of rows below 4, got 25"),
+    "layout cut off": (lambda a: a | {"layout": [20, 18, 9]}, "layout must have 4 numbers, got 3"),
+    "no block": (lambda a: a | {"layout": [20, 18, 0, 16]}, "layout must be rows, columns, a block of 1 to 255"),
+    "a block of 256": (lambda a: a | {"layout": [20, 18, 256, 16]}, "layout must be rows, columns, a block of 1 to 255"),
+    "a section of 8": (lambda a: a | {"layout": [20, 18, 9, 8]}, "layout must be rows, columns, a block of 1 to 255"),
+    "too many rows": (lambda a: a | {"layout": [2**60, 18, 1, 16]}, "layout must be rows, columns, a block of 1 to 255"),
+    "more rows than are packed": (lambda a: a | {"layout": [2000, 18, 9, 16]}, "packed must have"),
+    "bias too short": (lambda a: a | {"bias": a["bias"][:-1]}, "bias must be a contiguous vector of 20 float32"),
+    "plan cut off": (lambda a: a | {"plan": [1]}, "plan must have 2 numbers an entry"),
+    "unknown tile": (lambda a: a | {"plan": [9, 12]}, "plan must have a tile of 8, 16, 32, 64 or 128"),
 }
 
 
@@ -205,23 +225,19 @@ WRONG: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_is_refused_by_name(level: str, case: str, tile: int) -> None:
     change, message = WRONG[case]
-    given = arguments()
-    given["plan"] = [100, tile, 18, 64]
+    given = arguments() | {"plan": [100, tile]}
     with pytest.raises(RuntimeError, match=f"sparse_linear: {message}"):
         ops.sparse_linear(**change(given))
 
 
-def test_columns_must_ascend() -> None:
-    """Blocks of columns are found by their order; the dot product takes any."""
-    given = arguments()
-    given["columns"] = given["columns"].flip(0).contiguous()
-    with pytest.raises(RuntimeError, match="sparse_linear: columns must ascend within each row"):
-        ops.sparse_linear(**given)
-
-
 def conv_arguments() -> dict[str, Any]:
-    rows = compress(pruned(6, 2, 3, 3, density=0.5))
-    own = {"input": torch.randn(1, 2, 5, 5), "values": rows.values, "columns": rows.columns, "counts": rows.counts, "bias": None}
+    layout = layout_of((6, 2, 3, 3))
+    own = {
+        "input": torch.randn(1, 2, 5, 5),
+        "packed": pack(pruned(6, 2, 3, 3, density=0.5), layout),
+        "bias": None,
+        "layout": layout.numbers(),
+    }
     return own | {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "plan": []}
 
 
@@ -234,9 +250,9 @@ WRONG_CONVOLUTION: dict[str, tuple[Any, str]] = {
         lambda a: a | {"padding": [0, 0], "input": torch.randn(1, 2, 2, 5)},
         "input must be at least as large",
     ),
-    "too many channels": (lambda a: a | {"input": torch.randn(1, 65536, 3, 3)}, "input must meet 1 to 65535 columns"),
-    "fewer channels": (lambda a: a | {"input": torch.randn(1, 1, 5, 5)}, "columns must be below 9"),
-    "a tile of 1": (lambda a: a | {"plan": [99, 1, 8, 8]}, "plan must have a tile of 8 to 128"),
+    "too many channels": (lambda a: a | {"input": torch.empty(0, 2**40, 3, 3)}, "input must meet 18 columns of the weight"),
+    "fewer channels": (lambda a: a | {"input": torch.randn(1, 1, 5, 5)}, "input must meet 18 columns of the weight, got 9"),
+    "a tile of 1": (lambda a: a | {"plan": [99, 1]}, "plan must have a tile of 8, 16, 32, 64 or 128"),
 }
 
 

@@ -1,8 +1,8 @@
 """The ops of sparse inference as torch sees them: result shapes for tracing, and no gradients.
 
 A weight of shape [rows, ...] is one vector of bytes, `packed`, cut as `layout` says: rows, columns, columns of a block, rows of a section
-(weights.py, csrc/sparse/matrix.h). `plan` says how many columns of the product are handled together: (largest number of columns, tile), ...,
-empty for the defaults.
+(weights.py, csrc/sparse/matrix.h). `plan` says how many columns of the product are handled together: (largest number of columns, tile),
+...; empty for the defaults.
 
     sparse_linear(input [..., K], packed, bias [rows] or None, layout, plan) -> [..., rows]
     sparse_conv2d(input [B, C, H, W], packed, bias, layout, kernel_size, stride, padding, dilation, plan) -> [B, rows, H', W']

@@ -1,6 +1,7 @@
 // The sparse products of inference without torch: each SIMD level and tile, with 1 and with 4 threads, against a plain sum in double.
 #include "sparse.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -14,25 +15,43 @@ using namespace cram;
 
 // Exactly as large as their contents: a stray access is seen.
 struct Weight {
-  std::vector<float> values;
-  std::vector<uint16_t> column, counts;
-  int64_t columns;
+  std::vector<float> dense, values;
+  std::vector<uint8_t> column, steps_of;
+  std::vector<uint16_t> order;
+  int64_t rows, columns, block, section;
   SparseMatrix matrix() const {
-    return {static_cast<int64_t>(counts.size()), columns, values.data(), column.data(), counts.data(), static_cast<int64_t>(values.size())};
+    return {rows, columns, block, section, values.data(), column.data(), order.data(), steps_of.data(), static_cast<int64_t>(values.size()) / kLanes};
   }
 };
 
 Weight make(int64_t rows, int64_t columns, double density, std::mt19937& random) {
   std::normal_distribution<float> normal;
   std::bernoulli_distribution kept(density);
-  Weight w{{}, {}, {}, columns};
-  for (int64_t r = 0; r < rows; ++r) {
-    uint16_t count = 0;
-    for (int64_t c = 0; c < columns; ++c)
-      if (kept(random)) w.values.push_back(normal(random)), w.column.push_back(static_cast<uint16_t>(c)), ++count;
-    w.counts.push_back(count);
-  }
-  w.values.shrink_to_fit(), w.column.shrink_to_fit();
+  Weight w{std::vector<float>(static_cast<size_t>(rows * columns)), {}, {}, {}, {}, rows, columns, 48, 64};
+  for (float& v : w.dense) v = kept(random) ? normal(random) : 0.0f;
+  for (int64_t top = 0; top < rows; top += w.section)
+    for (int64_t left = 0; left < columns; left += w.block) {
+      const int64_t here = std::min(w.section, rows - top), right = std::min(left + w.block, columns);
+      std::vector<std::vector<uint8_t>> kept_columns(static_cast<size_t>(here));
+      for (int64_t r = 0; r < here; ++r)
+        for (int64_t c = left; c < right; ++c)
+          if (w.dense[(top + r) * columns + c] != 0) kept_columns[r].push_back(static_cast<uint8_t>(c - left));
+      std::vector<uint16_t> order(static_cast<size_t>(here));
+      for (int64_t r = 0; r < here; ++r) order[r] = static_cast<uint16_t>(r);
+      std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return kept_columns[a].size() > kept_columns[b].size(); });
+      w.order.insert(w.order.end(), order.begin(), order.end());
+      for (int64_t first = 0; first < here; first += kLanes) {
+        const size_t steps = kept_columns[order[first]].size();
+        w.steps_of.push_back(static_cast<uint8_t>(steps));
+        for (size_t step = 0; step < steps; ++step)
+          for (int64_t i = first; i < first + kLanes; ++i) {
+            const bool full = i < here && step < kept_columns[order[i]].size();
+            w.column.push_back(full ? kept_columns[order[i]][step] : static_cast<uint8_t>(w.block));
+            w.values.push_back(full ? w.dense[(top + order[i]) * columns + left + w.column.back()] : 0.0f);
+          }
+      }
+    }
+  w.values.shrink_to_fit(), w.column.shrink_to_fit(), w.order.shrink_to_fit(), w.steps_of.shrink_to_fit();
   return w;
 }
 
@@ -47,19 +66,18 @@ bool close(float actual, double expected, double magnitudes, int64_t terms) {
   return std::fabs(actual - expected) <= static_cast<double>(terms + 2) * std::ldexp(1.0, -24) * magnitudes * 1.001;
 }
 
-bool linear_is_right(const Pool& pool, const SparseKernels& kernels, Plan plan, std::mt19937& random) {
+bool linear_is_right(const Pool& pool, const SparseKernels& kernels, int tile, std::mt19937& random) {
   const Weight w = make(300, 130, 0.2, random);
   const int64_t n = 77, rows = 300;
   const std::vector<float> x = numbers(n * w.columns, random), bias = numbers(rows, random);
   std::vector<float> out(static_cast<size_t>(n * rows));
-  sparse_linear(pool, kernels, w.matrix(), x.data(), n, bias.data(), plan, out.data());
+  sparse_linear(pool, kernels, w.matrix(), x.data(), n, bias.data(), tile, out.data());
   bool right = true;
   for (int64_t i = 0; i < n; ++i) {
-    size_t at = 0;
     for (int64_t r = 0; r < rows; ++r) {
       double sum = bias[r], magnitudes = std::fabs(bias[r]);
-      for (uint16_t j = 0; j < w.counts[r]; ++j, ++at) {
-        const double term = static_cast<double>(w.values[at]) * x[i * w.columns + w.column[at]];
+      for (int64_t k = 0; k < w.columns; ++k) {
+        const double term = static_cast<double>(w.dense[r * w.columns + k]) * x[i * w.columns + k];
         sum += term, magnitudes += std::fabs(term);
       }
       right &= close(out[i * rows + r], sum, magnitudes, w.columns);
@@ -68,24 +86,23 @@ bool linear_is_right(const Pool& pool, const SparseKernels& kernels, Plan plan, 
   return right;
 }
 
-bool convolution_is_right(const Pool& pool, const SparseKernels& kernels, Plan plan, std::mt19937& random) {
+bool convolution_is_right(const Pool& pool, const SparseKernels& kernels, int tile, std::mt19937& random) {
   const Convolution c{3, 20, 23, 21, {3, 2}, {2, 1}, {1, 1}, {1, 2}};
   const int64_t rows = 70, height = c.out_size(0), width = c.out_size(1);
   const Weight w = make(rows, c.channels * 6, 0.2, random);
   const std::vector<float> x = numbers(c.batch * c.channels * c.height * c.width, random);
   std::vector<float> out(static_cast<size_t>(c.batch * rows * height * width));
-  sparse_conv2d(pool, kernels, w.matrix(), c, x.data(), nullptr, plan, out.data());
+  sparse_conv2d(pool, kernels, w.matrix(), c, x.data(), nullptr, tile, out.data());
   bool right = true;
   for (int64_t b = 0; b < c.batch; ++b) {
-    size_t start = 0;
-    for (int64_t r = 0; r < rows; start += w.counts[r], ++r)
+    for (int64_t r = 0; r < rows; ++r)
       for (int64_t oy = 0; oy < height; ++oy)
         for (int64_t ox = 0; ox < width; ++ox) {
           double sum = 0, magnitudes = 0;
-          for (size_t at = start; at < start + w.counts[r]; ++at) {
-            const int64_t k = w.column[at], y = oy * 2 - 1 + k % 6 / 2, xx = ox - 1 + k % 2 * 2;
+          for (int64_t k = 0; k < w.columns; ++k) {
+            const int64_t y = oy * 2 - 1 + k % 6 / 2, xx = ox - 1 + k % 2 * 2;
             if (y < 0 || y >= c.height || xx < 0 || xx >= c.width) continue;
-            const double term = static_cast<double>(w.values[at]) * x[((b * c.channels + k / 6) * c.height + y) * c.width + xx];
+            const double term = static_cast<double>(w.dense[r * w.columns + k]) * x[((b * c.channels + k / 6) * c.height + y) * c.width + xx];
             sum += term, magnitudes += std::fabs(term);
           }
           right &= close(out[((b * rows + r) * height + oy) * width + ox], sum, magnitudes, w.columns);
@@ -103,9 +120,8 @@ int sparse_failures(void (*run_threads)(int, void (*)(void*, int), void*), int& 
       for (int tile : {1, 8, 16, 32, 64, 128}) {
         std::mt19937 random(7);
         const Pool pool{threads, run_threads};
-        const Plan plan{tile, 48, 64};
         const SparseKernels& kernels = sparse_kernels(level.c_str());
-        const bool right = linear_is_right(pool, kernels, plan, random) && (tile == 1 || convolution_is_right(pool, kernels, plan, random));
+        const bool right = linear_is_right(pool, kernels, tile, random) && (tile == 1 || convolution_is_right(pool, kernels, tile, random));
         ++checks;
         failures += !right;
         if (!right) printf("FAILED: sparse product, %s, %d threads, tile %d\n", level.c_str(), threads, tile);
