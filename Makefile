@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu wheel clean
+.PHONY: setup demo test lint bench docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu wheel clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ lint: setup
 # The documentation as a site in build/site, which needs no server. Warnings (a dead link, a page that the menu lacks) are errors.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
+# Ops, whole steps and training steps beside their peers: 10 minutes on 2 quiet cores, ARGS=--quick 1 minute. build/benchmarks/suite.*
+bench: setup
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 # The op tests on a library built with a sanitizer. Leaks of Python and torch themselves are not ours to count.
 OP_TESTS := tests/test_topk.py tests/test_nm.py tests/test_perturb.py tests/test_restore.py tests/test_sgd.py tests/test_adam.py tests/test_norm.py tests/test_schema.py tests/test_threads.py tests/test_bad_input.py tests/test_inference_ops.py

@@ -50,7 +50,7 @@ def captured(op: OpRun) -> Callable[[], None]:
 def contest(name: str, dtype: str, tiny: bool, setup: Setup) -> Contest:
     op = MAKE[name](TINY[:: 10 if setup.quick else 1] if tiny else setup.shapes("ResNet-50"), dtype, setup)
     made = op.contest(op.contestant("called"), copy_bound=0 if tiny else GOAL, rounds=30)
-    made.contestants[0] = Contestant("from a graph", captured(op), op.reset, facts=op.facts)
+    made.contestants[0] = Contestant("from a graph", captured(op), op.reset, facts=op.facts, ours=True)
     return made
 
 

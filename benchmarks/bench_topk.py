@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
 
 from cram_kernels.patterns import TopK
 
@@ -44,7 +46,37 @@ def prune(model: str, setup: Setup) -> Contest:
     def arguments(shapes):
         return inputs.weights_only(shapes, TopK(0.9), "fp32", setup.device)
 
-    return inputs.prune_run(setup, "prune_topk_", setup.shapes(model), arguments).contest()
+    op = inputs.prune_run(setup, "prune_topk_", setup.shapes(model), arguments)
+    pruned = GlobalUnstructured(op.arguments["weights"], 0.9)
+    contest = op.contest(Contestant("torch.nn.utils.prune", pruned.run, pruned.reset), rounds=5)
+    contest.checks.append(partial(pruned.check, op.arguments["weights"]))
+    return contest
+
+
+class GlobalUnstructured:
+    """torch.nn.utils.prune.global_unstructured, with its masks made permanent."""
+
+    def __init__(self, weights: list[Tensor], amount: float) -> None:
+        self.start, self.amount = [w.clone() for w in weights], amount
+        self.layers = [nn.Module() for _ in weights]
+        self.reset()
+
+    def reset(self) -> None:
+        for layer, start in zip(self.layers, self.start, strict=True):
+            layer.weight = nn.Parameter(start.clone())
+
+    def run(self) -> None:
+        pairs = [(layer, "weight") for layer in self.layers]
+        torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=self.amount)
+        for pair in pairs:
+            torch_prune.remove(*pair)
+
+    def check(self, ours: list[Tensor]) -> None:
+        """The same weights are left, but for the k-th, which goes by the published rule, and rounding of the count."""
+        self.run()
+        other = sum(int(((layer.weight != 0) != (w != 0)).sum()) for layer, w in zip(self.layers, ours, strict=True))
+        self.reset()
+        gate.require(other <= 2, f"torch.nn.utils.prune: {other} weights are pruned by one of both only")
 
 
 def threshold(model: str, sparsity: float, setup: Setup) -> Contest:

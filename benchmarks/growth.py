@@ -30,11 +30,11 @@ MAKE: dict[str, Callable[[list[Shape], Setup], OpRun]] = {
 }
 
 
-def by_weights(op: str, setup: Setup) -> Contest:
+def by_weights(op: str, setup: Setup, millions: tuple[int, ...] = MILLIONS) -> Contest:
     """Tensors of 2^20 weights, of 2^10 with --quick."""
     side = 32 if setup.quick else 1024
-    runs = {f"{n} M weights": MAKE[op]([(side, side)] * n, setup) for n in MILLIONS}
-    return inputs.side_by_side(runs, {f"{n} M weights": (0, FLAT) for n in MILLIONS if n > MILLIONS[0]})
+    runs = {f"{n} M weights": MAKE[op]([(side, side)] * n, setup) for n in millions}
+    return inputs.side_by_side(runs, {f"{n} M weights": (0, FLAT) for n in millions if n > millions[0]})
 
 
 def by_tensors(op: str, setup: Setup) -> Contest:
@@ -119,7 +119,7 @@ def cases() -> Iterator[run.Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main("growth", cases(), argv, column="x_ours", label="time per weight / that of the first")
+    return run.main("growth", cases(), argv)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def cases() -> Iterator[run.Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main("host", cases(), argv, "x_fused", "time / time of torch's fused step")
+    return run.main("host", cases(), argv)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class OpRun:
         gate.real(self.op, self.arguments)
 
     def contestant(self, name: str = "cram_kernels", bound: tuple[float, float] = (0.0, math.inf)) -> Contestant:
-        return Contestant(name, self.run, self.reset, bound, self.bytes, self.facts)
+        return Contestant(name, self.run, self.reset, bound, self.bytes, self.facts, ours=True)
 
     def facts(self) -> Row:
         """What a top-k tells about its selection."""

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     if shutil.which("valgrind") is None:
         print("instructions: needs valgrind, which is not on PATH")
         return run.CANNOT_RUN
-    return run.main("instructions", cases(), argv, column="instructions_a_weight", label="instructions a weight, AVX2")
+    return run.main("instructions", cases(), argv)
 
 
 if __name__ == "__main__":

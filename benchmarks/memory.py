@@ -157,7 +157,7 @@ def cases() -> Iterator[run.Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main("memory", cases(), argv, column="held", label="bytes a prunable weight held beyond the base optimizer")
+    return run.main("memory", cases(), argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""What is printed and written: the environment, a table a case, JSON, a picture."""
+"""What is printed and written: the environment, a table a case, JSON."""
 
 import json
 import os
 import platform
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cram_kernels import _native
+from cram_kernels.report import table as aligned
 from cram_kernels.version import __version__
 
 from .measure import Row
+from .shapes import free_memory
 
 HEADS = {  # column -> head, format
     "name": ("", "{}"),
@@ -38,6 +42,22 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def caches() -> str:
+    """Of the first core, as Linux tells them."""
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    found = [[(folder / name).read_text().strip() for name in ("level", "type", "size")] for folder in folders]
+    return ", ".join(f"L{level} {kind.lower()} {size}" for level, kind, size in found) or "unknown"
+
+
+def commit() -> str:
+    """Of the checkout, with a + where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def load_average() -> float:
     """Of the last minute: what else the machine was busy with; -1 where the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0
@@ -58,7 +78,14 @@ def environment(backend: str) -> Row:
         "SIMD level": host.simd_level(),
         "CPU": f"{processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        "caches": caches(),
+        "free memory": f"{free_memory('cpu') / 2**30:.1f} GiB",
+        "system": platform.platform(),
+        "load average": load_average(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+    facts |= {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "KMP_", "MKL_", "CRAM_KERNELS_"))}
     if backend != "cpu":
         facts |= {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
     return facts
@@ -73,17 +100,15 @@ def text(column: str, value: Any) -> str:
     return HEADS.get(column, ("", default))[1].format(value)
 
 
+HIDDEN = ("ours", "rounds_ms")  # for programs
+
+
 def table(rows: list[Row]) -> str:
     """Columns in the order of HEADS, then those that it does not know."""
-    present = {column: None for row in rows for column in row}
+    present = {column: None for row in rows for column in row if column not in HIDDEN}
     columns = [c for c in HEADS if c in present] + [c for c in present if c not in HEADS]
-    lines = [[HEADS.get(c, (c.replace("_", " "),))[0] for c in columns]]
-    lines += [[text(c, row.get(c)) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  " + "  ".join(f"{cell:{'<' if i == 0 else '>'}{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    heads = [HEADS.get(c, (c.replace("_", " "),))[0] for c in columns]
+    return aligned(heads, [[text(c, row.get(c)) for c in columns] for row in rows], "<" + ">" * (len(columns) - 1))
 
 
 def described(facts: Row) -> str:
@@ -93,39 +118,3 @@ def described(facts: Row) -> str:
 def write_json(path: Path, record: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def write_picture(path: Path, title: str, results: list[Row], column: str, label: str) -> str | None:
-    """One column as dots, case by case: ours blue, copies grey, peers orange. Returns why there is no picture, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no picture: matplotlib is not installed (`pip install cram_kernels[demo]`)"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = sum(1 + len(result["rows"]) for result in results)
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.2 * lines), layout="constrained")
-    names: list[str] = []  # top down, a line each
-    values: list[float] = []
-    for result in results:
-        axes.text(0, len(names), f" {result['case']}", transform=axes.get_yaxis_transform(), va="center", fontsize=8, fontweight="bold")
-        names.append("")
-        for i, row in enumerate(row for row in result["rows"] if column in row):
-            axes.plot(row[column], len(names), "o", color="#1b6ca8" if i == 0 else "#999999" if "copy" in row["name"] else "#e08214")
-            axes.annotate(f"{row[column]:.3g}", (row[column], len(names)), (6, 0), textcoords="offset points", va="center", fontsize=7)
-            names.append(row["name"])
-            values.append(row[column])
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_ylim(len(names), -1)
-    axes.grid(axis="y", linewidth=0.3)
-    if values and min(values) > 0 and max(values) > 10 * min(values):
-        axes.set_xscale("log")
-    if column.startswith("x_"):
-        axes.axvline(1, color="black", linewidth=0.6)
-    axes.set_xlabel(label)
-    axes.set_title(title, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return None

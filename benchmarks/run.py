@@ -1,18 +1,24 @@
 """The command line that all benchmarks share: check, time, print, write; no number where a check is red."""
 
 import argparse
+import contextlib
+import json
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from cram_kernels import _triton
 from cram_kernels.backend import use_backend, why_missing
+from cram_kernels.terminal import painted, progress
 
 from . import report
 from .measure import Row, Setup
+from .shapes import free_memory
 
 
 class Experiment(Protocol):
@@ -34,29 +40,38 @@ class Case:
 
     name: str
     build: Callable[[Setup], Experiment]
+    memory: int = 0  # bytes that must be free
 
 
 OK, RED, CANNOT_RUN = 0, 1, 2
 
 
 def main(
-    name: str, cases: Iterable[Case], argv: list[str] | None, column: str = "x_copy", label: str = "time / time of the faster copy"
+    name: str,
+    cases: Iterable[Case],
+    argv: list[str] | None,
+    prog: str | None = None,
+    finish: Callable[[Row, Path], str] = lambda record, folder: "",
+    **more: Any,
 ) -> int:
     """Run the cases. Returns the exit status: 0; 1 where a check was red, an op raised or no case was chosen; 2 where the backend cannot
     run here.
 
     Args:
-        name: of the benchmark, of its JSON and its picture.
+        name: of the benchmark and of its JSON.
         argv: None: the command line's.
-        column, label: what the picture shows.
+        prog: how the program is called.
+        finish: what else is made of the whole record, in the folder of its JSON; what it returns is printed last.
+        more: arguments of the parser.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser = argparse.ArgumentParser(prog=prog or f"python -m benchmarks.{name}", **more)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds: a smoke test, not a measurement")
     parser.add_argument("--backend", choices=("cpu", "cuda", "triton"), default="cpu")
     parser.add_argument("--rounds", type=int, help="how often each contestant runs")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of NAME.json and NAME.png")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of NAME.json; build/benchmarks if absent")
+    parser.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else")
     options = parser.parse_args(argv)
     reason = why_missing(options.backend)
     if options.backend == "triton" and _triton.INTERPRETED:
@@ -64,42 +79,57 @@ def main(
     if reason is not None:
         print(f"{name}: backend {options.backend} cannot run here: {reason}")
         return CANNOT_RUN
-    json, picture = (options.out / f"{name}.{kind}" for kind in ("json", "png"))
-    for path in (json, picture):  # of an earlier run
-        path.unlink(missing_ok=True)
+    path = options.out / f"{name}.json"
+    path.unlink(missing_ok=True)  # of an earlier run
     if options.threads:
         torch.set_num_threads(options.threads)
     setup = Setup(options.backend, options.quick, options.rounds)
     environment = report.environment(setup.backend)
-    print(f"{name}: {report.described(environment)}")
-    if setup.quick:
-        print("quick: small shapes, not a measurement")
     chosen = [case for case in cases if options.only in case.name]
-    if not chosen:
-        print(f"{name}: no case has {options.only!r} in its name")
-    record: Row = {"benchmark": name, "quick": setup.quick, "environment": environment, "results": [], "red": []}
-    with use_backend(setup.backend):
-        for case in chosen:
+    record: Row = {"benchmark": name, "quick": setup.quick, "environment": environment, "results": [], "red": [], "not_measured": []}
+    with use_backend(setup.backend), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if options.json else sys.stdout):
+        print(f"{name}: {report.described(environment)}")
+        if setup.quick:
+            print("quick: small shapes, not a measurement")
+        if not chosen:
+            print(f"{name}: no case has {options.only!r} in its name")
+        for i, case in enumerate(chosen):
             try:
-                record["results"].append(measured(case, setup))
+                with progress(f"{i + 1} of {len(chosen)}: {case.name}"):
+                    result = measured(case, setup)
+                record["results"].append(result)
+                print(painted(shown(case, result), sys.stdout), flush=True)
+            except NotHere as reason:
+                record["not_measured"].append({"case": case.name, "why": str(reason)})
+                print(f"{case.name}: not measured: {reason}\n", flush=True)
             except (AssertionError, RuntimeError) as error:
                 record["red"].append({"case": case.name, "why": str(error)})
                 print(f"{case.name}: RED, not measured: {error}\n", flush=True)
-            report.write_json(json, record)  # after every case: some take minutes
-    if record["results"]:
-        title = f"{name}: {environment['backend']}, {environment['CPU']}, torch {environment['torch']}"
-        if (why := report.write_picture(picture, title, record["results"], column, label)) is not None:
-            print(why)
+            report.write_json(path, record)  # after every case: some take minutes
+        if record["results"]:
+            print(finish(record, options.out))
+    if options.json:
+        print(json.dumps(record, indent=1))
     return RED if record["red"] or not chosen else OK
 
 
+class NotHere(Exception):
+    """A case that this machine cannot take: what it needs and what there is."""
+
+
 def measured(case: Case, setup: Setup) -> Row:
-    """Check, then measure and print; the tensors of the case are gone when it returns."""
+    """Check, then measure; the tensors of the case are gone when it returns."""
+    if (there := free_memory(setup.device)) < case.memory and not setup.quick:
+        raise NotHere(f"it needs {case.memory / 1e9:.0f} GB of memory, and {there / 1e9:.0f} are free")
     experiment = case.build(setup)
     experiment.check()
     facts = experiment.describe() | {"load_average": report.load_average()}
     rows = experiment.rows(setup)
     if setup.quick:
         rows = [{column: value for column, value in row.items() if column not in ("target", "met")} for row in rows]
-    print(f"{case.name}: {report.described(facts)}\n{report.table(rows)}\n", flush=True)
     return {"case": case.name, **facts, "rows": rows}
+
+
+def shown(case: Case, result: Row) -> str:
+    facts = {name: value for name, value in result.items() if name not in ("case", "rows")}
+    return f"{case.name}: {report.described(facts)}\n{report.table(result['rows'])}\n"

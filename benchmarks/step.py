@@ -24,7 +24,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 1e-2}),
 }
-BYTES = {"SGD": 16.125 + 24.125, "AdamW": 16.125 + 32.125}  # a weight, fp32: of perturb and of update
+PERTURB_BYTES = 16.125  # a weight, fp32; an eighth is the mask's
+BYTES = {"SGD": PERTURB_BYTES + 24.125, "AdamW": PERTURB_BYTES + 32.125}
 PATTERNS = (TopK(0.5), TopK(0.9), NM(2, 4))
 # The targets on the time over ours: (pattern, contestant). Ours may take 2.2 of torch's fused steps.
 BOUNDS: dict[tuple[Pattern, str], tuple[float, float]] = {
@@ -144,7 +145,7 @@ def same_weights(name: str, ours: Step, other: Step, start: list[Tensor], patter
     channels: these tensors are not compared."""
     ours()
     other()
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(start[0].dtype).eps
     for i, (a, b, w) in enumerate(zip(ours.params, other.params, start, strict=True)):
         if name == "published" and isinstance(pattern, NM) and w.dim() > 1 and pattern.why_dense(w.shape) is not None:
             continue
@@ -153,21 +154,24 @@ def same_weights(name: str, ours: Step, other: Step, start: list[Tensor], patter
         gate.require(wrong == 0, f"{name}: {wrong} of {a.numel()} weights of params[{i}] are not ours after a step")
 
 
-def step(model: str, pattern: Pattern, base: str, setup: Setup) -> Contest:
+def step(model: str, pattern: Pattern, base: str, setup: Setup, dtype: str = "fp32", compiled: bool = True) -> Contest:
+    """compiled: torch.compile beside us, which takes minutes. Eager torch is written for fp32."""
     shapes = setup.shapes(model)
-    lists = [inputs.tensors(shapes, role, torch.float32, setup.device) for role in ("params", "first_grads", "grads")]
+    lists = [inputs.tensors(shapes, role, inputs.DTYPES[dtype], setup.device) for role in ("params", "first_grads", "grads")]
     torch._dynamo.reset()
     torch._logging.set_logs(dynamo=logging.ERROR)  # a graph break where the threshold is read is meant
     # Compiling takes minutes; --quick only traces, which shows as well that it can be done.
     compile = partial(torch.compile, backend="eager" if setup.quick else "inductor")
     steps: dict[str, Step] = {"cram_kernels": Ours(pattern, base, *lists), "published": Published(pattern, base, *lists)}
-    if setup.device == "cpu":
+    if setup.device == "cpu" and dtype == "fp32":
         steps["eager torch"] = EagerStep(pattern, base, *lists)
-        if base == "SGD":  # the base that has a target
+        if base == "SGD" and compiled:  # the base that has a target
             steps["torch.compile"] = CompiledStep(pattern, compile, *lists)
     fused = Fused(base, *lists)
-    bounds = BOUNDS if base == "SGD" else {}
-    contestants = [Contestant(name, s, s.refresh, bounds.get((pattern, name), (0, math.inf))) for name, s in steps.items()]
+    bounds = BOUNDS if base == "SGD" and dtype == "fp32" else {}
+    contestants = [
+        Contestant(name, s, s.refresh, bounds.get((pattern, name), (0, math.inf)), ours=isinstance(s, Ours)) for name, s in steps.items()
+    ]
     contestants.append(
         Contestant(f"torch.optim.{base}(fused=True)", fused, fused.refresh, bounds.get((pattern, "plain fused"), (0, math.inf)))
     )
@@ -178,8 +182,9 @@ def step(model: str, pattern: Pattern, base: str, setup: Setup) -> Contest:
             same_weights(name, mine, other, lists[0], pattern, BASES[base][1]["lr"])
 
     weights = sum(p.numel() for p in lists[0])
-    formula = f"{BYTES[base]} a weight: perturb 16.125 + update {BYTES[base] - 16.125}"
-    return Contest(contestants, int(BYTES[base] * weights), formula, weights, setup.device, [check], rounds=7)
+    perturb, update = ((b - 0.125) * lists[0][0].element_size() / 4 + 0.125 for b in (PERTURB_BYTES, BYTES[base] - PERTURB_BYTES))
+    formula = f"{perturb + update} a weight: perturb {perturb} + update {update}"
+    return Contest(contestants, int((perturb + update) * weights), formula, weights, setup.device, [check], rounds=7)
 
 
 def cases() -> Iterator[run.Case]:
@@ -189,7 +194,7 @@ def cases() -> Iterator[run.Case]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run.main("step", cases(), argv, column="x_ours", label="time / time of cram_kernels")
+    return run.main("step", cases(), argv)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def executed_in_all_ways(executed: Executor) -> Executor:
 MARKS = {
     "executed": tuple(f"test_cuda_{name}" for name in ("bad_input", "histogram", "library", "nm", "perturb", "topk", "update")),
     "frameworks": ("test_framework_examples", "test_lightning", "test_transformers"),
-    "tools": ("test_benchmarks", "test_cuda_static", "test_docs", "test_site", "test_verify_gpu"),
+    "tools": ("test_benchmarks", "test_bench_suite", "test_cuda_static", "test_docs", "test_site", "test_verify_gpu"),
     "slow": ("test_demo", "test_ranks", "test_recipe_images_train", "test_triton"),
 }
 # Files that take long, and those that wait for other processes: first, so that no worker of pytest-xdist is left with one at the end.

@@ -21,9 +21,10 @@ sys.path.append(str(ROOT))
 from benchmarks import gate, host, inputs, memory, run, shapes, step  # noqa: E402
 from benchmarks.measure import Contest, Contestant, Setup, ratio  # noqa: E402
 
-NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text() and p.stem != "instructions")
+OTHERS = ("instructions", "suite")  # which tests of their own run
+NAMES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "run.main(" in p.read_text() and p.stem not in OTHERS)
 # A column that every row must have; else x_copy.
-NUMBERS = {"adversarial": "x_ours", "growth": "median_ms", "host": "calls", "memory": "held"}
+NUMBERS = {"adversarial": "x_ours", "end_to_end": "optimizer_ms", "growth": "median_ms", "host": "calls", "memory": "held"}
 
 pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
 
@@ -71,7 +72,6 @@ def test_benchmark_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
             assert NUMBERS.get(name, "x_copy") in row, (result["case"], row)
     found = list(numbers(record))
     assert found and all(math.isfinite(x) for x in found)
-    assert (tmp_path / f"{name}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in cases)
 
@@ -86,7 +86,6 @@ def test_red_check_prints_no_number(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert printed.count("RED, not measured") == 3
     assert "median" not in printed and "GB/s" not in printed
-    assert not (tmp_path / "bench_norm.png").exists()
 
 
 def test_red_check_of_one_case_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +109,8 @@ def test_red_check_of_one_case_leaves_the_others(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("what", ["red", "none chosen", "op refuses"])
 def test_nothing_of_an_earlier_run_stays(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """An op that raises makes its case red, like one that is wrong; the cases behind it take their turn."""
-    earlier = [tmp_path / "bench_norm.json", tmp_path / "bench_norm.png"]
-    for path in earlier:
-        path.write_text("of an earlier run")
+    earlier = tmp_path / "bench_norm.json"
+    earlier.write_text("of an earlier run")
     right = ops.grad_norm
 
     def refuse(grads):
@@ -126,8 +124,8 @@ def test_nothing_of_an_earlier_run_stays(what: str, tmp_path: Path, capsys: pyte
     if what == "none chosen":
         assert list(tmp_path.iterdir()) == []
         return
-    record = json.loads(earlier[0].read_text())
-    assert list(tmp_path.iterdir()) == earlier[:1]
+    record = json.loads(earlier.read_text())
+    assert list(tmp_path.iterdir()) == [earlier]
     assert record["results"] == [] and len(record["red"]) == 3
     assert what == "red" or {red["why"] for red in record["red"]} == {"grad_norm: no memory"}
 
@@ -200,7 +198,10 @@ def test_a_backend_that_cannot_run_says_why(tmp_path: Path, capsys: pytest.Captu
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model, tensors, weights, prunable", [("ResNet-50", 161, 25_557_032, 54), ("BERT-base", 199, 109_482_240, 76)])
+@pytest.mark.parametrize(
+    "model, tensors, weights, prunable",
+    [("ResNet-50", 161, 25_557_032, 54), ("BERT-base", 199, 109_482_240, 76), ("ViT-B", 152, 86_567_656, 52)],
+)
 def test_shapes(model: str, tensors: int, weights: int, prunable: int) -> None:
     found = shapes.MODELS[model]()
     assert len(found) == tensors

@@ -1,0 +1,101 @@
+"""`make bench`: ops, whole steps and training steps beside their peers in one run; one JSON, one table, charts. `bench compare` judges two.
+
+The cases are those of the other programs of this folder, as many as ten minutes on two cores allow.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from cram_kernels.patterns import NM, TopK
+from cram_kernels.report import table as aligned
+
+from . import bench_adam, bench_nm, bench_sgd, bench_topk, charts, compare, end_to_end, growth, report, run
+from .measure import Row, Setup
+from .run import Case
+from .shapes import BILLION, MODELS
+from .step import step
+
+EPILOG = """Examples:
+  cram-kernels bench --quick
+  cram-kernels bench compare before/suite.json after/suite.json
+
+Exit status: 0; 1, a result is wrong, or (compare) slower; 2, it cannot run here.
+"""
+GIB = 2**30
+
+
+def plain_topk(setup: Setup):
+    """Without a peer, which would need more memory than the list."""
+    return bench_topk.perturb_run(setup.shapes(BILLION), TopK(0.9), "fp32", setup).contest(rounds=5)
+
+
+def plain_sgd(setup: Setup):
+    return bench_sgd.sgd_run(setup.shapes(BILLION), "fp32", setup).contest(rounds=5)
+
+
+def cases() -> Iterator[Case]:
+    yield from end_to_end.cases()
+    for pattern, base, dtype in (
+        (TopK(0.9), "SGD", "fp32"),
+        (TopK(0.5), "SGD", "fp32"),
+        (NM(2, 4), "SGD", "fp32"),
+        (TopK(0.9), "AdamW", "fp32"),
+        (TopK(0.9), "AdamW", "bf16"),
+    ):
+        compiled = (pattern, base) == (TopK(0.9), "SGD")  # compiling takes a minute
+        build = partial(step, "ResNet-50", pattern, base, dtype=dtype, compiled=compiled)
+        yield Case(f"step ResNet-50 {base} {pattern} {dtype}", lambda setup, build=build: build(setup=setup), 6 * GIB)
+    for model in MODELS:
+        large = (0 if model == "ResNet-50" else 5) * GIB
+        for sparsity in (0.5, 0.9):
+            yield Case(f"perturb_topk_ {model} {TopK(sparsity)}", partial(bench_topk.perturb, model, sparsity), large)
+        yield Case(f"perturb_nm_ {model} 2:4", partial(bench_nm.perturb, model, NM(2, 4)), large)
+        yield Case(f"restore_sgd_ {model}", partial(bench_sgd.sgd, model), large)
+        yield Case(f"restore_adam_ {model}", partial(bench_adam.adamw, model), large)
+    yield Case("perturb_topk_ ResNet-50 90 %, dtypes", bench_topk.dtypes)
+    yield Case("perturb_nm_ ResNet-50 2:4, dtypes", bench_nm.dtypes)
+    yield Case("restore_sgd_ ResNet-50, dtypes", bench_sgd.dtypes)
+    yield Case(f"perturb_topk_ {BILLION} 90 %", plain_topk, 12 * GIB)
+    yield Case(f"restore_sgd_ {BILLION}", plain_sgd, 12 * GIB)
+    yield Case("topk_threshold ResNet-50 90 %", partial(bench_topk.threshold, "ResNet-50", 0.9))
+    yield Case("prune_topk_ ResNet-50 90 %", partial(bench_topk.prune, "ResNet-50"))
+    for op in growth.MAKE:
+        yield Case(f"{op} by weights", partial(growth.by_weights, op, millions=(16, 1, 4, 64)), 4 * GIB)
+
+
+def summary(results: list[Row]) -> str:
+    """One line for each thing of ours that was measured, with the peers beside it in multiples of its time."""
+    rows = []
+    for result in results:
+        copies = [row for row in result["rows"] if "copy" in row["name"]]
+        peers = [row for row in result["rows"] if not row["ours"] and row not in copies]
+        for row in (row for row in result["rows"] if row["ours"]):
+            name = result["case"] if row["name"] == "cram_kernels" else f"{result['case']}: {row['name']}"
+            told = ", ".join(f"{peer['name'].removeprefix('torch.optim.')} {peer['x_ours']:.3g}" for peer in peers)
+            share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+            rate = f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else ""
+            rows.append((name, f"{row['median_ms']:.4g}", f"{row['spread']:.0%}", rate, share, told))
+    return aligned(("case", "ms", "spread", "GB/s", "of copy", "peers, times of ours"), rows, "<>>>><")
+
+
+def finish(record: Row, folder: Path) -> str:
+    text = summary(record["results"])
+    (folder / "suite.txt").write_text(f"{report.described(record['environment'])}\n\n{text}\n")
+    return f"{text}\n\n{charts.draw(record, folder)}"
+
+
+def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.suite") -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:], prog=f"{prog} compare")
+    about = "Measure ops, whole steps and training steps beside their peers: ten minutes on two cores, one with --quick."
+    return run.main(
+        "suite", cases(), argv, prog, finish, description=about, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""`make bench` and `bench compare`: what a quick run writes, the statistics against scipy, and the clock of a simulated GPU."""
+
+import itertools
+import json
+import math
+import random
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cram_kernels import cli, ops
+from cram_kernels.backend import why_missing
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import bench_topk, compare, end_to_end, measure, run, shapes, suite  # noqa: E402
+from benchmarks.measure import Contestant, Setup  # noqa: E402
+
+pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
+
+
+def bench(folder: Path, *options: str) -> int:
+    return cli.main(["bench", "--quick", "--threads", str(torch.get_num_threads()), "--out", str(folder), *options])
+
+
+def test_cases_cover_what_they_should() -> None:
+    names = [case.name for case in suite.cases()]
+    assert len(set(names)) == len(names)
+    for model in ("ResNet-50", "BERT-base", "ViT-B"):
+        assert f"training step {model}" in names
+        for op in ("perturb_topk_ {} 50 %", "perturb_topk_ {} 90 %", "perturb_nm_ {} 2:4", "restore_sgd_ {}", "restore_adam_ {}"):
+            assert op.format(model) in names
+    assert any("bf16" in name for name in names) and any(shapes.BILLION in name for name in names)
+
+
+def test_quick_run_writes_record_table_and_charts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for chosen in ("90 % by weights", "training step ResNet-50", "step ResNet-50 AdamW 90 % bf16"):
+        assert bench(tmp_path, "--only", chosen) == run.OK, capsys.readouterr().out
+        record = json.loads((tmp_path / "suite.json").read_text())
+        (result,) = [result for result in record["results"] if result["case"].endswith(chosen)]
+        assert {"CPU", "threads", "torch", "caches", "free memory", "load average", "commit", "date"} <= record["environment"].keys()
+        assert all(len(row["rounds_ms"]) == 2 and min(row["rounds_ms"]) == pytest.approx(row["min_ms"], rel=1e-4) for row in result["rows"])
+        assert result["case"] in (tmp_path / "suite.txt").read_text() and result["case"] in capsys.readouterr().out
+    for chart in ("parts", "growth", "roofline"):
+        assert ElementTree.parse(tmp_path / f"{chart}.svg").getroot().tag.endswith("svg")
+    assert "cram_kernels" in (tmp_path / "parts.svg").read_text()  # text is text, that a reader can select
+
+
+def test_parts_of_a_training_step_are_the_whole() -> None:
+    made = end_to_end.EndToEnd("BERT-base", Setup(quick=True))
+    made.check()
+    for training in made.trainings.values():
+        spent = training.step()
+        assert spent.keys() == {"forward", "backward", "optimizer"} and min(spent.values()) > 0
+    assert [len(training.halves) for training in made.trainings.values()] == [2, 2, 1]
+
+
+def test_other_weights_after_a_training_step_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.restore_sgd_
+
+    def wrong(params, *args, **kwargs):
+        right(params, *args, **kwargs)
+        params[0].data.add_(1)
+
+    monkeypatch.setattr(ops, "restore_sgd_", wrong)
+    assert bench(tmp_path, "--only", "training step ViT-B") == run.RED
+    assert "are not ours after a step" in json.loads((tmp_path / "suite.json").read_text())["red"][0]["why"]
+
+
+def test_prune_of_torch_is_a_peer_that_prunes_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench(tmp_path, "--only", "prune_topk_ ResNet-50", "--json") == run.OK
+    record = json.loads(capsys.readouterr().out)  # nothing else is printed
+    assert "torch.nn.utils.prune" in [row["name"] for row in record["results"][0]["rows"]]
+    right = bench_topk.GlobalUnstructured
+    monkeypatch.setattr(bench_topk, "GlobalUnstructured", lambda weights, amount: right(weights, amount - 0.01))
+    assert bench(tmp_path, "--only", "prune_topk_ ResNet-50") == run.RED
+    assert "are pruned by one of both only" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = run.Case("large", lambda setup: pytest.fail("was built"), memory=10**12)
+    monkeypatch.setattr(run, "free_memory", lambda device: 10**9)
+    assert run.main("test", [case], ["--out", str(tmp_path)]) == run.OK
+    found = json.loads((tmp_path / "test.json").read_text())["not_measured"]
+    assert found == [{"case": "large", "why": "it needs 1000 GB of memory, and 1 are free"}]
+
+
+def test_the_list_of_a_billion_fits_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 10**13)
+    whole = shapes.billion("cpu")
+    assert 1.0e9 < shapes.numel(whole) < 1.2e9 and len(whole) == 3 + 22 * 9
+    for gigabytes in (30, 60):
+        monkeypatch.setattr(shapes, "free_memory", lambda device, bytes=gigabytes * 10**9: bytes)
+        fitting = shapes.billion("cpu")
+        assert len(fitting) < len(whole) and shapes.numel(fitting) * shapes.PEAK <= gigabytes * 10**9 // 2
+    assert shapes.free_memory("cpu") > 10**6
+
+
+@pytest.mark.parametrize("sizes", [(5, 7), (15, 15), (2, 2)])
+def test_p_values_are_those_of_scipy(sizes: tuple[int, int]) -> None:
+    from scipy.stats import mannwhitneyu
+
+    draw = random.Random(0)
+    for shift in (0, 0.5, 3):
+        a, b = ([draw.gauss(mean, 1) for _ in range(n)] for mean, n in zip((0, shift), sizes, strict=True))
+        assert compare.p_value(a, b) == pytest.approx(mannwhitneyu(a, b, method="exact").pvalue, rel=1e-9)
+
+
+def test_p_value_with_ties_by_brute_force() -> None:
+    """Every way to choose the first sample's places; the statistic counts pairs, half for a tie."""
+    a, b = [1.0, 2.0, 2.0, 3.0], [2.0, 3.0, 4.0, 4.0, 5.0]
+
+    def wins(x: list[float], y: list[float]) -> float:
+        return abs(sum((p > q) + (p == q) / 2 for p in x for q in y) - len(x) * len(y) / 2)
+
+    pooled = a + b
+    ways = [
+        wins([pooled[i] for i in chosen], [pooled[i] for i in range(9) if i not in chosen])
+        for chosen in itertools.combinations(range(9), 4)
+    ]
+    assert compare.p_value(a, b) == pytest.approx(sum(w >= wins(a, b) for w in ways) / len(ways))
+    assert compare.p_value([1.0] * 5, [1.0] * 5) == 1
+
+
+def test_holm_is_the_textbook() -> None:
+    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def record(times: dict[str, list[float]], copy: list[float]) -> dict[str, Any]:
+    rows = [{"name": "cram_kernels", "ours": True}, {"name": "copy_", "ours": False}]
+    results = [
+        {
+            "case": case,
+            "weights": 10,
+            "rows": [row | {"rounds_ms": t, "median_ms": sorted(t)[7]} for row, t in zip(rows, (own, copy), strict=True)],
+        }
+        for case, own in times.items()
+    ]
+    return {"environment": {"CPU": "x", "load average": copy[0]}, "results": results}
+
+
+def test_regressions_are_told_from_noise(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The second run's machine is twice as slow, copies too; one case is 10 % slower besides, one 20 % faster, 18 are as before."""
+    draw = random.Random(1)
+
+    def rounds(factor: float) -> tuple[list[float], list[float]]:
+        copy = [factor * draw.uniform(1, 1.2) for _ in range(15)]
+        return copy, copy
+
+    def run_of(machine: float, change: dict[str, float]) -> dict[str, Any]:
+        copy, _ = rounds(machine)
+        names = ["slow", "fast", *(f"same {i}" for i in range(18))]
+        return record({n: [3 * c * change.get(n, 1) * draw.gauss(1, 0.02) for c in copy] for n in names}, copy)
+
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, content in zip(files, (run_of(1, {}), run_of(2, {"slow": 1.1, "fast": 0.8})), strict=True):
+        path.write_text(json.dumps(content))
+    assert cli.main(["bench", "compare", *map(str, files), "--json"]) == compare.SLOWER
+    found = {row["case"].partition(",")[0]: row for row in json.loads(capsys.readouterr().out)}
+    assert {name for name, row in found.items() if row["verdict"] != "noise"} == {"slow", "fast"}
+    assert found["slow"]["verdict"] == "slower" and found["slow"]["low"] < 1.1 < found["slow"]["high"]
+    assert found["fast"]["verdict"] == "faster" and math.isclose(found["fast"]["ratio"], 0.8, rel_tol=0.05)
+    assert cli.main(["bench", "compare", str(files[0]), str(files[0])]) == compare.OK
+    assert "0 slower, 0 faster, 20 noise" in capsys.readouterr().out
+    assert cli.main(["bench", "compare", str(files[0]), str(tmp_path / "none.json")]) == compare.CANNOT
+    files[1].write_text(json.dumps(record({"another": [1.0] * 15}, [1.0] * 15)))
+    assert cli.main(["bench", "compare", *map(str, files)]) == compare.CANNOT
+    assert "got none" in capsys.readouterr().err
+
+
+class Gpu:
+    """A GPU with one queue, and a host whose calls take their time: what torch.cuda's functions do to two clocks, in clock cycles."""
+
+    def __init__(self, host: int, device: int, waits: bool = False) -> None:
+        self.now, self.free, self.host, self.device, self.waits = 0, 0, host, device, waits
+
+    def queue(self, cycles: int) -> int:
+        self.free = max(self.free, self.now) + cycles
+        return self.free
+
+    def run(self) -> None:
+        """Three kernels; the host needs a third of its time before each."""
+        for _ in range(3):
+            self.now += self.host // 3
+            done = self.queue(self.device // 3)
+        if self.waits:
+            self.now = max(self.now, done)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def event(self, enable_timing: bool) -> Any:
+        made = SimpleNamespace(at=0)
+        made.record = lambda: setattr(made, "at", self.queue(0))
+        made.query = lambda: self.now >= made.at
+        made.elapsed_time = lambda last: 1e3 * (last.at - made.at)
+        return made
+
+
+@pytest.mark.parametrize("host", [3_000, 3_000_000, 90_000_000])
+def test_the_host_is_no_part_of_a_time_on_a_gpu(host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 300,000 cycles on the GPU takes them, however long the host needs to queue it; one that waits for the GPU is marked."""
+    for waits in (False, True):
+        gpu = Gpu(host, 300_000, waits)
+        fake = SimpleNamespace(
+            Event=gpu.event,
+            synchronize=gpu.synchronize,
+            _sleep=gpu.queue,
+            get_device_properties=lambda d: SimpleNamespace(L2_cache_size=64),
+        )
+        monkeypatch.setattr(measure.torch, "cuda", fake)
+        monkeypatch.setattr(measure.torch, "empty", lambda size, dtype, device: torch.zeros(size, dtype=dtype))
+        resets: list[int] = []
+        contestant = Contestant("op", gpu.run, lambda resets=resets: resets.append(1))
+        found = measure.seconds(contestant, "cuda")
+        if waits:
+            assert contestant.busy >= measure.MOST_BUSY and found >= 300_000
+        else:
+            assert found == 300_000 and contestant.busy < measure.MOST_BUSY
+            assert 2 ** len(resets) * 10**6 == contestant.busy  # reset before each repetition
+            before = len(resets)
+            assert measure.seconds(contestant, "cuda") == 300_000 and len(resets) == before  # what it learned stays
