@@ -14,7 +14,7 @@ import torch
 
 from cram_kernels import _triton
 from cram_kernels.backend import use_backend, why_missing
-from cram_kernels.terminal import painted, progress
+from cram_kernels.terminal import progress, show
 
 from . import report
 from .measure import Row, Setup
@@ -51,7 +51,7 @@ def main(
     cases: Iterable[Case],
     argv: list[str] | None,
     prog: str | None = None,
-    finish: Callable[[Row, Path], str] = lambda record, folder: "",
+    finish: Callable[[Row, Path], Any] = lambda record, folder: "",
     **more: Any,
 ) -> int:
     """Run the cases. Returns the exit status: 0; 1 where a check was red, an op raised or no case was chosen; 2 where the backend cannot
@@ -61,7 +61,7 @@ def main(
         name: of the benchmark and of its JSON.
         argv: None: the command line's.
         prog: how the program is called.
-        finish: what else is made of the whole record, in the folder of its JSON; what it returns is printed last.
+        finish: what else is made of the whole record, in the folder of its JSON; what it returns is shown last.
         more: arguments of the parser.
     """
     parser = argparse.ArgumentParser(prog=prog or f"python -m benchmarks.{name}", **more)
@@ -88,7 +88,7 @@ def main(
     chosen = [case for case in cases if options.only in case.name]
     record: Row = {"benchmark": name, "quick": setup.quick, "environment": environment, "results": [], "red": [], "not_measured": []}
     with use_backend(setup.backend), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if options.json else sys.stdout):
-        print(f"{name}: {report.described(environment)}")
+        show(f"{name}: {report.described(environment)}")
         if setup.quick:
             print("quick: small shapes, not a measurement")
         if not chosen:
@@ -98,7 +98,7 @@ def main(
                 with progress(f"{i + 1} of {len(chosen)}: {case.name}"):
                     result = measured(case, setup)
                 record["results"].append(result)
-                print(painted(shown(case, result), sys.stdout), flush=True)
+                show(Shown(result))
             except NotHere as reason:
                 record["not_measured"].append({"case": case.name, "why": str(reason)})
                 print(f"{case.name}: not measured: {reason}\n", flush=True)
@@ -107,7 +107,7 @@ def main(
                 print(f"{case.name}: RED, not measured: {error}\n", flush=True)
             report.write_json(path, record)  # after every case: some take minutes
         if record["results"]:
-            print(finish(record, options.out))
+            show(finish(record, options.out))
     if options.json:
         print(json.dumps(record, indent=1))
     return RED if record["red"] or not chosen else OK
@@ -130,6 +130,12 @@ def measured(case: Case, setup: Setup) -> Row:
     return {"case": case.name, **facts, "rows": rows}
 
 
-def shown(case: Case, result: Row) -> str:
-    facts = {name: value for name, value in result.items() if name not in ("case", "rows")}
-    return f"{case.name}: {report.described(facts)}\n{report.table(result['rows'])}\n"
+@dataclass(frozen=True)
+class Shown:
+    """A case as text, in as many columns as there are when it is printed."""
+
+    result: Row
+
+    def __str__(self) -> str:
+        facts = {name: value for name, value in self.result.items() if name not in ("case", "rows")}
+        return f"{self.result['case']}: {report.described(facts)}\n{report.table(self.result['rows'])}\n"

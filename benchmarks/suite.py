@@ -66,25 +66,30 @@ def cases() -> Iterator[Case]:
         yield Case(f"{op} by weights", partial(growth.by_weights, op, millions=(16, 1, 4, 64)), 4 * GIB)
 
 
-def summary(results: list[Row]) -> str:
-    """One line for each thing of ours that was measured, with the peers beside it in multiples of its time."""
-    rows = []
-    for result in results:
-        copies = [row for row in result["rows"] if "copy" in row["name"]]
-        peers = [row for row in result["rows"] if not row["ours"] and row not in copies]
-        for row in (row for row in result["rows"] if row["ours"]):
-            name = result["case"] if row["name"] == "cram_kernels" else f"{result['case']}: {row['name']}"
-            told = ", ".join(f"{peer['name'].removeprefix('torch.optim.')} {peer['x_ours']:.3g}" for peer in peers)
-            share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
-            rate = f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else ""
-            rows.append((name, f"{row['median_ms']:.4g}", f"{row['spread']:.0%}", rate, share, told))
-    return aligned(("case", "ms", "spread", "GB/s", "of copy", "peers, times of ours"), rows, "<>>>><")
+class Summary:
+    """One line for each thing of ours that was measured, with the peers beside it in multiples of its time; and where the charts are."""
+
+    def __init__(self, results: list[Row], charts: str = "") -> None:
+        self.results, self.charts = results, charts
+
+    def __str__(self) -> str:
+        rows = []
+        for result in self.results:
+            copies = [row for row in result["rows"] if "copy" in row["name"]]
+            peers = [row for row in result["rows"] if not row["ours"] and row not in copies]
+            for row in (row for row in result["rows"] if row["ours"]):
+                name = result["case"] if row["name"] == "cram_kernels" else f"{result['case']}: {row['name']}"
+                told = ", ".join(f"{peer['name'].removeprefix('torch.optim.')} {peer['x_ours']:.3g}" for peer in peers)
+                share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+                rate = f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else ""
+                rows.append((name, f"{row['median_ms']:.4g}", f"{row['spread']:.0%}", rate, share, told))
+        table = aligned(("case", "ms", "spread", "GB/s", "of copy", "peers, times of ours"), rows, "<>>>><")
+        return f"{table}\n\n{self.charts}".rstrip()
 
 
-def finish(record: Row, folder: Path) -> str:
-    text = summary(record["results"])
-    (folder / "suite.txt").write_text(f"{report.described(record['environment'])}\n\n{text}\n")
-    return f"{text}\n\n{charts.draw(record, folder)}"
+def finish(record: Row, folder: Path) -> Summary:
+    (folder / "suite.txt").write_text(f"{report.described(record['environment'])}\n\n{Summary(record['results'])}\n")
+    return Summary(record["results"], charts.draw(record, folder))
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.suite") -> int:

@@ -32,12 +32,17 @@ def painted(text: str, stream: Any) -> str:
     return re.sub(rf"\b({'|'.join(COLOURS)})\b", lambda found: f"{COLOURS[found[0]]}{found[0]}{END}", text)
 
 
+def columns() -> int | None:
+    """Of the terminal that standard output is; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
 def show(*results: Any, as_json: bool = False) -> None:
     """Print reports and texts below each other; on a terminal they fit its width. as_json: the first, which has `to_json`, alone."""
     if as_json:
         print(results[0].to_json())
         return
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = columns()
     with table_width(width):
         text = "\n".join(map(str, results))
     if width is not None:  # what is no table
@@ -51,8 +56,8 @@ def progress(stage: str) -> Iterator[None]:
     """Show on the terminal what takes its time, until it is done."""
     shown = is_terminal(sys.stderr)
     if shown:
-        columns = shutil.get_terminal_size().columns
-        print(f"{CLEAR}{textwrap.shorten(stage, columns - 5, placeholder='')} ...", end="", file=sys.stderr, flush=True)
+        room = shutil.get_terminal_size().columns - 5
+        print(f"{CLEAR}{textwrap.shorten(stage, room, placeholder='')} ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
