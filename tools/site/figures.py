@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 DATA, IMAGES = ROOT / "docs" / "data", ROOT / "docs" / "images"
 COLOURS = ("#d1495b", "#00798c", "#8d96a3", "#edae49")
+LABELS = {"SGD": "SGD", "CrAM+ Multi": "CrAM+, with 50, 70 and 90 %", "CrAM+ N:M": "CrAM+, with 2:4 and 4:8"}
 FONT = "font-family='Helvetica,Arial,sans-serif'"
 
 
@@ -34,7 +35,8 @@ def accuracy(report: dict) -> str:
     share = {row: 0 if row == "dense" else int(row.split()[0]) for row in rows}
 
     def x(percent: float) -> float:
-        return left + (right - left) * percent / 100
+        """Each halving of what is left takes as much room."""
+        return left + (right - 30 - left) * math.log2(1 - percent / 100) / math.log2(0.05)
 
     def y(value: float) -> float:
         return bottom - (bottom - top) * value / 100
@@ -56,7 +58,7 @@ def accuracy(report: dict) -> str:
             parts.append(f"<line x1='{px:.1f}' x2='{px:.1f}' y1='{py - reach:.1f}' y2='{py + reach:.1f}' stroke='{colour}'/>")
             parts.append(f"<circle cx='{px:.1f}' cy='{py:.1f}' r='4' fill='{colour}'/>")
         parts.append(f"<rect x='{left + 20}' y='{y(60) + 24 * i:g}' width='14' height='4' fill='{colour}'/>")
-        parts.append(text(left + 42, y(60) + 24 * i + 6, f"trained with {method['label']}", 13, "start"))
+        parts.append(text(left + 42, y(60) + 24 * i + 6, f"trained with {LABELS[method['label']]}", 13, "start"))
     return svg(width, height, "Accuracy over sparsity", parts)
 
 
@@ -92,8 +94,8 @@ def bracket() -> str:
     parts = [text(width / 2, 26, "One pass: most weights are settled by a bracket that a sample has guessed", 15)]
     parts += [area(0, low, "#d9dde2"), area(low, high, COLOURS[3]), area(high, end, COLOURS[1])]
     parts.append(f"<line x1='{left}' x2='{right}' y1='{bottom}' y2='{bottom}' stroke='#333333'/>")
-    parts += [text(x(0.45), bottom - 40, "below: zero", 14), text(x(1.75), bottom - 18, "above: kept", 14, colour="white")]
-    parts += [text(x(1.04), top + 24, "inside: candidates,", 13), text(x(1.04), top + 42, "1 to 2 % of a large model", 13)]
+    parts += [text(x(0.45), bottom - 40, "below: zero", 14), text(x(1.55), bottom - 16, "above: kept", 14, colour="white")]
+    parts += [text(x(1.3), top + 30, "inside: candidates,", 13, "start"), text(x(1.3), top + 48, "1 to 2 % of a large model", 13, "start")]
     parts += [text(x(low), bottom + 18, "low", 12, "end"), text(x(high), bottom + 18, "high", 12, "start")]
     parts.append(text(width / 2, bottom + 44, "magnitude of the perturbed weight", 13))
     parts.append(text(width / 2, bottom + 62, "the bracket is drawn wider than it is", 11, colour="#777777"))
@@ -131,8 +133,8 @@ def traffic() -> str:
     for i, (label, value) in enumerate(bars):
         y = 50 + 44 * i
         parts.append(text(250, y + 20, label, 13, "end"))
-        parts.append(f"<rect x='262' y='{y}' width='{value * 9.5:g}' height='28' fill='{COLOURS[1] if i == 0 else COLOURS[2]}'/>")
-        parts.append(text(270 + value * 9.5, y + 20, f"{value:g}" if i == 0 else f"{value:g} or more", 13, "start"))
+        parts.append(f"<rect x='262' y='{y}' width='{value * 8.5:g}' height='28' fill='{COLOURS[1] if i == 0 else COLOURS[2]}'/>")
+        parts.append(text(270 + value * 8.5, y + 20, f"{value:g}" if i == 0 else f"{value:g} or more", 13, "start"))
     parts.append(text(360, 196, "read weight and gradient, write saved weight and pruned weight: 16; mask: 1/8", 12, colour="#777777"))
     return svg(720, 212, "Memory traffic", parts)
 
