@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-import sentences  # noqa: E402
+import sentences
 
 
 @pytest.mark.parametrize("page", sentences.PAGES, ids=lambda page: str(page.relative_to(sentences.ROOT)))
