@@ -22,7 +22,14 @@ _chosen: str | None = os.environ.get(ENVIRONMENT) or None
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for that cannot run here; the message says why."""
+    """A backend was asked for that cannot run here; the message says why.
+
+    Example:
+        try:
+            use_backend("cuda")
+        except BackendUnavailable as reason:
+            print(reason)
+    """
 
 
 class _Checked:
@@ -77,6 +84,10 @@ def use_backend(name: str | None) -> "_Override":
     Raises:
         ValueError: an unknown name.
         BackendUnavailable: the backend cannot run here.
+
+    Example:
+        with use_backend("reference"):
+            prune(model, NM(2, 4))
     """
     global _chosen
     if name is not None:

@@ -14,6 +14,9 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
 
     Whatever is raised, or kills the process, `path` (or what a link there points to) holds the old checkpoint or the new one. The folder
     must exist. A process that is killed meanwhile leaves an unfinished `.NAME.*.partial` there.
+
+    Example:
+        save({"model": model.state_dict(), "optimizer": opt.state_dict()}, "checkpoint.pt")
     """
     with replacing("save", Path(path)) as partial:
         torch.save(obj, partial)

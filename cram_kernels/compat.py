@@ -21,6 +21,9 @@ class SAM(CrAM):
 
     Args:
         params, base_optimizer, rho, kwargs (options of the base): as in `CrAM`.
+
+    Example:
+        opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     """
 
     def __init__(self, params: Any, base_optimizer: Callable[..., Optimizer], rho: float = 0.05, **kwargs: Any) -> None:
@@ -65,6 +68,11 @@ class TopkCrAM(SAM):
         plus_version: `plus`.
         unif_prune: rank each tensor on its own; the first entry of each parameter group and the last two stay dense.
         sparse_grad: as in `CrAM`.
+
+    Example:
+        opt = TopkCrAM(model.parameters(), torch.optim.SGD, sparsities=[0.5, 0.9], lr=0.1)
+        loss(model).backward()
+        opt.step(closure)
     """
 
     def __init__(
@@ -95,7 +103,11 @@ class TopkCrAM(SAM):
 
 
 class TopkCrAMPeriod(TopkCrAM):
-    """`TopkCrAM` that computes the mask of a sparsity at every `mask_freq`-th use of it."""
+    """`TopkCrAM` that computes the mask of a sparsity at every `mask_freq`-th use of it.
+
+    Example:
+        opt = TopkCrAMPeriod(model.parameters(), torch.optim.SGD, sparsities=[0.5, 0.9], mask_freq=10, lr=0.1)
+    """
 
     def __init__(
         self,
@@ -119,6 +131,9 @@ class NMTopkCrAM(SAM):
 
     Args:
         grad_norm, sparse_grad, plus_version: as in `TopkCrAM`, in another order.
+
+    Example:
+        opt = NMTopkCrAM(model.parameters(), torch.optim.SGD, lr=0.1)
     """
 
     def __init__(

@@ -26,6 +26,9 @@ class Coverage(NamedTuple):
     Attributes:
         why_dense: None where the pattern prunes it.
         kept: how many of its weights would be left if it were pruned now; None where nobody can say: it is dense, sharded, or perturbed.
+
+    Example:
+        [row.name for row in opt.coverage(NM(2, 4)) if row.why_dense is not None]
     """
 
     name: str
@@ -41,7 +44,12 @@ class Coverage(NamedTuple):
 
 
 class CoverageTable(tuple[Coverage, ...]):
-    """The coverage of all parameters, in order; `str()` is a table."""
+    """The coverage of all parameters, in order; `str()` is a table.
+
+    Example:
+        table = opt.coverage(TopK(sparsity=0.9))
+        print(table)
+    """
 
     def __str__(self) -> str:
         rows = []

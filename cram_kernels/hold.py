@@ -20,6 +20,11 @@ class HeldZeros:
 
     Attributes:
         zeros: how many elements are held, by the name of the parameter; of a sharded model, those of this rank.
+
+    Example:
+        held = hold_zeros(model)
+        print(held.zeros)
+        held.remove()
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor]) -> None:

@@ -12,7 +12,12 @@ _TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # its wrappers of st
 
 
 class CrAMWarning(UserWarning):
-    """Something that a user of cram_kernels should look at, though it is no error."""
+    """Something that a user of cram_kernels should look at, though it is no error.
+
+    Example:
+        import warnings
+        warnings.simplefilter("error", CrAMWarning)
+    """
 
 
 def warn(message: str) -> None:

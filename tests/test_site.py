@@ -2,19 +2,37 @@
 public name out."""
 
 import ast
+import contextlib
+import copy
+import doctest
+import importlib
+import inspect
+import io
+import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from doc_names import names
 
 import cram_kernels
 from cram_kernels import export, inference, ops
+from cram_kernels.integrations.lightning import TwoPassModule
+from cram_kernels.integrations.transformers import TwoPassTrainer
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools" / "site"))
+
+import docstrings  # noqa: E402
+
 NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}  # nobody listens there
 OPS = [node.name for node in ast.parse(Path(ops.__file__).read_text()).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
 INTEGRATIONS = ["lightning.TwoPassModule", "transformers.TwoPassTrainer"]
@@ -67,3 +85,79 @@ def test_a_browser_loads_nothing_from_the_network(site: dict[str, Page]) -> None
 
 def test_the_reference_has_every_public_name(site: dict[str, Page]) -> None:
     assert [name for name in PUBLIC if name not in site["api.html"].ids] == []
+
+
+CONSTANTS = {"cram_kernels.__version__", "cram_kernels.Pattern", "cram_kernels.export.FORMATS"}
+
+
+def documented(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def example_of(documentation: str) -> str:
+    """The code under `Example:`; of a dialogue with `>>>`, what is typed."""
+    code = re.search(r"```(python|pycon)\n(.*?)^ *```", docstrings.fenced(documentation), re.DOTALL | re.MULTILINE)
+    assert code is not None
+    text = textwrap.dedent(code[2])
+    return "".join(line.source for line in doctest.DocTestParser().get_examples(text)) if code[1] == "pycon" else text
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in CONSTANTS])
+def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = names()
+    for module in (cram_kernels, export, inference):
+        found |= {public: getattr(module, public) for public in module.__all__}
+    model, criterion = found["model"], found["criterion"]
+
+    def loss(*arguments: Any) -> Any:
+        """`loss(model)` of the batch, or `loss(outputs, labels)`."""
+        return criterion(*arguments) if len(arguments) == 2 else criterion(model(found["images"]), found["labels"])
+
+    def closure() -> Any:
+        value = loss(model)
+        value.backward()
+        return value
+
+    opt = cram_kernels.CrAM(model, found["torch"].optim.SGD, lr=0.1)
+    pruned = copy.deepcopy(model)
+    cram_kernels.prune(pruned, cram_kernels.NM(2, 4))
+    export.export(pruned, "model.safetensors")
+    if name == "cram_kernels.HeldZeros" or name == "cram_kernels.hold_zeros":
+        model.load_state_dict(pruned.state_dict())
+    found |= {
+        "opt": opt,
+        "optimizer": opt,
+        "closure": closure,
+        "loss": loss,
+        "pruned_linear": pruned.fc,
+        "x": torch.randn(2, 32),
+        "copy": copy,
+        "json": json,
+        "ops": ops,
+        "fine_tune": lambda model: None,
+    }
+    found |= {"LightningModule": object, "Trainer": object, "TwoPassModule": TwoPassModule, "TwoPassTrainer": TwoPassTrainer}
+    found |= ops_arguments()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        code = example_of(inspect.getdoc(documented(name)) or "")
+        exec(compile(code, f"example of {name}", "exec"), found)
+
+
+def ops_arguments() -> dict[str, Any]:
+    """Two weights and all that the ops take beside them."""
+    weights, grads, saved = ([torch.randn(4, 8), torch.randn(8, 8)] for _ in range(3))
+    first_grads, momentum_buffers = ([torch.zeros(4, 8), torch.zeros(8, 8)] for _ in range(2))
+    return {
+        "weights": weights,
+        "grads": grads,
+        "saved": saved,
+        "first_grads": first_grads,
+        "momentum_buffers": momentum_buffers,
+        "masks": [torch.zeros(4, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)],
+        "perturbed": torch.zeros((), dtype=torch.int32),
+        "rho": torch.tensor(0.05),
+        "lr": torch.tensor(0.1),
+        "k": torch.tensor([48]),
+    }

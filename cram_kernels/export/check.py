@@ -34,6 +34,10 @@ def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclu
     Raises:
         TypeError: model is neither, or a state dict without a tensor.
         ValueError: n and m are no pattern; a pattern in `exclude` matches no tensor.
+
+    Example:
+        prune(model, NM(2, 4))
+        print(check_nm(model))
     """
     return check_weights(weights_of(model), NM(n, m), exclude)
 

@@ -31,6 +31,9 @@ def read(path: str | Path, key: str | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: no such file, not one of these, or no state dict at that key.
+
+    Example:
+        model.load_state_dict(read("model.safetensors"))
     """
     path = Path(path)
     if key is not None and path.suffix in (".safetensors", ".json", ".onnx"):
@@ -167,6 +170,9 @@ def weights_in(path: str | Path, key: str | None = None) -> list[Weight]:
     Raises:
         FileNotFoundError, ValueError: as `read`.
         ImportError: the package that reads this kind of file is not installed.
+
+    Example:
+        weights = weights_in("model.safetensors")
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file() and key is None:

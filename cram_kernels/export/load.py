@@ -40,6 +40,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class LoadReport:
+    """What became of each tensor of the model; `str()` is a table.
+
+    Attributes:
+        rows: a tensor each: name, shape, dtype, the backend, or why it stayed dense.
+        sparse: the rows that are semi-structured.
+
+    Example:
+        print(load_sparse(model, "model.safetensors"))
+    """
+
     rows: tuple[Loaded, ...]
 
     @property
@@ -73,6 +83,9 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto", k
     Raises:
         ValueError: an unknown backend, one that cannot run here, a model that has semi-structured weights already, or a file whose tensors
             do not hold the pattern of its manifest, or whose names or shapes are not the model's. Nothing was changed.
+
+    Example:
+        print(load_sparse(model, "model.safetensors"))
     """
     if backend not in BACKENDS:
         raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -243,6 +256,11 @@ def read_cutlass(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is no such file, or damaged.
+
+    Example:
+        prune(model, NM(2, 4))
+        export(model.half(), "packed.safetensors", "cutlass-sm80")
+        weights = read_cutlass("packed.safetensors")
     """
     path = Path(path)
     own, tensors = container.opened("read_cutlass", path)

@@ -48,7 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class NMReport:
-    """All tensors. `str()` is a table, which sums up in one line what has fewer than 2 dims; the rest is exact data."""
+    """All tensors. `str()` is a table, which sums up in one line what has fewer than 2 dims; the rest is exact data.
+
+    Example:
+        report = check_nm(model)
+        print(report)
+    """
 
     pattern: NM
     rows: tuple[Row, ...]

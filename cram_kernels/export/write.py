@@ -66,6 +66,10 @@ def export(
             what was written. Nothing at `path` was changed.
         ImportError: the format's package is not installed.
         OSError: the file cannot be written. The old one is as it was.
+
+    Example:
+        prune(model, NM(2, 4))
+        export(model, "model.safetensors")
     """
     path = Path(path)
     if format not in FORMATS:

@@ -18,7 +18,11 @@ DEFAULT_ROWS = (1, 32)  # rows of input that a Linear is tried with where no exa
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer."""
+    """What became of one layer.
+
+    Example:
+        [layer.name for layer in sparsify(model.eval(), (images,)).rows]
+    """
 
     name: str
     kind: str
@@ -36,7 +40,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsifyReport:
-    """One row a layer, in the order of the model."""
+    """One row a layer, in the order of the model.
+
+    Example:
+        report = sparsify(model.eval(), (images,))
+        print(report)
+    """
 
     rows: list[LayerReport] = field(default_factory=list)
 
@@ -107,6 +116,10 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Put every sparse layer of a model back on a dense weight, in place, with the same bits; returns the model.
 
     A model that is a sparse layer itself is not changed; its dense layer is returned.
+
+    Example:
+        sparsify(model.eval(), (images,))
+        to_dense(model)
     """
     if isinstance(model, SparseLayer):
         return model.to_dense()

@@ -14,6 +14,9 @@ class SparseLayer(nn.Module):
 
     The state dict has `weight.values` and `weight.bitmask`, as files of the export format "bitmask" have them, in place of `weight`;
     a state dict with a dense `weight` is loaded too.
+
+    Example:
+        [m for m in model.modules() if isinstance(m, SparseLayer)]
     """
 
     packed: Tensor
@@ -132,6 +135,9 @@ class SparseConv2d(SparseLayer):
 
     Raises:
         ValueError: groups, another padding than zeros, a padding that differs between two sides; or as for SparseLinear.
+
+    Example:
+        sparse = SparseConv2d(model.conv)
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:

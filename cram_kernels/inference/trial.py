@@ -17,7 +17,11 @@ LAST = 2**62  # the largest number of columns of the last entry of a plan
 
 @dataclass(frozen=True)
 class Trial:
-    """One shape of input: the fastest plan, and its speed."""
+    """One shape of input: the fastest plan, and its speed.
+
+    Example:
+        [trial for layer in sparsify(model.eval(), (images,)).rows for trial in layer.trials]
+    """
 
     input_shape: tuple[int, ...]
     columns: int  # of the matrix of activations: rows of a Linear's input, output positions of a convolution

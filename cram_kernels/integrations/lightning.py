@@ -21,6 +21,11 @@ class TwoPassModule:
             `__init__`. In automatic optimization `training_step` is handed the samples of its pass; in manual optimization it cuts the
             batch itself.
         in_second_pass: whether the weights are perturbed now.
+
+    Example:
+        class Net(TwoPassModule, LightningModule):
+            def configure_optimizers(self):
+                return CrAM(self, lr=0.1)
     """
 
     second_pass = "all"

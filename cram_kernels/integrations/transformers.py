@@ -16,6 +16,10 @@ class TwoPassTrainer:
     Attributes:
         second_pass: the samples of the second pass, "all", "half" or "split" of each micro-batch, see `cram_kernels.split_batch`: set it
             in the class or before `train()`.
+
+    Example:
+        class CrAMTrainer(TwoPassTrainer, Trainer):
+            pass
     """
 
     second_pass = "all"

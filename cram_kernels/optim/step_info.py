@@ -23,6 +23,10 @@ class StepInfo:
         numels: how many weights each set has on this rank.
         first_grad_norm, second_grad_norm: float32 [], the norm of the gradients of each pass, unscaled and before clipping; None where no
             option needed it and `grad_norms` is False.
+
+    Example:
+        opt.step(closure)
+        print(opt.last.to_dict())
     """
 
     patterns: tuple[Pattern | None, ...] = ()
