@@ -15,7 +15,8 @@ struct PerturbEntry {
   int64_t numel;
   int64_t extra;        // top-k: place of its first weight within its selection set; N:M: elements between neighbours along axis 1, 0: not pruned
   int32_t set;          // top-k: its selection set, -1: none
-  uint32_t index : 30;  // in the list of the call
+  uint32_t index : 29;  // in the list of the call
+  uint32_t whole : 1;   // all arrays are aligned to 16 bytes, numel is a multiple of 8: no vector is cut (WholeChunk)
   uint32_t dtype : 2;
 };
 
@@ -29,6 +30,7 @@ inline PerturbEntry perturb_entry(const Item& item, size_t index, int64_t extra 
           extra,
           static_cast<int32_t>(item.set),
           static_cast<uint32_t>(index),
+          whole_vectors(item.numel, {item.param, item.grad, item.saved, item.master}),
           static_cast<uint32_t>(item.dtype)};
 }
 

@@ -55,13 +55,13 @@ __device__ __forceinline__ void nm_chunk(const PerturbEntry& entry, uint32_t num
   T* const param = static_cast<T*>(entry.param);
   const Chunk chunk(param, entry.numel, number, nm_chunk_size(aligned(param), entry.extra, pattern.m));
   MovedVectors<T, W> moved;
-  moved.load(Source<T, W>(entry, param, p), param, chunk, nonfinite);
+  moved.load_and_move(Source<T, W>(entry, param, p), param, chunk, p.found_inf);
   const bool prunes = entry.extra > 0;
   if (prunes) {
     for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
 #pragma unroll
       for (int i = 0; i < kLanes; ++i)
-        if (span.has(i)) shared.keys[span.first + i - chunk.begin] = magnitude_key(moved.u[j][i]);
+        if (span.has(i)) shared.keys[span.first + i - chunk.begin] = moved.key(j, i);
     });
     __syncthreads();
   }
@@ -75,7 +75,7 @@ __device__ __forceinline__ void nm_chunk(const PerturbEntry& entry, uint32_t num
       kept |= (among_largest(shared.keys + (q - row * inner.d), inner.d, static_cast<int>(row), pattern) ? 1u : 0u) << i;
     }
     if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
-    store(param, pruned(moved.raw[j], moved.u[j], prunes ? kept : ~0u, entry.grad != nullptr), span);
+    store(param, pruned(moved.u[j], prunes ? kept : ~0u), span);
     if (prunes) shared.mask.put<T>(j, kept);
   });
   if (!prunes) return;

@@ -6,29 +6,25 @@ namespace cram {
 namespace cuda {
 namespace {
 
-template <class T, class W>
-__device__ __forceinline__ void masked_chunk(const PerturbEntry& entry, uint32_t number, const Perturbation& p, bool* nonfinite) {
+template <class T, class W, class Chunk>
+__device__ __forceinline__ void masked_chunk(const PerturbEntry& entry, const Chunk& chunk, const Perturbation& p) {
   T* const param = static_cast<T*>(entry.param);
-  const Source<T, W> source(entry, param, p);
-  const Chunk chunk(param, entry.numel, number);
+  uint32_t kept[kVectors<T>];
+  for_vectors(chunk, param, [&](int j, const auto& span) { kept[j] = entry.mask != nullptr ? load_mask(entry.mask, span) : ~0u; });
   MovedVectors<T, W> moved;
-  moved.load(source, param, chunk, nonfinite);
+  moved.load_and_move(Source<T, W>(entry, param, p), param, chunk, p.found_inf);
   for_vectors(chunk, param, [&](int j, const auto& span) {
     if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
-    const uint32_t kept = entry.mask != nullptr ? load_mask(entry.mask, span) : ~0u;
-    store(param, pruned(moved.raw[j], moved.u[j], kept, true), span);
+    store(param, pruned(moved.u[j], kept[j]), span);
   });
 }
 
 __global__ void __launch_bounds__(kThreads) perturb_masked_kernel(const __grid_constant__ PerturbTable table, const Perturbation p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
-  bool nonfinite = false;
-  for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
-    const Task found = find(table, task);
-    const PerturbEntry& entry = table.entries[found.entry];
-    with_types(entry, [&](auto t, auto w) { masked_chunk<decltype(t), decltype(w)>(entry, found.number, p, &nonfinite); });
-  }
-  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
+  for_own_tasks(table, [&](const PerturbEntry& entry, const Task& task, uint32_t) {
+    with_chunks(entry, task.number,
+                [&](auto t, auto w, const auto& chunk) { masked_chunk<decltype(t), decltype(w)>(entry, chunk, p); });
+  });
 }
 
 }  // namespace

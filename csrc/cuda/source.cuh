@@ -24,6 +24,17 @@ __device__ __forceinline__ void with_types(const PerturbEntry& entry, Function f
   }
 }
 
+// Calls f(T{}, W{}, chunk number `number` of the tensor), a WholeChunk where it may.
+template <class Function>
+__device__ __forceinline__ void with_chunks(const PerturbEntry& entry, uint32_t number, Function f) {
+  with_types(entry, [&](auto t, auto w) {
+    if (entry.whole)
+      f(t, w, WholeChunk(entry.param, entry.numel, number));
+    else
+      f(t, w, Chunk(entry.param, entry.numel, number));
+  });
+}
+
 // Where u comes from: the weights (the parameter, its saved copy, or its master) and, optional, the gradient.
 template <class T, class W>
 struct Source {
@@ -68,38 +79,111 @@ struct Source {
   }
 };
 
-// What a thread has of a chunk: the parameters' bits as they are, and u. All loads come before the first store.
+// Two numbers rounded to T, to nearest even, in one word; no NaN.
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, BFloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high, Float16) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// x, as T.
+template <class T, int kLanes>
+__device__ __forceinline__ Vector<T> rounded_vector(const Lanes<kLanes>& x) {
+  Vector<T> out;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 4)
+      out.words[w] = to_bits(x[w]);
+    else
+      out.words[w] = rounded_pair(x[2 * w], x[2 * w + 1], T{});
+  }
+  return out;
+}
+
+// What a thread has of a chunk: the parameter's bits as they are, and u. issue() comes first: all loads are on their way before one is waited for.
 template <class T, class W>
 struct MovedVectors {
   static constexpr int kLanes = Vector<T>::kLanes;
-  Vector<T> raw[kVectors<T>] = {};
-  Lanes<kLanes> u[kVectors<T>] = {};
+  Vector<T> raw[kVectors<T>], u[kVectors<T>];
 
-  __device__ __forceinline__ void load(const Source<T, W>& source, const T* param, const Chunk& chunk, bool* nonfinite) {
-    for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
-      raw[j] = cuda::load(param, span);
-      if constexpr (sizeof(T) == sizeof(W)) {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) u[j][i] = widen(raw[j].get(i));
-      } else {
-        u[j] = load_floats(source.weights, span);
-      }
-      source.move(u[j], span, nonfinite);
+  __device__ __forceinline__ int32_t key(int j, int i) const { return magnitude_key(widen(u[j].get(i))); }
+
+  // own: the parameter, or the saved copy of one that has been written; `param` says where vectors begin.
+  template <class Chunk>
+  __device__ __forceinline__ void issue(const Source<T, W>& source, const T* own, const T* param, const Chunk& chunk) {
+    for_vectors(chunk, param, [&](int j, const auto& span) {
+      raw[j] = load(own, span);
+      if constexpr (sizeof(T) != sizeof(W)) masters_[j] = load_floats(source.weights, span);
+      grads_[j] = {};
+      if (source.grad != nullptr) grads_[j] = load(source.grad, span);
     });
   }
+
+  // u, and true; false where one may be Inf or NaN (as it is where its gradient is): then u is not to be used.
+  __device__ __forceinline__ bool move(const Source<T, W>& source) {
+    float zero = 0;  // a sum of zeros as long as every u is finite
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+      Lanes<kLanes> x;
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = uphill(weight(j, i), mul(widen(grads_[j].get(i)), source.inv_scale), source.rho);
+        zero = __fmaf_rn(x[i], 0.0f, zero);
+      }
+      u[j] = rounded_vector<T>(x);
+    }
+    return zero == 0 && source.grad != nullptr;
+  }
+
+  // u, whatever it is.
+  template <class Chunk>
+  __device__ __forceinline__ void move_exactly(const Source<T, W>& source, const T* param, const Chunk& chunk, float* found_inf) {
+    bool nonfinite = false;
+    for_vectors(chunk, param, [&](int j, const auto& span) {
+      u[j] = raw[j];
+      if (source.grad == nullptr) return;
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) {
+        bool own = false;
+        u[j].set(i, narrowed(source.moved(weight(j, i), widen(grads_[j].get(i)), &own), T{}));
+        nonfinite |= own && span.has(i);
+      }
+    });
+    if (nonfinite && found_inf != nullptr) *found_inf = 1;
+  }
+
+  template <class Chunk>
+  __device__ __forceinline__ void load_and_move(const Source<T, W>& source, const T* param, const Chunk& chunk, float* found_inf) {
+    issue(source, param, param, chunk);
+    if (!move(source)) move_exactly(source, param, chunk, found_inf);
+  }
+
+ private:
+  __device__ __forceinline__ float weight(int j, int i) const {
+    if constexpr (sizeof(T) == sizeof(W))
+      return widen(raw[j].get(i));
+    else
+      return masters_[j][i];
+  }
+
+  Vector<T> grads_[kVectors<T>];
+  Lanes<kLanes> masters_[kVectors<T>];
 };
 
-// What is written for a vector: u, or the weights' own bits where they did not move; +0 where `kept` has no bit, but a NaN stays.
-template <class T, int kLanes>
-__device__ __forceinline__ Vector<T> pruned(Vector<T> raw, const Lanes<kLanes>& u, uint32_t kept, bool moves) {
+// u where `kept` has a bit, else +0, but a NaN stays.
+template <class T>
+__device__ __forceinline__ Vector<T> pruned(Vector<T> u, uint32_t kept) {
 #pragma unroll
-  for (int i = 0; i < kLanes; ++i) {
-    if ((kept >> i & 1) == 0 && u[i] == u[i])
-      raw.set(i, T{});
-    else if (moves)
-      raw.set(i, narrowed(u[i], T{}));
+  for (int i = 0; i < Vector<T>::kLanes; ++i) {
+    const float x = widen(u.get(i));
+    if ((kept >> i & 1) == 0 && x == x) u.set(i, T{});
   }
-  return raw;
+  return u;
 }
 
 }  // namespace cuda

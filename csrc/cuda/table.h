@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -25,6 +26,12 @@ constexpr int kOtherArguments = 512;   // of these, for what is not the table
 CRAM_HOST_DEVICE constexpr int64_t chunk_size(bool aligned) { return aligned ? kChunk : kChunk - 8; }
 inline int64_t chunk_size(const void* p) { return chunk_size(reinterpret_cast<uintptr_t>(p) % 16 == 0); }
 inline int64_t chunks_of(const void* p, int64_t numel) { return (numel + chunk_size(p) - 1) / chunk_size(p); }
+
+// Whether all vectors of these arrays, absent ones left out, are whole.
+inline bool whole_vectors(int64_t numel, std::initializer_list<const void*> arrays) {
+  return numel % 8 == 0 &&
+         std::all_of(arrays.begin(), arrays.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
 
 // An Entry is a tensor as a kernel sees it: plain data.
 template <class Entry>
@@ -82,6 +89,20 @@ __device__ __forceinline__ Task find(const Table<Entry>& table, uint32_t task) {
       low = middle + 1;
   }
   return {low, low > 0 ? task - table.ends[low - 1] : task};
+}
+
+// Calls f(entry, task, number of the task in the launch) for the tasks of this block: neighbours, so that one search is enough.
+template <class Entry, class Function>
+__device__ __forceinline__ void for_own_tasks(const Table<Entry>& table, Function f) {
+  const uint64_t tasks = tasks_in(table);
+  uint32_t task = static_cast<uint32_t>(blockIdx.x * tasks / gridDim.x);
+  const uint32_t end = static_cast<uint32_t>((blockIdx.x + 1) * tasks / gridDim.x);
+  if (task == end) return;
+  Task found = find(table, task);
+  for (; task < end; ++task, ++found.number) {
+    if (task == table.ends[found.entry]) ++found.entry, found.number = 0;  // every entry has a task
+    f(table.entries[found.entry], found, task);
+  }
 }
 
 #endif

@@ -49,6 +49,9 @@ struct SetState {
   bool fallback;
 };
 
+// Of one key (heavy ties) no list is needed: if the guess holds, it is the threshold.
+CRAM_HOST_DEVICE constexpr bool writes_candidates(int32_t low, int32_t high) { return high - low > 1; }
+
 // What the chunk of a stream wrote down.
 struct CandidateRecord {
   int64_t first;  // within its set's candidates

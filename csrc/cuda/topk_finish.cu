@@ -54,6 +54,19 @@ __device__ __forceinline__ void fix_up(const PerturbEntry& entry, uint32_t numbe
   __syncwarp();  // the warp's next chunk begins with new flips
 }
 
+// What is written for a vector: u, or the weights' own bits where they did not move; +0 where `kept` has no bit, but a NaN stays.
+template <class T, int kLanes>
+__device__ __forceinline__ Vector<T> pruned(Vector<T> raw, const Lanes<kLanes>& u, uint32_t kept, bool moves) {
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    if ((kept >> i & 1) == 0 && u[i] == u[i])
+      raw.set(i, T{});
+    else if (moves)
+      raw.set(i, narrowed(u[i], T{}));
+  }
+  return raw;
+}
+
 template <class T, class W>
 __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t number, int32_t threshold, const Perturbation& p, MaskStage& mask) {
   constexpr int kLanes = Vector<T>::kLanes;

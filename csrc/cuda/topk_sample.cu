@@ -19,7 +19,7 @@ __device__ __forceinline__ void set_bracket(SetState& state, int32_t low, int32_
   state.low = low;
   state.high = high;
   state.cut = cut;
-  state.append = high - low > 1;  // of one key (heavy ties) no list is needed: if the guess holds, it is the threshold
+  state.append = writes_candidates(low, high);
   state.shift = 0;
   while ((high - low - 1) >> state.shift >= kDigitBins) ++state.shift;
 }

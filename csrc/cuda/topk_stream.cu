@@ -11,115 +11,283 @@ namespace {
 
 // The counters of one set, kept while a block stays in it: a thread sees one weight in kThreads, so that 32 bits are enough for 2^40.
 struct Counts {
-  uint32_t above = 0, nans = 0;
+  uint32_t above = 0, unlisted = 0;  // unlisted: candidates that are only counted
 
   __device__ __forceinline__ void flush(SetState& state) {
-    const int64_t all_above = warp_inclusive_sum(int64_t{above}), all_nans = warp_inclusive_sum(int64_t{nans});
-    if (lane_of() == 31 && all_above > 0) atomicAdd(&state.above, static_cast<unsigned long long>(all_above));
-    if (lane_of() == 31 && all_nans > 0) atomicAdd(&state.nans, static_cast<unsigned long long>(all_nans));
+    const int64_t all_above = warp_inclusive_sum(int64_t{above}), all_unlisted = warp_inclusive_sum(int64_t{unlisted});
+    if (lane_of() < 31) return;
+    if (all_above > 0) atomicAdd(&state.above, static_cast<unsigned long long>(all_above));
+    if (all_unlisted > 0) atomicAdd(&state.candidates, static_cast<unsigned long long>(all_unlisted));
   }
 };
 
+// What the kernel needs of a set for each weight: a copy, since its atomics might change what it reads again.
+struct Guess {
+  int32_t low, high, cut;
+
+  __device__ __forceinline__ bool appends() const { return writes_candidates(low, high); }
+};
+
+// Bits of the weights of a vector.
+struct Bits {
+  uint32_t kept = 0, inside = 0;
+};
+
+// A threshold for numbers of T: above it are those whose key is above the given one. Two halves of a word have each 0x8000 more than theirs, so that
+// their difference to a magnitude has its upper bit where the magnitude is not above, and borrows nothing from its neighbour.
+__device__ __forceinline__ float level(int32_t key, float) { return key < 0 ? -1.0f : from_bits(min(key, kInfKey)); }
+__device__ __forceinline__ uint32_t level(int32_t key, BFloat16) { return static_cast<uint32_t>(0x8000 + (key >> 16)) * 0x10001u; }
+__device__ __forceinline__ uint32_t level(int32_t key, Float16) {
+  uint16_t below;
+  asm("cvt.rz.f16.f32 %0, %1;" : "=h"(below) : "f"(from_bits(key)));
+  return static_cast<uint32_t>(0x8000 + (key < 0 ? -1 : key >= kInfKey ? 0x7c00 : static_cast<int>(below))) * 0x10001u;
+}
+
+template <class T>
+struct Levels {
+  decltype(level(0, T{})) low, high, cut;
+
+  __device__ __forceinline__ explicit Levels(const Guess& guess) : low(level(guess.low, T{})), high(level(guess.high, T{})), cut(level(guess.cut, T{})) {}
+
+  // The bits of a vector without a NaN; what is not kept becomes 0.
+  __device__ __forceinline__ Bits sort(Vector<T>& u) const {
+    Bits bits;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = from_bits(u.words[i]), size = fabsf(x);
+        const bool kept = size > cut;
+        if (size > low && size <= high) bits.inside |= 1u << i;
+        if (kept) bits.kept |= 1u << i;
+        u.words[i] = kept ? u.words[i] : 0;
+      }
+    } else {
+      uint32_t kept = 0, inside = 0;  // of word w: bits 2 w, and 16 + 2 w
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t size = u.words[w] & 0x7fff7fffu, dropped = cut - size;
+        inside |= ((high - size) & ~(low - size) & 0x80008000u) >> (15 - 2 * w);
+        kept |= (~dropped & 0x80008000u) >> (15 - 2 * w);
+        u.words[w] &= ~__byte_perm(dropped, 0, 0xbb99);  // the sign of each half in all of its bits
+      }
+      bits.inside = (inside & 0x55) | (inside >> 15 & 0xaa);
+      bits.kept = (kept & 0x55) | (kept >> 15 & 0xaa);
+    }
+    return bits;
+  }
+};
+
+constexpr int kStaged = 512;  // candidates of a chunk, of some 27, that wait in shared memory
+
 struct Shared {
+  Guess guess;
   MaskStage mask;
-  WarpSums<int32_t> counts;
+  int32_t keys[2][kStaged];
+  uint16_t offsets[2][kStaged];
+  int32_t count[4];  // of candidates: of the chunk before, of this one, of the next two; cleared one barrier ahead of its use
+  int32_t total;  // and `first`: of stream_exactly
   int64_t first;
 };
 
-// The candidates of a chunk, `flags` of this thread's, in the order of its threads: one atomic a chunk gives them their place in the set's list.
-template <class T, class W>
-__device__ __forceinline__ void append(const MovedVectors<T, W>& moved, const uint32_t (&flags)[kVectors<T>], int32_t inclusive, const Chunk& chunk,
-                                       const T* param, SetState& state, const TopkMemory& memory, int64_t record, Shared& shared) {
-  int32_t count = 0, total;
+// What a block works on.
+struct Work {
+  const PerturbEntry& entry;
+  uint32_t number;  // of the chunk in its tensor
+  int64_t record;   // of all chunks
+  const Guess& guess;
+  const TopkMemory& memory;
+  const Perturbation& p;
+
+  __device__ __forceinline__ SetState& state() const { return memory.sets[entry.set]; }
+};
+
+// The place of a chunk's candidates among those of all sets; -1: there is no room. By one thread.
+__device__ __forceinline__ int64_t reserve(const Work& work, int32_t total) {
+  SetState& state = work.state();
+  const int64_t first = total > 0 ? static_cast<int64_t>(atomicAdd(&state.candidates, static_cast<unsigned long long>(total))) : 0;
+  const bool fits = first + total <= state.capacity;
+  work.memory.records[work.record] = {first, fits ? total : 0};
+  return fits ? state.first + first : -1;
+}
+
+// Writes down the candidates in shared memory, while the other warps go on to the next chunk. By a warp.
+__device__ __forceinline__ void write_staged(const Work& work, int32_t total, const int32_t* keys, const uint16_t* offsets) {
+  int64_t first = 0;
+  if (lane_of() == 0) first = reserve(work, total);
+  first = __shfl_sync(kAllLanes, first, 0);
+  if (first < 0) return;
+  const int32_t low = work.guess.low, shift = work.state().shift;
+  uint32_t* const digits = work.state().digits;
+  for (int32_t begin = 0; begin < total; begin += 32) {
+    const int32_t i = begin + lane_of();
+    const int32_t key = i < total ? keys[i] : 0;
+    tally(digits, (key - low - 1) >> shift, i < total);
+    if (i >= total) continue;
+    work.memory.keys[first + i] = key;
+    work.memory.offsets[first + i] = offsets[i];
+  }
+}
+
+// Any chunk, to the letter: one whose vectors are cut, that has an Inf or a NaN, or more candidates than wait in shared memory. again: it has been
+// written; its weights are where they were saved. By all threads of the block, as the next.
+template <bool kWrite, class T, class W>
+__device__ __forceinline__ void stream_exactly(const Work& work, bool again, Counts& counts, Shared& shared) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const PerturbEntry& entry = work.entry;
+  T* const param = static_cast<T*>(entry.param);
+  const Chunk chunk(param, entry.numel, work.number);
+  MovedVectors<T, W> moved;
+  const T* const own = again && entry.saved != nullptr ? static_cast<const T*>(entry.saved) : param;
+  const Source<T, W> source(entry, own, work.p);
+  moved.issue(source, own, param, chunk);
+  moved.move_exactly(source, param, chunk, work.p.found_inf);
+  uint32_t flags[kVectors<T>], kept[kVectors<T>];
+  int32_t count = 0;
+  uint32_t nans = 0;
+  for_vectors(chunk, param, [&](int j, const auto& span) {
+    uint32_t over = 0, inside = 0, nan = 0;
+    kept[j] = 0;
 #pragma unroll
-  for (int j = 0; j < kVectors<T>; ++j) count += __popc(flags[j]);
-  int32_t own = shared.counts.begin(&total) + inclusive - count;
-  if (threadIdx.x == 0) shared.first = total > 0 ? static_cast<int64_t>(atomicAdd(&state.candidates, static_cast<unsigned long long>(total))) : 0;
+    for (int i = 0; i < kLanes; ++i) {
+      const int32_t key = moved.key(j, i);
+      kept[j] |= (key > work.guess.cut && key != kNanKey ? 1u : 0u) << i;
+      over |= (key > work.guess.high ? 1u : 0u) << i;
+      inside |= (key > work.guess.low ? 1u : 0u) << i;
+      nan |= (key == kNanKey ? 1u : 0u) << i;
+    }
+    const uint32_t real = span.lanes();  // beyond the end, 0 * an infinite rho is a NaN
+    kept[j] &= real;
+    flags[j] = inside & ~over & real;
+    count += __popc(flags[j]);
+    counts.above += __popc(over & real);
+    nans += __popc(nan & real);
+    if constexpr (kWrite) {
+      if (entry.saved != nullptr && !again) store(static_cast<T*>(entry.saved), moved.raw[j], span);
+      store(param, pruned(moved.u[j], kept[j]), span);
+    }
+  });
+  if (entry.set < 0) return;
+  if (nans > 0) atomicAdd(&work.state().nans, static_cast<unsigned long long>(nans));
+  if (kWrite && entry.mask != nullptr) write_mask<T>(chunk, param, entry.mask, kept, shared.mask);
+  if (!work.guess.appends()) {
+    counts.unlisted += count;
+    return;
+  }
+  __syncthreads();  // what such a chunk before left in `total` and `first` has been read
+  if (threadIdx.x == 0) shared.total = 0;
+  __syncthreads();
+  int32_t at = count > 0 ? atomicAdd(&shared.total, count) : 0;
+  __syncthreads();
+  if (threadIdx.x == 0) shared.first = reserve(work, shared.total);
   __syncthreads();
   const int64_t first = shared.first;
-  const bool fits = state.append && first + total <= state.capacity;
-  if (threadIdx.x == 0) memory.records[record] = {first, fits ? total : 0};
-  if (!fits || total == 0) return;
-  int32_t* const keys = memory.keys + state.first + first;
-  uint16_t* const offsets = memory.offsets + state.first + first;
+  if (first < 0) return;
+  const Source<T, W> written(entry, entry.saved != nullptr ? entry.saved : param, work.p);
+  int32_t* const keys = work.memory.keys + first;
+  uint16_t* const offsets = work.memory.offsets + first;
+  const int32_t low = work.guess.low, shift = work.state().shift;
+  uint32_t* const digits = work.state().digits;
   for_vectors(chunk, param, [&](int j, const auto& span) {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kLanes; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       const bool candidate = flags[j] >> i & 1;
-      const int32_t key = magnitude_key(moved.u[j][i]);
-      tally(state.digits, (key - state.low - 1) >> state.shift, candidate);
+      bool ignored = false;  // read anew: its registers are needed meanwhile
+      const int32_t key = candidate ? magnitude_key(written.at(span.first + i, &ignored)) : 0;
+      tally(digits, (key - low - 1) >> shift, candidate);
       if (!candidate) continue;
-      keys[own] = key;
-      offsets[own++] = static_cast<uint16_t>(span.first + i - chunk.begin);
+      keys[at] = key;
+      offsets[at++] = static_cast<uint16_t>(span.first + i - chunk.begin);
     }
   });
 }
 
+// A chunk whose vectors are whole.
 template <bool kWrite, class T, class W>
-__device__ __forceinline__ void stream_chunk(const PerturbEntry& entry, uint32_t number, const TopkMemory& memory, const Perturbation& p,
-                                             int64_t record, Counts& counts, bool* nonfinite, Shared& shared) {
-  constexpr int kLanes = Vector<T>::kLanes;
+__device__ __forceinline__ void stream_chunk(const Work& work, uint32_t turn, Counts& counts, Shared& shared) {
+  const PerturbEntry& entry = work.entry;
   T* const param = static_cast<T*>(entry.param);
-  const Chunk chunk(param, entry.numel, number);
+  const WholeChunk chunk(param, entry.numel, work.number);
+  const uint32_t stage = turn % 2, counter = turn % 4;
   MovedVectors<T, W> moved;
-  moved.load(Source<T, W>(entry, param, p), param, chunk, nonfinite);
-  const bool dense = entry.set < 0;
-  SetState* const state = dense ? nullptr : memory.sets + entry.set;
-  const int32_t low = dense ? kNanKey : state->low, high = dense ? kNanKey : state->high, cut = dense ? kKeepAll : state->cut;
-  uint32_t flags[kVectors<T>] = {};
-  int32_t candidates = 0;
-  for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
-    uint32_t kept = 0, over = 0, inside = 0, nan = 0;
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int32_t key = magnitude_key(moved.u[j][i]);
-      kept |= (key > cut ? 1u : 0u) << i;
-      over |= (key > high ? 1u : 0u) << i;
-      inside |= (key > low ? 1u : 0u) << i;
-      nan |= (key == kNanKey ? 1u : 0u) << i;
-    }
-    const uint32_t real = span.lanes();  // beyond the end, 0 * an infinite rho is a NaN
-    counts.above += __popc(over & real);
-    counts.nans += __popc(nan & real);
-    flags[j] = inside & ~over & real;
-    candidates += __popc(flags[j]);
+  const Source<T, W> source(entry, param, work.p);
+  moved.issue(source, param, param, chunk);
+  const bool finite = moved.move(source);
+  const Levels<T> levels(work.guess);
+  uint32_t flags[kVectors<T>], kept[kVectors<T>], above = 0;
+  int32_t count = 0;
+  for_vectors(chunk, param, [&](int j, const auto& span) {
+    Vector<T> out = moved.u[j];
+    const Bits bits = levels.sort(out);
+    kept[j] = bits.kept & span.lanes();
+    flags[j] = bits.inside & span.lanes();
+    count += __popc(flags[j]);
+    above += __popc(kept[j] & ~flags[j]);  // low <= cut <= high
     if constexpr (kWrite) {
-      kept &= ~nan & real;
       if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
-      store(param, pruned(moved.raw[j], moved.u[j], kept, true), span);
-      shared.mask.put<T>(j, kept);
+      store(param, out, span);
     }
   });
-  if (dense) return;
-  const int32_t inclusive = warp_inclusive_sum(candidates);
-  shared.counts.put(inclusive);
-  __syncthreads();
-  if (kWrite && entry.mask != nullptr) shared.mask.write<T>(chunk, param, entry.mask);
-  append(moved, flags, inclusive, chunk, param, *state, memory, record, shared);
+  if (kWrite && entry.mask != nullptr) write_mask<T>(chunk, param, entry.mask, kept);
+  const bool appends = work.guess.appends();
+  if (appends && count > 0) {
+    int32_t at = atomicAdd(&shared.count[counter], count);
+    for_vectors(chunk, param, [&](int j, const auto& span) {
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kLanes; ++i) {
+        if ((flags[j] >> i & 1) == 0) continue;
+        if (at < kStaged) {
+          shared.keys[stage][at] = moved.key(j, i);
+          shared.offsets[stage][at] = static_cast<uint16_t>(span.first - chunk.begin + i);
+        }
+        ++at;
+      }
+    });
+  }
+  const bool exactly = __syncthreads_or(!finite);
+  const int32_t total = shared.count[counter];
+  if (threadIdx.x == 0) shared.count[(counter + 2) % 4] = 0;
+  if (exactly || total > kStaged) {
+    stream_exactly<kWrite, T, W>(work, true, counts, shared);
+    return;
+  }
+  counts.above += above;
+  if (!appends)
+    counts.unlisted += count;
+  else if (warp_of() == turn % kWarps)
+    write_staged(work, total, shared.keys[stage], shared.offsets[stage]);
 }
 
 template <bool kWrite>
 __global__ void __launch_bounds__(kThreads, 4)
     stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Shared shared;
+  if (threadIdx.x < 4) shared.count[threadIdx.x] = 0;
+  __syncthreads();
   if (kWrite && blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
-  bool nonfinite = false;
   Counts counts;
-  int32_t set = -1;
-  for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
-    const Task found = find(table, task);
-    const PerturbEntry& entry = table.entries[found.entry];
+  int32_t set = -2;
+  uint32_t turn = 0;  // of the block, counted in chunks of whole vectors
+  for_own_tasks(table, [&](const PerturbEntry& entry, const Task& task, uint32_t place) {
     if (entry.set != set) {
       if (set >= 0) counts.flush(memory.sets[set]);
       counts = {};  // what was counted in dense tensors too
       set = entry.set;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        shared.guess = {kNanKey, kNanKey, kKeepAll};  // outside of all sets: all is kept
+        if (set >= 0) shared.guess = {memory.sets[set].low, memory.sets[set].high, memory.sets[set].cut};
+      }
+      __syncthreads();
     }
+    const Work work = {entry, task.number, table.tasks_before + place, shared.guess, memory, p};
     with_types(entry, [&](auto t, auto w) {
-      stream_chunk<kWrite, decltype(t), decltype(w)>(entry, found.number, memory, p, table.tasks_before + task, counts, &nonfinite, shared);
+      if (entry.whole)
+        stream_chunk<kWrite, decltype(t), decltype(w)>(work, turn++, counts, shared);
+      else
+        stream_exactly<kWrite, decltype(t), decltype(w)>(work, false, counts, shared);
     });
-  }
+  });
   if (set >= 0) counts.flush(memory.sets[set]);
-  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
 }
 
 }  // namespace

@@ -64,6 +64,16 @@ struct Span {
   __device__ __forceinline__ uint32_t lanes() const { return (1u << high) - (1u << low); }  // bit i: lane i exists
 };
 
+// Of a WholeChunk: the vector is there as a whole, or not at all.
+template <int kLanes>
+struct WholeSpan {
+  int64_t first;
+  bool exists;
+
+  __device__ __forceinline__ bool has(int) const { return exists; }
+  __device__ __forceinline__ uint32_t lanes() const { return exists ? (1u << kLanes) - 1 : 0; }
+};
+
 __device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class T, int kLanes>
@@ -85,14 +95,33 @@ __device__ __forceinline__ Vector<T> load(const T* p, const Span<kLanes>& span) 
 }
 
 template <class T, int kLanes>
+__device__ __forceinline__ Vector<T> load(const T* p, const WholeSpan<kLanes>& span) {
+  static_assert(kLanes == Vector<T>::kLanes, "");
+  uint4 words = {};
+  if (span.exists) words = *reinterpret_cast<const uint4*>(p + span.first);
+  return {words.x, words.y, words.z, words.w};
+}
+
+// A plain assignment is taken apart by nvcc 13 for sm_80 to sm_90, to share its pieces with other branches.
+template <class T>
+__device__ __forceinline__ void store_whole(T* p, const Vector<T>& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
+               "r"(x.words[3])
+               : "memory");
+}
+
+template <class T, int kLanes>
+__device__ __forceinline__ void store(T* p, const Vector<T>& x, const WholeSpan<kLanes>& span) {
+  static_assert(kLanes == Vector<T>::kLanes, "");
+  if (span.exists) store_whole(p + span.first, x);
+}
+
+template <class T, int kLanes>
 __device__ __forceinline__ void store(T* p, const Vector<T>& x, const Span<kLanes>& span) {
   static_assert(kLanes == Vector<T>::kLanes, "");
   p += span.first;
   if (span.whole() && aligned(p)) {
-    // a plain assignment is taken apart by nvcc 13 for sm_80 to sm_90, to share its pieces with the other branch
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.words[0]), "r"(x.words[1]), "r"(x.words[2]),
-                 "r"(x.words[3])
-                 : "memory");
+    store_whole(p, x);
   } else if (span.whole()) {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) p[i] = x.get(i);
@@ -120,8 +149,13 @@ __device__ __forceinline__ Span<kPart> part_of(const Span<kLanes>& span, int par
   return {span.first + part * kPart, max(0, span.low - part * kPart), min(kPart, span.high - part * kPart)};
 }
 
+template <int kPart, int kLanes>
+__device__ __forceinline__ WholeSpan<kPart> part_of(const WholeSpan<kLanes>& span, int part) {
+  return {span.first + part * kPart, span.exists};
+}
+
 // From an array of T, whose vectors may be shorter than the span (a float32 master weight of a parameter of 16 bits).
-template <class T, int kLanes>
+template <class T, template <int> class Span, int kLanes>
 __device__ __forceinline__ Lanes<kLanes> load_floats(const T* p, const Span<kLanes>& span) {
   constexpr int kPart = Vector<T>::kLanes;
   Lanes<kLanes> x;
@@ -155,6 +189,12 @@ __device__ __forceinline__ uint32_t load_mask(const uint8_t* mask, const Span<kL
   uint32_t bits = mask[begin / 8];
   if (last / 8 != begin / 8) bits |= static_cast<uint32_t>(mask[last / 8]) << 8;
   return (bits >> (begin % 8) << span.low) & span.lanes();
+}
+
+template <int kLanes>
+__device__ __forceinline__ uint32_t load_mask(const uint8_t* mask, const WholeSpan<kLanes>& span) {
+  const uint32_t bits = span.exists ? mask[span.first / 8] : 0;
+  return kLanes == 8 ? bits : bits >> (span.first % 8) & span.lanes();
 }
 
 // Chunk `number` of a tensor of `numel` elements whose written array is p (chunk_size above).
@@ -191,6 +231,25 @@ __device__ __forceinline__ void for_vectors(const Chunk& chunk, const T* p, Func
     const int first = (j * kThreads + static_cast<int>(threadIdx.x)) * kLanes - shift;
     const int low = max(0, -first), high = max(low, min(kLanes, size - first));
     f(j, Span<kLanes>{chunk.begin + first, low, high});
+  }
+}
+
+// A chunk of a tensor whose entry says `whole`.
+struct WholeChunk {
+  int64_t begin, end;
+
+  __device__ __forceinline__ WholeChunk(const void*, int64_t numel, uint32_t number, int64_t size = kChunk)
+      : begin(number * size), end(min(begin + size, numel)) {}
+};
+
+template <int kUnroll = kChunk / kThreads, class T, class Function>
+__device__ __forceinline__ void for_vectors(const WholeChunk& chunk, const T*, Function f) {
+  constexpr int kLanes = Vector<T>::kLanes;
+  const int size = static_cast<int>(chunk.end - chunk.begin);
+#pragma unroll kUnroll
+  for (int j = 0; j < kVectors<T>; ++j) {
+    const int first = (j * kThreads + static_cast<int>(threadIdx.x)) * kLanes;
+    f(j, WholeSpan<kLanes>{chunk.begin + first, first < size});
   }
 }
 
