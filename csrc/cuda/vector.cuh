@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t bits_of(T x) {
     return x.bits;
 }
 
+// The number of type T that has these bits.
+__device__ __forceinline__ float from_bits_of(uint32_t bits, float) { return from_bits(bits); }
+template <class T>
+__device__ __forceinline__ T from_bits_of(uint32_t bits, T) {
+  return {static_cast<decltype(T::bits)>(bits)};
+}
+
 template <class T>
 struct Vector {
   static constexpr int kLanes = 16 / sizeof(T), kBits = 8 * sizeof(T), kInWord = 4 / sizeof(T);
