@@ -17,8 +17,9 @@ struct Pattern {
 };
 
 // Weights of a task: whole tiles and whole mask bytes; 0 where no such number fits into a chunk, so that a task is a panel (below).
-CRAM_HOST_DEVICE inline int64_t task_size(int64_t inner, int m) {
-  const int64_t tile = inner * m, unit = tile * (tile % 8 == 0 ? 1 : tile % 4 == 0 ? 2 : tile % 2 == 0 ? 4 : 8);
+CRAM_HOST_DEVICE inline uint32_t task_size(int64_t inner, int m) {
+  if (inner * m > kChunk) return 0;
+  const uint32_t tile = static_cast<uint32_t>(inner) * m, unit = tile * (tile % 8 == 0 ? 1 : tile % 4 == 0 ? 2 : tile % 2 == 0 ? 4 : 8);
   return kChunk / unit * unit;
 }
 
@@ -115,15 +116,15 @@ struct Groups {
   bool panel;
 
   __device__ __forceinline__ Groups(const PerturbEntry& entry, uint32_t number, int m) : inner(entry.extra), m(m) {
-    const int64_t size = task_size(inner, m);
+    const uint32_t size = task_size(inner, m);
     panel = size == 0;
     if (panel) {
       const int64_t width = min(inner, static_cast<int64_t>(kChunk / m)), panels = (inner + width - 1) / width, column = number % panels * width;
       begin = number / panels * inner * m + column;
       count = static_cast<uint32_t>(min(width, inner - column));
     } else {
-      begin = number * size;
-      count = static_cast<uint32_t>(min(size, entry.numel - begin)) / m;
+      begin = static_cast<int64_t>(number) * size;
+      count = static_cast<uint32_t>(min(static_cast<int64_t>(size), entry.numel - begin)) / m;
     }
   }
   // The first weight of a group, counted from `begin`: m - 1 rows more for each tile before its own.
@@ -270,7 +271,7 @@ __device__ __forceinline__ void prune_weights(const PerturbEntry& entry, const G
 
 // M: 4 or 8, the pattern's; 0: any other.
 template <int M>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, M == 0 ? 3 : 4)
     nm_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const __grid_constant__ Pattern pattern) {
   __shared__ Flags flags;
   __shared__ int32_t keys[M == 0 ? kChunk : 1];
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 int64_t tasks_of(const Item& item, int m) {
   if (item.inner == 0) return chunks_of(item.param, item.numel);
-  if (const int64_t size = task_size(item.inner, m)) return (item.numel + size - 1) / size;
+  if (const int64_t size = task_size(item.inner, m); size > 0) return (item.numel + size - 1) / size;
   const int64_t width = std::min<int64_t>(item.inner, kChunk / m);
   return item.numel / (item.inner * m) * ((item.inner + width - 1) / width);
 }

@@ -9,12 +9,13 @@ struct NoSetting {
   bool operator==(const NoSetting&) const { return true; }
 };
 
-template <class T>
-__device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, uint32_t number, const Scales& scales) {
+template <class T, class Chunk>
+__device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, const Chunk& chunk, const Scales& scales) {
   constexpr int kLanes = Vector<T>::kLanes;
   const T* const param = entry.param.as<T>();
-  for_vectors(Chunk(param, entry.numel.value(), number), param, [&](int, const Span<kLanes>& span) {
-    const Gradient<T> gradient(entry, span);
+  for_vectors(chunk, param, [&](int, const auto& span) {
+    Gradient<T> gradient(entry, span);
+    gradient.load_mask(entry, span);
     Vector<T> out = {};
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) set_number(out, i, gradient.at(i, scales));
@@ -27,10 +28,10 @@ __global__ void __launch_bounds__(kThreads)
     restore_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<NoSetting> call) {
   const bool perturbed = is_raised(call.update.perturbed), skipped = !kCombine || is_skipped(call.update);
   const Scales scales = scales_of(call.update);
-  for_own_chunks(table, [&](const UpdateEntry& entry, int, uint32_t number) {
-    with_types(entry, [&](auto t, auto s) {
-      if (perturbed) restore_chunk<decltype(t), decltype(s)>(entry, number);
-      if (!skipped && entry.grad.value() != 0) combine_chunk<decltype(t)>(entry, number, scales);
+  for_own_tasks(table, [&](const UpdateEntry& entry, const Task& task, uint32_t) {
+    with_chunks(entry, task.number, [&](auto t, auto s, const auto& chunk) {
+      if (perturbed) restore_chunk<decltype(t), decltype(s)>(entry, chunk);
+      if (!skipped && entry.grad.value() != 0) combine_chunk<decltype(t)>(entry, chunk, scales);
     });
   });
   if (is_last_block(call.update.perturbed) && call.last && threadIdx.x == 0) *call.update.perturbed = 0;

@@ -10,18 +10,9 @@
 namespace cram {
 namespace cuda {
 
-// Calls f(T{}, W{}) with the number types of the parameter and of the weights that u is computed from.
 template <class Function>
 __device__ __forceinline__ void with_types(const PerturbEntry& entry, Function f) {
-  const bool master = entry.master != nullptr;
-  switch (static_cast<DType>(entry.dtype)) {
-    case DType::kBFloat16:
-      return master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
-    case DType::kFloat16:
-      return master ? f(Float16{}, float{}) : f(Float16{}, Float16{});
-    default:
-      return f(float{}, float{});
-  }
+  with_number_types(static_cast<DType>(entry.dtype), entry.master != nullptr, f);
 }
 
 // Calls f(T{}, W{}, chunk number `number` of the tensor), a WholeChunk where it may.

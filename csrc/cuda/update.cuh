@@ -34,17 +34,18 @@ __device__ __forceinline__ bool is_last_block(int32_t* flag) {
 
 // ---- One tensor ----
 
-// Calls f(T{}, S{}) with the number types of the parameter, and of its weights and state.
+// Calls f(T{}, S{}, chunk number `number` of the tensor) with the number types of the parameter, and of its weights and state; a WholeChunk where it
+// may.
 template <class Function>
-__device__ __forceinline__ void with_types(const UpdateEntry& entry, Function f) {
-  switch (static_cast<DType>(entry.dtype)) {
-    case DType::kBFloat16:
-      return entry.has_master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
-    case DType::kFloat16:
-      return entry.has_master ? f(Float16{}, float{}) : f(Float16{}, Float16{});
-    default:
-      return f(float{}, float{});
-  }
+__device__ __forceinline__ void with_chunks(const UpdateEntry& entry, uint32_t number, Function f) {
+  const void* const param = entry.param.as<void>();
+  const int64_t numel = entry.numel.value();
+  with_number_types(static_cast<DType>(entry.dtype), entry.has_master, [&](auto t, auto s) {
+    if (entry.whole)
+      f(t, s, WholeChunk(param, numel, number));
+    else
+      f(t, s, Chunk(param, numel, number));
+  });
 }
 
 __device__ __forceinline__ Scales scales_of(const Update& update) {
@@ -66,22 +67,25 @@ __device__ __forceinline__ void set_number(Vector<T>& v, int i, float x) {
   v.set(i, narrowed(rounded(x, T{}), T{}));
 }
 
-// g1 + (M ? g2 : +0) of a tensor that has a gradient.
+// g1 + (M ? g2 : +0) of a tensor that has a gradient. load_mask() comes after all other loads of a vector: its bits are taken apart at once, which waits.
 template <class T>
 struct Gradient {
   Vector<T> first = {}, second = {};  // what no branch sets must be set here: else it lives on from chunk to chunk, in registers of its own
-  uint32_t kept = 0;
+  uint32_t kept = ~0u;
   bool has_first, has_second;
 
-  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span<Vector<T>::kLanes>& span)
+  template <class Span>
+  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span& span)
       : has_first(entry.first_grad.value() != 0), has_second(entry.grad.value() != 0) {
     if (has_first) first = load(entry.first_grad.as<T>(), span);
-    if (!has_second) return;
-    second = load(entry.grad.as<T>(), span);
-    kept = entry.mask.value() != 0 ? load_mask(entry.mask.as<uint8_t>(), span) : ~0u;
+    if (has_second) second = load(entry.grad.as<T>(), span);
+  }
+  template <class Span>
+  __device__ __forceinline__ void load_mask(const UpdateEntry& entry, const Span& span) {
+    if (has_second && entry.mask.value() != 0) kept = cuda::load_mask(entry.mask.as<uint8_t>(), span);
   }
   __device__ __forceinline__ float at(int i, const Scales& scales) const {
-    const float g2 = (kept >> i & 1) != 0 ? unscaled(number(second, i), scales.grad, scales.has_grad) : 0.0f;
+    const float g2 = has_second && (kept >> i & 1) != 0 ? unscaled(number(second, i), scales.grad, scales.has_grad) : 0.0f;
     if (!has_first) return g2;
     const float g1 = unscaled(number(first, i), scales.first_grad, scales.has_first_grad);
     return has_second ? add(g1, g2) : g1;
@@ -89,12 +93,12 @@ struct Gradient {
 };
 
 // The parameter from its master weight, rounded, or from its saved copy, bit for bit. A vector of the parameter is one or two of S.
-template <class T, class S>
-__device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, uint32_t number_of_chunk) {
+template <class T, class S, class Chunk>
+__device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, const Chunk& chunk) {
   if (entry.origin.value() == 0) return;
   constexpr int kLanes = Vector<T>::kLanes, kPart = Vector<S>::kLanes;
   T* const param = entry.param.as<T>();
-  for_vectors(Chunk(param, entry.numel.value(), number_of_chunk), param, [&](int, const Span<kLanes>& span) {
+  for_vectors(chunk, param, [&](int, const auto& span) {
     if constexpr (sizeof(T) == sizeof(S)) {
       store(param, load(entry.origin.as<T>(), span), span);
     } else {
@@ -111,24 +115,24 @@ __device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, uint32_t
 }
 
 // One step of an optimizer for a chunk; the loads of a vector of weights and state come before its stores.
-template <class T, class S, class Step>
-__device__ __forceinline__ void update_chunk(const UpdateEntry& entry, uint32_t number_of_chunk, bool perturbed, const Scales& scales,
-                                             const Step& step) {
+template <class T, class S, class Step, class Chunk>
+__device__ __forceinline__ void update_chunk(const UpdateEntry& entry, const Chunk& chunk, bool perturbed, const Scales& scales, const Step& step) {
   constexpr int kLanes = Vector<T>::kLanes, kPart = Vector<S>::kLanes;
   T* const param = entry.param.as<T>();
   const bool from_origin = entry.has_master || (perturbed && entry.origin.value() != 0);
-  for_vectors<1>(Chunk(param, entry.numel.value(), number_of_chunk), param, [&](int, const Span<kLanes>& span) {
-    const Gradient<T> gradient(entry, span);
+  for_vectors<1>(chunk, param, [&](int, const auto& span) {
+    Gradient<T> gradient(entry, span);
     Vector<T> out = {};
 #pragma unroll
     for (int part = 0; part < kLanes / kPart; ++part) {
-      const Span<kPart> own = part_of<kPart>(span, part);
+      const auto own = part_of<kPart>(span, part);
       Vector<S> w = load(from_origin ? entry.origin.as<S>() : entry.param.as<S>(), own), state[Step::kStates];
 #pragma unroll
       for (int s = 0; s < Step::kStates; ++s) {
         state[s] = {};
         if (step.loads(s)) state[s] = load(entry.state[s].as<S>(), own);
       }
+      if (part == 0) gradient.load_mask(entry, span);
 #pragma unroll
       for (int i = 0; i < kPart; ++i) {
         float weight = number(w, i), x[Step::kStates];
@@ -153,21 +157,14 @@ __device__ __forceinline__ void update_chunk(const UpdateEntry& entry, uint32_t 
 
 __device__ __forceinline__ bool is_skipped(const Update& update) { return update.found_inf != nullptr && *update.found_inf != 0; }
 
-// Calls f(entry, number of the chunk) for the chunks of this block: neighbours, so that few of them begin a new tensor.
-template <class Function>
-__device__ __forceinline__ void for_own_chunks(const UpdateTable& table, Function f) {
-  const uint64_t tasks = table.count > 0 ? tasks_in(table) : 0;
-  const uint32_t begin = static_cast<uint32_t>(blockIdx.x * tasks / gridDim.x), end = static_cast<uint32_t>((blockIdx.x + 1) * tasks / gridDim.x);
-  for (uint32_t task = begin; task < end; ++task) {
-    const Task found = find(table, task);
-    f(table.entries[found.entry], found.entry, found.number);
-  }
-}
-
-// Restores every tensor; those that have a gradient take a step of the optimizer, unless found_inf is set. Step: kStates; kBlocks, of an SM at
-// least; Setting; made from an entry, the
-// call and its setting; loads(s), stores(s): whether state s is; operator()(w, states, g): the step of one weight; done(entry): once all blocks are
-// through.
+// Restores every tensor; those that have a gradient take a step of the optimizer, unless found_inf is set. What a Step is:
+//   Setting              the optimizer's numbers that several tensors share: one of UpdateCall<Setting>::settings
+//   kStates              how many states a weight has
+//   kBlocks              blocks that an SM must be able to hold, for __launch_bounds__
+//   Step(entry, call)    made once a block and tensor, by one thread: reads the learning rate and the step number from the device
+//   loads(s), stores(s)  whether state s is read, written
+//   (w, states, g)       updates one weight and its states with the gradient g
+//   done(entry)          called once for each tensor that was updated, after all blocks: counts the step up
 template <class Step>
 __global__ void __launch_bounds__(kThreads, Step::kBlocks)
     update_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<typename Step::Setting> call) {
@@ -175,19 +172,21 @@ __global__ void __launch_bounds__(kThreads, Step::kBlocks)
   const bool perturbed = is_raised(call.update.perturbed), skipped = is_skipped(call.update);
   const Scales scales = scales_of(call.update);
   int prepared = -1;
-  for_own_chunks(table, [&](const UpdateEntry& entry, int place, uint32_t number) {
+  for_own_tasks(table, [&](const UpdateEntry& entry, const Task& task, uint32_t) {
     if (skipped || !entry.has_gradient()) {
-      if (perturbed) with_types(entry, [&](auto t, auto s) { restore_chunk<decltype(t), decltype(s)>(entry, number); });
+      if (perturbed)
+        with_chunks(entry, task.number, [&](auto t, auto s, const auto& chunk) { restore_chunk<decltype(t), decltype(s)>(entry, chunk); });
       return;
     }
-    if (place != prepared) {
+    if (task.entry != prepared) {
       __syncthreads();
       if (threadIdx.x == 0) step = Step(entry, call);
       __syncthreads();
-      prepared = place;
+      prepared = task.entry;
     }
     const Step own = step;
-    with_types(entry, [&](auto t, auto s) { update_chunk<decltype(t), decltype(s)>(entry, number, perturbed, scales, own); });
+    with_chunks(entry, task.number,
+                [&](auto t, auto s, const auto& chunk) { update_chunk<decltype(t), decltype(s)>(entry, chunk, perturbed, scales, own); });
   });
   if (!is_last_block(call.update.perturbed)) return;
   if (!skipped) {

@@ -48,7 +48,8 @@ struct UpdateEntry {
   uint16_t index[2];  // in the list of the call, low and high half
   uint16_t dtype : 2;
   uint16_t has_master : 1;
-  uint16_t setting : 13;
+  uint16_t whole : 1;  // all arrays are aligned to 16 bytes, numel is a multiple of 8: no vector is cut (WholeChunk)
+  uint16_t setting : 12;
 
   CRAM_HOST_DEVICE bool has_gradient() const { return grad.value() != 0 || first_grad.value() != 0; }
 };
@@ -70,6 +71,7 @@ inline UpdateEntry update_entry(const Item& item, size_t index, int setting) {
   entry.index[1] = static_cast<uint16_t>(index >> 16);
   entry.dtype = static_cast<uint16_t>(item.dtype);
   entry.has_master = item.master != nullptr;
+  entry.whole = whole_vectors(item.numel, {item.param, item.grad, item.first_grad, item.master, item.saved, item.state[0], item.state[1], item.state[2]});
   entry.setting = static_cast<uint16_t>(setting);
   return entry;
 }

@@ -25,6 +25,19 @@ __device__ __forceinline__ T from_bits_of(uint32_t bits, T) {
   return {static_cast<decltype(T::bits)>(bits)};
 }
 
+// Calls f(T{}, W{}) with the number type of a parameter, and that of its weights and states: float where it has a master weight, else the same.
+template <class Function>
+__device__ __forceinline__ void with_number_types(DType dtype, bool has_master, Function f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return has_master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
+    case DType::kFloat16:
+      return has_master ? f(Float16{}, float{}) : f(Float16{}, Float16{});
+    default:
+      return f(float{}, float{});
+  }
+}
+
 template <class T>
 struct Vector {
   static constexpr int kLanes = 16 / sizeof(T), kBits = 8 * sizeof(T), kInWord = 4 / sizeof(T);
