@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint bench docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static triton-static verify-gpu wheel clean
+.PHONY: setup demo test lint bench docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static gpu-model triton-static verify-gpu wheel clean
 
 setup: $(VENV)/.installed
 
@@ -82,6 +82,13 @@ test-executed: setup
 cuda-static: setup
 	command -v cuobjdump || $(PIP_INSTALL) triton
 	$(BIN)/python -m benchmarks.cuda_static $(ARGS)
+
+# What the CUDA kernels execute, counted by an executor of PTX (CRAM_KERNELS_PTXEMU), and a model of what four cards need for it at the least:
+# docs/gpu-model.md. ARGS=--check: fails where a bar is missed. No GPU needed, and nothing is measured.
+gpu-model: setup
+	@test -n "$$CRAM_KERNELS_PTXEMU" || { echo "gpu-model: CRAM_KERNELS_PTXEMU does not name a PTX executor"; exit 2; }
+	command -v nvdisasm || $(PIP_INSTALL) triton
+	$(BIN)/python -m benchmarks.gpu_model $(ARGS)
 
 # All op tests under Triton's interpreter, and on the compiled kernels where CRAM_KERNELS_PTXEMU names an executor; `make test` runs some of them.
 test-triton: setup

@@ -1,0 +1,132 @@
+"""What the ops execute on ResNet-50's shapes, counted by an executor of PTX (CRAM_KERNELS_PTXEMU)."""
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cram_kernels.patterns import NM, TopK
+
+from .. import inputs, shapes
+from ..shapes import Shape
+
+ROOT = Path(__file__).parent.parent.parent
+SECTOR = 32  # bytes
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The launches of one call, as the executor recorded them."""
+
+    op: str
+    dtype: str  # a key of inputs.DTYPES
+    weights: int
+    masked: int  # of these, weights with a mask bit
+    launches: list[Record]
+
+    def total(self, *path: str) -> int:
+        """The sum over the launches of the number at this path of the record."""
+        found = 0
+        for launch in self.launches:
+            value: Any = launch
+            for key in path:
+                value = value.get(key, {})
+            found += value or 0
+        return found
+
+    def accesses(self, space: str, what: str) -> int:
+        """Of loads, stores and atomics to `global` or `shared` memory: sectors, wavefronts, conflicts, ..."""
+        return sum(self.total(space, kind, what) for kind in ("load", "store", "atomic"))
+
+    @property
+    def bytes(self) -> float:
+        """Memory must move so many a weight, if caches hold all within a launch and nothing from launch to launch."""
+        return SECTOR * (self.total("sectors_read") + self.total("sectors_written")) / self.weights
+
+    @property
+    def conflicts(self) -> float:
+        """Share of the wavefronts to shared memory that bank conflicts add."""
+        return self.accesses("shared", "conflicts") / max(1, self.accesses("shared", "wavefronts"))
+
+
+def perturb(op: str, model: list[Shape], dtype: str) -> inputs.Arguments:
+    arguments = inputs.perturb(model, NM(2, 4) if op == "perturb_nm_" else TopK(0.9), dtype, "cpu")
+    if op == "perturb_masked_":
+        del arguments["sets"], arguments["k"]
+    return arguments
+
+
+def update(op: str, model: list[Shape], dtype: str) -> inputs.Arguments:
+    state = {"restore_sgd_": ("momentum_buffers",), "restore_adam_": ("exp_avgs", "exp_avg_sqs")}.get(op, ())
+    arguments = inputs.update(model, dtype, "cpu", state)
+    if op == "restore_":
+        return {name: arguments[name] for name in ("params", "saved", "perturbed")}
+    if op == "restore_sgd_":
+        return arguments | {"fresh": [0], "lr": torch.tensor(1e-4), "momentum": [0.9], "weight_decay": [1e-4]}
+    if op == "restore_adam_":
+        more = {"max_exp_avg_sqs": [], "steps": [torch.tensor(10.0) for _ in model], "lr": torch.tensor(1e-5)}
+        return arguments | more | {"weight_decay": [1e-2], "decoupled": True}
+    return arguments
+
+
+BUILD: dict[str, Callable[[str, list[Shape], str], inputs.Arguments]] = {
+    **dict.fromkeys(("perturb_topk_", "perturb_nm_", "perturb_masked_"), perturb),
+    **dict.fromkeys(("restore_", "restore_combine_", "restore_sgd_", "restore_adam_"), update),
+}
+
+
+def resnet50(quarter: bool) -> list[Shape]:
+    """Its shapes; a quarter of the weights: half of the output and of the input channels."""
+    model = shapes.resnet50()
+    return [tuple(max(1, d // 2) if i < 2 and len(shape) > 1 else d for i, d in enumerate(shape)) for shape in model] if quarter else model
+
+
+def read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def count(call: Any, op: str, dtype: str, model: list[Shape], target: Path) -> Counts:
+    """Call an op on the executor `call` (tests/executor.py); its records go to the file `target`."""
+    arguments = BUILD[op](op, model, dtype)
+    target.unlink(missing_ok=True)
+    os.environ["PTXEMU_COUNTERS"] = str(target.resolve())
+    try:
+        call(op, arguments)
+    finally:
+        del os.environ["PTXEMU_COUNTERS"]
+    masks = arguments.get("masks", ())
+    weights = sum(math.prod(shape) for shape in model)
+    return Counts(op, dtype, weights, min(weights, 8 * sum(m.numel() for m in masks)), read(target))
+
+
+def executor() -> Any:
+    """The CUDA library, built for the executor and loaded.
+
+    Raises:
+        RuntimeError: something is missing; the message says what.
+    """
+    sys.path.append(str(ROOT / "tests"))
+    from executor import Executor, why_missing
+
+    if (reason := why_missing()) is not None:
+        raise RuntimeError(reason)
+    os.environ.update(PTXEMU_THREADS=str(os.cpu_count()), PTXEMU_TIMEOUT="1200")
+    call = Executor()
+    call.select("plain")
+    return call
+
+
+def by_class(launches: list[Record]) -> Counter[str]:
+    """Warp instructions of PTX: "all", and by the executor's classes."""
+    found: Counter[str] = Counter()
+    for launch in launches:
+        found.update(launch["warp_instructions"])
+    return found
