@@ -134,6 +134,27 @@ class Bucket:
         return k, thresholds
 
 
+class Columns:
+    """What an update takes: the parameters of one device as lists with one entry each. Empty lists: absent for all.
+
+    Attributes:
+        saved: where the clean weights are, of those that are perturbed; first: their first gradients; masks: of their second gradients.
+        grads: the second gradients, or those of a plain step.
+        flag: int32 [], whether they are perturbed.
+    """
+
+    def __init__(self, slots: list[Slot], grads: list[Tensor], flag: Tensor, saved: Any = (), first: Any = (), masks: Any = ()) -> None:
+        self.slots, self.grads, self.flag, self.saved, self.first, self.masks = slots, grads, flag, saved, first, masks
+        self.device, self.params = slots[0].device, [s.local for s in slots]
+
+    def common(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """The arguments with which every restoring op begins: params ... perturbed."""
+        return self.params, self.saved, self.grads, self.first, self.masks, self.flag
+
+    def masters(self) -> list[Tensor]:
+        return present([s.master for s in self.slots], self.slots)
+
+
 def per_tensor(values: list[Any], slots: list[Slot]) -> list[Any]:
     """[one value] where it is the same for all groups, else one a slot."""
     return values[:1] if values.count(values[0]) == len(values) else [values[s.group] for s in slots]
@@ -161,3 +182,10 @@ def kept_state(state: dict[str, Any], slot: Slot, key: str) -> Tensor:
         local = torch.empty_like(slot.local, dtype=dtype).copy_(local)
         state[key] = whole_of(slot.param, local)
     return local
+
+
+def joined(tensors: list[Tensor]) -> Tensor | None:
+    """The entries of all buckets, on the device of the first."""
+    if len(tensors) < 2:
+        return tensors[0] if tensors else None
+    return torch.cat([t.to(tensors[0].device) for t in tensors])

@@ -17,14 +17,14 @@ from . import halves, options
 from .base import Wrapper, base_of
 from .bucket import Slot
 from .fused import FUSED
-from .model_hooks import ModelHooks
+from .model_hooks import Attachable
 from .precision import given_by_scaler
 from .step_info import StepInfo
 
 COMPRESSION = (TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9))
 
 
-class CrAM(Wrapper):
+class CrAM(Attachable, Wrapper):
     """The compression-aware minimizer (Peste et al., ICLR 2023, arXiv 2207.14200, Algorithm 1) around a base optimizer. A step is
 
         w' = w + rho * g                     g, the first gradient, of the loss at w
@@ -294,29 +294,3 @@ class CrAM(Wrapper):
     def _check_names(self) -> None:
         options.check_exclude(self.param_groups, self.exclude)
         options.check_unique(self.param_groups, {name for reasons in self._dense for name in reasons})
-
-    # --- the model ---
-
-    def attach(self, model: nn.Module) -> "CrAM":
-        """From now on, while the weights are perturbed, batch norms of the model keep their statistics, and `state_dict()` of it or of a
-        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. An optimizer that was made
-        over the model is attached to it already. Returns the optimizer.
-
-        Raises:
-            ValueError: not a module, or one without parameters of this optimizer.
-        """
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        if ours.isdisjoint(map(id, model.parameters())):
-            raise ValueError("CrAM.attach: model must have parameters of this optimizer, got one that has none")
-        self.detach()
-        self._hooks = ModelHooks(model, self)
-        return self
-
-    def detach(self) -> None:
-        """Undo `attach`. Where a step is open, it is given up: the next `step()` raises."""
-        self.give_up("the optimizer was attached or detached between perturb() and step()")
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None

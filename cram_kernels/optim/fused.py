@@ -14,8 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops as typed_ops
 from ..distributed import whole_of
-from .bucket import Slot, kept_state, per_tensor
-from .open_step import Columns
+from .bucket import Columns, Slot, kept_state, per_tensor
 from .precision import Factor, hang_master, on, skipped
 from .workspace import Workspace
 

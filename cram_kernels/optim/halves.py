@@ -14,9 +14,9 @@ from ..patterns import Pattern
 from ..warning import warn
 from . import options
 from .base import Guard
-from .bucket import Bucket, Slot, by_device
+from .bucket import Bucket, Columns, Slot, by_device
 from .fused import Update
-from .open_step import Columns, OpenStep
+from .open_step import OpenStep
 from .precision import Factor, clipped, first_factor, note_versions, prepare_masters, second_factor, skipped, total_norm
 from .step_info import StepInfo
 

@@ -1,8 +1,9 @@
 """A model that knows of its optimizer: its state_dict() has no perturbed weights, what is loaded stays, its batch norms keep still."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -75,6 +76,41 @@ class ModelHooks:
 
     def __del__(self) -> None:
         self.remove()
+
+
+Self = TypeVar("Self", bound="Attachable")
+
+
+class Attachable:
+    """The part of `CrAM` that a model knows."""
+
+    param_groups: list[dict[str, Any]]
+    _hooks: "ModelHooks | None"
+    give_up: Callable[[str], None]
+
+    def attach(self: Self, model: nn.Module) -> Self:
+        """From now on, while the weights are perturbed, batch norms of the model keep their statistics, and `state_dict()` of it or of a
+        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. An optimizer that was made
+        over the model is attached to it already. Returns the optimizer.
+
+        Raises:
+            ValueError: not a module, or one without parameters of this optimizer.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        if ours.isdisjoint(map(id, model.parameters())):
+            raise ValueError("CrAM.attach: model must have parameters of this optimizer, got one that has none")
+        self.detach()
+        self._hooks = ModelHooks(model, self)  # type: ignore[arg-type]
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`. Where a step is open, it is given up: the next `step()` raises."""
+        self.give_up("the optimizer was attached or detached between perturb() and step()")
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
 
 
 class _Hook:

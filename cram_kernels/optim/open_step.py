@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -18,33 +17,10 @@ from ..params import OPEN_STEPS
 from ..patterns import NM, Pattern, TopK
 from ..schedule import Groups
 from ..warning import warn
-from .bucket import NOT_SPREAD, Bucket, Slot, present
+from .bucket import NOT_SPREAD, Bucket, Columns, Slot, joined, present
 from .model_hooks import ModelHooks
 from .precision import Factor, note_versions, on
 from .workspace import Workspace
-
-Tensors = Sequence[Tensor]
-
-
-class Columns:
-    """What an update takes: the parameters of one device as lists with one entry each. Empty lists: absent for all.
-
-    Attributes:
-        saved: where the clean weights are, of those that are perturbed; first: their first gradients; masks: of their second gradients.
-        grads: the second gradients, or those of a plain step.
-        flag: int32 [], whether they are perturbed.
-    """
-
-    def __init__(self, slots: list[Slot], grads: list[Tensor], flag: Tensor, saved: Any = (), first: Any = (), masks: Any = ()) -> None:
-        self.slots, self.grads, self.flag, self.saved, self.first, self.masks = slots, grads, flag, saved, first, masks
-        self.device, self.params = slots[0].device, [s.local for s in slots]
-
-    def common(self) -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensor]:
-        """The arguments with which every restoring op begins: params ... perturbed."""
-        return self.params, self.saved, self.grads, self.first, self.masks, self.flag
-
-    def masters(self) -> list[Tensor]:
-        return present([s.master for s in self.slots], self.slots)
 
 
 class OpenStep:
@@ -131,7 +107,7 @@ class OpenStep:
             for mesh in whole_mesh([s.param for bucket in self.buckets for s in bucket.slots]):
                 mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
         found = [r for r in results if r is not None]
-        return _joined([thresholds for thresholds, _ in found]), _joined([stats for _, stats in found])
+        return joined([thresholds for thresholds, _ in found]), joined([stats for _, stats in found])
 
     def _masks(self, bucket: Bucket, groups: Groups, workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
         """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
@@ -322,10 +298,3 @@ class OpenStep:
         slot = place[0].slots[place[1]]
         saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
         return whole_of(param, saved.clone())
-
-
-def _joined(tensors: list[Tensor]) -> Tensor | None:
-    """The entries of all buckets, on the device of the first."""
-    if len(tensors) < 2:
-        return tensors[0] if tensors else None
-    return torch.cat([t.to(tensors[0].device) for t in tensors])
