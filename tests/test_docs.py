@@ -110,3 +110,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if anchor and target.name != "api.md":  # those come from docstrings: mkdocs checks them
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_readme_fits_a_terminal() -> None:
+    assert [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 120] == []
