@@ -37,68 +37,75 @@ struct Shape {
   static constexpr int group = registers >= most ? 1 : registers == 1 ? 8 : most / registers < 4 ? most / registers : 4;
 };
 
-template <int tile>
-void accumulate_tile(const Piece& piece, const float* panel, int64_t panel_stride, const Sums& s) {
+// `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored.
+template <int tile, bool fresh>
+CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint16_t* order, int rows, const float* panel,
+                                         const Sums& s) {
   constexpr int width = Shape<tile>::width, registers = Shape<tile>::registers, group = Shape<tile>::group;
   using V = typename Vector<width>::Type;
   using Stored = typename Vector<width>::Unaligned;
-  const size_t stride = static_cast<size_t>(panel_stride) * sizeof(float);
-  const float* values = piece.values;
-  const uint8_t* column = piece.column;
-  for (int64_t first = 0; first < piece.rows; first += kLanes) {
-    const int64_t steps = piece.steps_of[first / kLanes];
-    const int lanes = piece.rows - first < kLanes ? static_cast<int>(piece.rows - first) : kLanes;
-    for (int lane = 0; lane < lanes; lane += group) {
-      V sum[group][registers];
+  V sum[group][registers];
 #pragma GCC unroll 8
-      for (int i = 0; i < group; ++i) {
-        // What a lane without a row sums up is never stored.
-        const int64_t row = piece.order[first + (lane + i < lanes ? lane + i : lane)];
-        const V start = s.fresh ? (s.bias != nullptr ? s.bias[row] : 0.0f) - V{} : V{};
+  for (int i = 0; i < group; ++i)
 #pragma GCC unroll 16
-        for (int r = 0; r < registers; ++r)
-          sum[i][r] = s.fresh ? start : *reinterpret_cast<const Stored*>(s.from + row * s.from_stride + r * width);
-      }
-      const float* value = values + lane;
-      const uint8_t* at = column + lane;
-      for (int64_t step = 0; step < steps; ++step, value += kLanes, at += kLanes) {
-        uint64_t word = 0;
-        memcpy(&word, at, group);
+    for (int r = 0; r < registers; ++r) sum[i][r] = V{};
+  for (int64_t step = 0; step < steps; ++step, value += kLanes, column += kLanes) {
+    uint64_t word = 0;
+    memcpy(&word, column, group);
 #pragma GCC unroll 8
-        for (int i = 0; i < group; ++i) {
-          const V factor = value[i] - V{};
-          const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + (word >> (8 * i) & 255) * stride);
+    for (int i = 0; i < group; ++i) {
+      const uint64_t at = i % 2 == 0 ? word & 255 : word >> 8 & 255;
+      if (i % 2 == 1) word >>= 16;
+      const V factor = value[i] - V{};
+      const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + at * (tile * sizeof(float)));
 #pragma GCC unroll 16
-          for (int r = 0; r < registers; ++r) sum[i][r] += factor * row[r];
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < group; ++i) {
-        if (lane + i >= lanes) break;
-        float* to = s.to + piece.order[first + lane + i] * s.to_stride;
-#pragma GCC unroll 16
-        for (int r = 0; r < registers; ++r) *reinterpret_cast<Stored*>(to + r * width) = sum[i][r];
-      }
+      for (int r = 0; r < registers; ++r) sum[i][r] += factor * row[r];
     }
-    values += steps * kLanes;
-    column += steps * kLanes;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < group; ++i) {
+    if (i >= rows) break;
+    const int64_t row = order[i];
+    const float* from = s.from + row * s.from_stride;
+    float* to = s.to + row * s.to_stride;
+#pragma GCC unroll 16
+    for (int r = 0; r < registers; ++r)
+      *reinterpret_cast<Stored*>(to + r * width) = (fresh ? s.bias[row] - V{} : *reinterpret_cast<const Stored*>(from + r * width)) + sum[i][r];
   }
 }
 
-// Panels of our own are packed: a constant stride saves a multiplication for each non-zero.
-template <int tile>
-void accumulate_either(const Piece& piece, const float* panel, int64_t panel_stride, const Sums& sums) {
-  if (panel_stride == tile) return accumulate_tile<tile>(piece, panel, tile, sums);
-  accumulate_tile<tile>(piece, panel, panel_stride, sums);
+template <int tile, bool fresh>
+void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
+  constexpr int group = Shape<tile>::group;
+  const float* values = piece.values;
+  const uint8_t* column = piece.column;
+  const uint16_t* order = piece.order;
+  const uint8_t* steps_of = piece.steps_of;
+  int64_t left = piece.rows;
+  for (; left >= kLanes; left -= kLanes, order += kLanes, ++steps_of) {
+    const int64_t steps = *steps_of;
+    for (int lane = 0; lane < kLanes; lane += group)
+      accumulate_group<tile, fresh>(values + lane, column + lane, steps, order + lane, group, panel, s);
+    values += steps * kLanes;
+    column += steps * kLanes;
+  }
+  for (int lane = 0; lane < left; lane += group)
+    accumulate_group<tile, fresh>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
 }
 
-void accumulate(int tile, const Piece& piece, const float* panel, int64_t panel_stride, const Sums& sums) {
+template <int tile>
+void accumulate_either(const Piece& piece, const float* panel, const Sums& sums) {
+  if (sums.fresh) return accumulate_tile<tile, true>(piece, panel, sums);
+  accumulate_tile<tile, false>(piece, panel, sums);
+}
+
+void accumulate(int tile, const Piece& piece, const float* panel, const Sums& sums) {
   switch (tile) {
-    case 8: return accumulate_either<8>(piece, panel, panel_stride, sums);
-    case 16: return accumulate_either<16>(piece, panel, panel_stride, sums);
-    case 32: return accumulate_either<32>(piece, panel, panel_stride, sums);
-    case 64: return accumulate_either<64>(piece, panel, panel_stride, sums);
-    case 128: return accumulate_either<128>(piece, panel, panel_stride, sums);
+    case 8: return accumulate_either<8>(piece, panel, sums);
+    case 16: return accumulate_either<16>(piece, panel, sums);
+    case 32: return accumulate_either<32>(piece, panel, sums);
+    case 64: return accumulate_either<64>(piece, panel, sums);
+    case 128: return accumulate_either<128>(piece, panel, sums);
   }
 }
 
@@ -133,10 +140,8 @@ void dot(const Piece& piece, const float* x, const Sums& s) {
     float sums[kLanes];
     dot_slice(values, column, steps, x, sums);
     const uint16_t* order = piece.order + first;
-    for (int lane = 0; lane < lanes; ++lane) {
-      const float start = !s.fresh ? s.from[order[lane]] : s.bias != nullptr ? s.bias[order[lane]] : 0.0f;
-      s.to[order[lane]] = start + sums[lane];
-    }
+    const float* from = s.fresh ? s.bias : s.from;
+    for (int lane = 0; lane < lanes; ++lane) s.to[order[lane]] = from[order[lane]] + sums[lane];
     values += steps * kLanes;
     column += steps * kLanes;
   }

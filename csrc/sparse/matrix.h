@@ -43,7 +43,7 @@ struct Piece {
 
 // What a product with one piece adds to. The first block of a section starts from the bias instead.
 struct Sums {
-  const float* bias;  // of the section's rows, or null
+  const float* bias;  // of the section's rows
   bool fresh;
   float* from;  // [rows][from_stride]
   int64_t from_stride;
@@ -58,8 +58,8 @@ struct SparseKernels {
   // to[row] = from[row] or bias[row], plus the row times x, where x[block] is 0 and x has 256 elements.
   void (*dot)(const Piece&, const float* x, const Sums&);
 
-  // to[row][tile] = from[row][tile] or bias[row], plus the row times the panel, whose rows are panel_stride floats apart.
-  void (*accumulate)(int tile, const Piece&, const float* panel, int64_t panel_stride, const Sums&);
+  // to[row][tile] = from[row][tile] or bias[row], plus the row times the panel, [block + 1][tile].
+  void (*accumulate)(int tile, const Piece&, const float* panel, const Sums&);
 
   // to[c * to_stride + r] = from[r * from_stride + c].
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);

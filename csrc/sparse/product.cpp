@@ -92,6 +92,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
   }
   validate(kernels, a);
   const std::vector<int64_t> starts = piece_starts(a);
+  const Start start(bias, a.rows);
   const int64_t blocks = a.blocks();
   Pool team = pool;
   const int64_t worth = a.steps * kLanes * n / (kWorkOfThread / 4) + 1;  // a gather is slower than a multiplication
@@ -112,7 +113,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
         kernels.dot(piece_of(a, starts, section, block), spread + i * length + block * (a.block + 1),
-                    Sums{bias != nullptr ? bias + row : nullptr, block == 0, to, 1, to, 1});
+                    Sums{start.data() + row, block == 0, to, 1, to, 1});
       }
   });
 }

@@ -62,6 +62,17 @@ struct Scratch {
   std::vector<float> panel_, sums_;
 };
 
+// The bias, or zeros.
+class Start {
+ public:
+  Start(const float* bias, int64_t rows) : zeros_(bias == nullptr ? static_cast<size_t>(rows) : 0), data_(bias == nullptr ? zeros_.data() : bias) {}
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> zeros_;
+  const float* data_;
+};
+
 constexpr int64_t kWorkOfThread = 200000;  // multiplications that are worth waking a thread for
 
 // Where a block of results goes: `to` is null where they have to be rearranged.
@@ -77,6 +88,7 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
               const Dense& b) {
   validate(kernels, a);
   const std::vector<int64_t> starts = piece_starts(a);
+  const Start start(bias, a.rows);
   const int64_t sections = a.sections(), blocks = a.blocks(), units = static_cast<int64_t>(tiles.size()) * sections;
   int64_t columns = 0;
   for (const Tile& tile : tiles) columns += tile.width;
@@ -107,9 +119,9 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
       for (int64_t block = 0; block < blocks; ++block) {
         float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
         if (!whole) pack(block, panel);
-        Sums s{bias != nullptr ? bias + row : nullptr, block == 0, sums, tile.width, sums, tile.width};
+        Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width};
         if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride;
-        kernels.accumulate(tile.width, piece_of(a, starts, section, block), panel, tile.width, s);
+        kernels.accumulate(tile.width, piece_of(a, starts, section, block), panel, s);
       }
       if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
     }
