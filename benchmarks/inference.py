@@ -1,12 +1,12 @@
 """Sparse inference on a CPU beside torch and ONNX Runtime, both dense in float32: python -m benchmarks.inference.
 
-Each round times every contestant once on the same input; a ratio is the median over rounds of the faster dense engine's time over ours,
-where the faster one is that with the smaller median. Plans come from the trials that `sparsify` makes. Weights are random, pruned by
+Each round times every contestant once on the same input. Of each the lowest decile over the rounds counts, since the machine may be shared; a
+ratio is the faster dense engine's over ours. Tiles come from the trials that `sparsify` makes. Weights are random, pruned by
 magnitude.
 
     linear    the matrices of BERT-base with 1, 8, 32 and 128 rows
     conv      the distinct convolutions of ResNet-50, stem left out, at batch 1
-    bert      all matrices of BERT-base for 128 and 32 tokens: sums over the layers' medians, attention and norms left out
+    bert      all matrices of BERT-base for 128 and 32 tokens: sums over the layers' times, attention and norms left out
     resnet50  the whole network at batch 1, batch norm folded, every layer pruned alike or globally by magnitude
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cram_kernels import NM, TopK, prune
 from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify
-from cram_kernels.inference.trial import rounds_of, try_layer
+from cram_kernels.inference.trial import low, rounds_of, try_layer
 
 from .onnx_dense import session_of
 from .resnet import CONVOLUTIONS, resnet50
@@ -47,17 +47,16 @@ def pruned(module: nn.Module, sparsity: str) -> nn.Module:
 
 
 def contest(dense: nn.Module, ours: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
-    """Medians in microseconds of torch, ONNX Runtime and ours; `ratio` over the faster of the first two."""
+    """Microseconds of torch, ONNX Runtime and ours; `ratio` over the faster of the first two."""
     onnx, feed = session_of(dense, x)
     with torch.inference_mode():
         expected, actual = dense(x), ours(x)
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         torch.testing.assert_close(torch.from_numpy(onnx.run(None, feed)[0]), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         times = rounds_of([lambda: dense(x), lambda: onnx.run(None, feed), lambda: ours(x)], rounds)
-    medians = [statistics.median(own) for own in times]
-    faster = times[0] if medians[0] <= medians[1] else times[1]
-    ratio = statistics.median(a / b for a, b in zip(faster, times[2], strict=True))
-    named = zip(("torch_us", "onnxruntime_us", "sparse_us"), medians, strict=True)
+    lows = [low(own) for own in times]
+    ratio = min(lows[:2]) / lows[2]
+    named = zip(("torch_us", "onnxruntime_us", "sparse_us"), lows, strict=True)
     return {name: 1e6 * value for name, value in named} | {"ratio": ratio}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .weights import check_weight, elements, from_bitmask, layout_of, pack, to_bitmask, unpack
+from .weights import best_layout, check_weight, elements, from_bitmask, pack, to_bitmask, unpack
 
 
 class SparseLayer(nn.Module):
@@ -26,11 +26,14 @@ class SparseLayer(nn.Module):
         super().__init__()
         check_weight(weight)
         self.weight_shape = tuple(weight.shape)
-        self.layout = layout_of(self.weight_shape)
-        self._layout_numbers = self.layout.numbers()
-        self.register_buffer("packed", pack(weight, self.layout), persistent=False)
+        self.register_buffer("packed", None, persistent=False)
+        self._hold(weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.plan: list[int] = []
+
+    def _hold(self, weight: Tensor) -> None:
+        layout = best_layout(weight)
+        self.packed, self.layout, self._layout_numbers = pack(weight, layout), layout, layout.numbers()
 
     @property
     def weight(self) -> Tensor:
@@ -74,9 +77,9 @@ class SparseLayer(nn.Module):
                 given = state_dict[dense]
                 if tuple(given.shape) != self.weight_shape:
                     raise ValueError(f"weight must have the shape {list(self.weight_shape)}, got {list(given.shape)}")
-                self.packed = pack(given, self.layout)
+                self._hold(given)
             elif values in state_dict and mask in state_dict:
-                self.packed = pack(from_bitmask(state_dict[values], state_dict[mask], self.weight_shape), self.layout)
+                self._hold(from_bitmask(state_dict[values], state_dict[mask], self.weight_shape))
             else:
                 missing.extend(name for name in (values, mask) if name not in state_dict)
         except ValueError as error:

@@ -13,6 +13,9 @@ from ..reference.key import pack_bits, unpack_bits
 
 LANES = 16  # rows of a slice
 MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands for no column
+# Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache. Where
+# less is stored, larger blocks pay more, since each costs the loading and storing of sums.
+DENSE_BLOCK, DENSER = 128, 0.15
 SECTION = 384  # rows of a section, about
 
 
@@ -31,6 +34,12 @@ class Layout:
 
     def numbers(self) -> list[int]:
         return [self.rows, self.columns, self.block, self.section]
+
+
+def best_layout(weight: Tensor) -> Layout:
+    """The one that was fastest for weights of such a density."""
+    density = weight.count_nonzero().item() / max(1, weight.numel())
+    return layout_of(tuple(weight.shape), DENSE_BLOCK if density > DENSER else MAX_BLOCK)
 
 
 def layout_of(shape: tuple[int, ...], block: int = MAX_BLOCK, section: int = SECTION) -> Layout:

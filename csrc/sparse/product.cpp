@@ -46,15 +46,25 @@ Piece piece_of(const SparseMatrix& a, const std::vector<int64_t>& starts, int64_
           a.steps_of + (section * SparseMatrix::slices(a.section) * a.blocks() + block * SparseMatrix::slices(rows))};
 }
 
+namespace {
+
+void refuse(const char* what, int64_t limit, int64_t found) {
+  throw std::invalid_argument(std::string("packed must have ") + what + std::to_string(limit) + ", got " + std::to_string(found));
+}
+
+}  // namespace
+
+void validate(const SparseKernels& kernels, const SparseMatrix& a, const Piece& piece) {
+  int64_t steps = 0;
+  for (int64_t slice = 0; slice < SparseMatrix::slices(piece.rows); ++slice) steps += piece.steps_of[slice];
+  if (const int largest = kernels.largest8(piece.column, steps * kLanes); largest > a.block) refuse("columns of at most ", a.block, largest);
+}
+
 void validate(const SparseKernels& kernels, const SparseMatrix& a) {
-  const auto refuse = [](const char* what, int64_t limit, int64_t found) {
-    throw std::invalid_argument(std::string("packed must have ") + what + std::to_string(limit) + ", got " + std::to_string(found));
-  };
   if (a.rows == 0) return;
   int64_t steps = 0;
   for (int64_t slice = 0; slice < a.all_slices(); ++slice) steps += a.steps_of[slice];
   if (steps != a.steps) refuse("numbers of steps that add up to ", a.steps, steps);
-  if (const int largest = kernels.largest8(a.column, a.steps * kLanes); largest > a.block) refuse("columns of at most ", a.block, largest);
   const int64_t whole = (a.sections() - 1) * a.section * a.blocks(), last = a.rows_of(a.sections() - 1);
   if (const int largest = kernels.largest16(a.order, whole); whole > 0 && largest >= a.section) refuse("places of rows below ", a.section, largest);
   if (const int largest = kernels.largest16(a.order + whole, last * a.blocks()); largest >= last) refuse("places of rows below ", last, largest);
@@ -109,12 +119,15 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
     }
   for_tasks(team, a.sections(), [&](int, int64_t section) {
     const int64_t row = section * a.section;
-    for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Piece piece = piece_of(a, starts, section, block);
+      validate(kernels, a, piece);
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
-        kernels.dot(piece_of(a, starts, section, block), spread + i * length + block * (a.block + 1),
+        kernels.dot(piece, spread + i * length + block * (a.block + 1),
                     Sums{start.data() + row, block == 0, to, 1, to, 1});
       }
+    }
   });
 }
 

@@ -27,8 +27,10 @@ struct Convolution {
 // tile: how many output positions are handled together, 8 to 128.
 void sparse_conv2d(const Pool&, const SparseKernels&, const SparseMatrix&, const Convolution&, const float* x, const float* bias, int tile, float* out);
 
-// Throws std::invalid_argument, which says what, where a number in the matrix would lead out of it.
+// Throw std::invalid_argument, which says what, where a number in the matrix would lead out of it. The columns are looked at piece by piece,
+// just before they are used, which also brings them into the cache.
 void validate(const SparseKernels&, const SparseMatrix&);
+void validate(const SparseKernels&, const SparseMatrix&, const Piece&);
 
 // The first step of every (section, block), in the order of their storage.
 std::vector<int64_t> piece_starts(const SparseMatrix&);
@@ -103,7 +105,8 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
     float* sums = scratch.sums(a.section * widest);
     float* panels = scratch.panel((whole ? blocks : 1) * (a.block + 1) * widest);
     int64_t packed = -1;
-    for (int64_t unit = task * units / tasks; unit < (task + 1) * units / tasks; ++unit) {
+    const int64_t begin = task * units / tasks, end = (task + 1) * units / tasks;
+    for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t section = unit % sections, row = section * a.section, rows = a.rows_of(section);
       const Tile& tile = tiles[unit / sections];
       const auto pack = [&](int64_t block, float* panel) {
@@ -121,7 +124,9 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
         if (!whole) pack(block, panel);
         Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width};
         if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride;
-        kernels.accumulate(tile.width, piece_of(a, starts, section, block), panel, s);
+        const Piece piece = piece_of(a, starts, section, block);
+        if (unit < begin + sections) validate(kernels, a, piece);
+        kernels.accumulate(tile.width, piece, panel, s);
       }
       if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
     }
