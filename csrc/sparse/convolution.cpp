@@ -8,6 +8,9 @@
 namespace cram {
 namespace {
 
+// An output larger than this is written past the caches: the lines that are written need not be read then.
+constexpr int64_t kBeyondCache = 1 << 20;
+
 struct Image {
   const SparseKernels& kernels;
   const float* padded;  // [batch, phases[0], phases[1], channels, rows, length]
@@ -24,7 +27,11 @@ struct Image {
 
   // A whole tile goes where it belongs as it is, where rows of the output are as long as those of the input.
   Target target(const Tile& tile, int64_t row) const {
-    return {length == out_width && tile.valid == tile.width ? place(tile, row) + tile.first : nullptr, out_height * out_width};
+    const int64_t plane = out_height * out_width;
+    if (length != out_width || tile.valid != tile.width) return {nullptr, 0, false};
+    float* to = place(tile, row) + tile.first;
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && plane % 16 == 0;
+    return {to, plane, aligned && out_channels * plane * static_cast<int64_t>(sizeof(float)) > kBeyondCache};
   }
 
   void unpack(const Tile& tile, int64_t begin, int64_t end, const float* sums) const {

@@ -37,6 +37,25 @@ struct Shape {
   static constexpr int group = registers >= most ? 1 : registers == 1 ? 8 : most / registers < 4 ? most / registers : 4;
 };
 
+#if defined(__AVX512F__)
+// Only called where they are as large.
+template <class V>
+CRAM_INLINE_KERNEL void stream16(float* to, const V& v) {
+  __m512 same;
+  memcpy(&same, &v, sizeof v);
+  _mm512_stream_ps(to, same);
+}
+#endif
+
+template <int width>
+CRAM_INLINE_KERNEL void store(float* to, typename Vector<width>::Type v, bool stream) {
+#if defined(__AVX512F__)
+  if (width == 16 && stream) return stream16(to, v);
+#endif
+  (void)stream;
+  *reinterpret_cast<typename Vector<width>::Unaligned*>(to) = v;
+}
+
 // `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored.
 template <int tile, bool fresh>
 CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint16_t* order, int rows, const float* panel,
@@ -70,7 +89,7 @@ CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* colu
     float* to = s.to + row * s.to_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < registers; ++r)
-      *reinterpret_cast<Stored*>(to + r * width) = (fresh ? s.bias[row] - V{} : *reinterpret_cast<const Stored*>(from + r * width)) + sum[i][r];
+      store<width>(to + r * width, (fresh ? s.bias[row] - V{} : *reinterpret_cast<const Stored*>(from + r * width)) + sum[i][r], s.stream);
   }
 }
 

@@ -49,6 +49,7 @@ struct Sums {
   int64_t from_stride;
   float* to;
   int64_t to_stride;
+  bool stream;  // past the caches; `to` and to_stride are then divisible by 64 bytes
 };
 
 // Of one SIMD level. `tile` is 8, 16, 32, 64 or 128.

@@ -84,7 +84,7 @@ struct Rows {
     kernels.transpose(x + tile.first * columns + begin, columns, tile.valid, end - begin, panel, tile.width);
   }
 
-  Target target(const Tile&, int64_t) const { return {nullptr, 0}; }
+  Target target(const Tile&, int64_t) const { return {nullptr, 0, false}; }
 
   void unpack(const Tile& tile, int64_t begin, int64_t end, const float* sums) const {
     kernels.transpose(sums, tile.width, end - begin, tile.valid, out + tile.first * out_columns + begin, out_columns);
@@ -125,7 +125,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
         kernels.dot(piece, spread + i * length + block * (a.block + 1),
-                    Sums{start.data() + row, block == 0, to, 1, to, 1});
+                    Sums{start.data() + row, block == 0, to, 1, to, 1, false});
       }
     }
   });

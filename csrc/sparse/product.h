@@ -81,6 +81,7 @@ constexpr int64_t kWorkOfThread = 200000;  // multiplications that are worth wak
 struct Target {
   float* to;
   int64_t stride;
+  bool stream;
 };
 
 // b.pack(tile, k_begin, k_end, panel) copies a block of the dense matrix; b.target(tile, row) is where results of a row and those behind it go as they
@@ -122,8 +123,8 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
       for (int64_t block = 0; block < blocks; ++block) {
         float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
         if (!whole) pack(block, panel);
-        Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width};
-        if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride;
+        Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width, false};
+        if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride, s.stream = target.stream;
         const Piece piece = piece_of(a, starts, section, block);
         if (unit < begin + sections) validate(kernels, a, piece);
         kernels.accumulate(tile.width, piece, panel, s);
