@@ -1,8 +1,7 @@
 """Sparse inference on a CPU beside torch and ONNX Runtime, both dense in float32: python -m benchmarks.inference.
 
-Each round times every contestant once on the same input. Of each the lowest decile over the rounds counts, since the machine may be shared; a
-ratio is the faster dense engine's over ours. Tiles come from the trials that `sparsify` makes. Weights are random, pruned by
-magnitude.
+Each round times every contestant once on the same input. Of each the lowest decile over the rounds counts, since the machine may be shared;
+a ratio is the faster dense engine's over ours. Tiles come from the trials that `sparsify` makes. Weights are random, pruned by magnitude.
 
     linear    the matrices of BERT-base with 1, 8, 32 and 128 rows
     conv      the distinct convolutions of ResNet-50, stem left out, at batch 1

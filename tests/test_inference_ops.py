@@ -117,6 +117,17 @@ def test_convolution(level: str, case: str) -> None:
                     check(y, product, x, weight, bias)
 
 
+@pytest.mark.parametrize("tile", TILES[1:])
+def test_large_outputs(level: str, tile: int) -> None:
+    """More than 1 MiB, which AVX-512 writes past the caches; the image has whole cache lines, or not."""
+    weight, bias = pruned(96, 10, 1, 1, density=0.3), torch.randn(96)
+    layout = layout_of((96, 10, 1, 1), 5, 64)
+    for size in ((64, 48), (63, 47)):
+        x = torch.randn(1, 10, *size)
+        y = ops.sparse_conv2d(x, pack(weight, layout), bias, layout.numbers(), [1, 1], [1, 1], [0, 0], [1, 1], [10**6, tile])
+        check(y, functional.conv2d, x, weight, bias)
+
+
 @pytest.mark.parametrize("tile", TILES)
 def test_nan_and_inf(level: str, tile: int) -> None:
     """They go where a stored weight takes them, and nowhere else: 0 * Inf is skipped."""

@@ -13,8 +13,8 @@ from ..reference.key import pack_bits, unpack_bits
 
 LANES = 16  # rows of a slice
 MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands for no column
-# Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache. Where
-# less is stored, larger blocks pay more, since each costs the loading and storing of sums.
+# Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache.
+# Where less is stored larger blocks pay more, since each costs the loading and storing of sums.
 DENSE_BLOCK, DENSER = 128, 0.15
 SECTION = 384  # rows of a section, about
 

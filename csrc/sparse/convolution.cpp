@@ -1,8 +1,6 @@
 // A convolution as a sparse product. The dense matrix has a row for each (channel, kernel row, kernel column) and a column for each output
 // position; a tile of it is contiguous in the padded input, since output positions are counted with the padded input's row length. The few
 // positions beyond each output row are computed and dropped. A stride takes the input apart into its phases first.
-#include <cstring>
-
 #include "product.h"
 
 namespace cram {
@@ -45,22 +43,6 @@ struct Image {
   }
 };
 
-// One row of a phase: to[i] = from[i * stride + phase - padding], zero outside of [0, width).
-void split_row(const float* __restrict from, int64_t width, int64_t stride, int64_t shift, float* __restrict to, int64_t length) {
-  int64_t i = 0;
-  for (; i < length && i * stride + shift < 0; ++i) to[i] = 0;
-  if (stride == 1) {
-    const int64_t stop = width - shift < length ? width - shift : length;
-    if (stop > i) memcpy(to + i, from + i + shift, static_cast<size_t>(stop - i) * sizeof(float)), i = stop;
-  } else {
-    const int64_t inside = width - shift <= 0 ? 0 : (width - shift + stride - 1) / stride, stop = inside < length ? inside : length;
-    if (stride == 2)  // a constant, so that the compiler makes vectors of it
-      for (; i < stop; ++i) to[i] = from[i * 2 + shift];
-    for (; i < stop; ++i) to[i] = from[i * stride + shift];
-  }
-  for (; i < length; ++i) to[i] = 0;
-}
-
 }  // namespace
 
 void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const Convolution& c, const float* x, const float* bias,
@@ -100,7 +82,7 @@ void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseM
           if (y < 0 || y >= c.height)
             memset(line, 0, static_cast<size_t>(size[1]) * sizeof(float));
           else
-            split_row(x + (task * c.height + y) * c.width, c.width, c.stride[1], phase % phases[1] - c.padding[1], line, size[1]);
+            kernels.split_row(x + (task * c.height + y) * c.width, c.width, c.stride[1], phase % phases[1] - c.padding[1], line, size[1]);
         }
     });
   }

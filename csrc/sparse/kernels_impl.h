@@ -247,7 +247,22 @@ void gather_rows(int tile, const float* from, const int64_t* offsets, int64_t ro
   }
 }
 
-constexpr SparseKernels kSparse = {CRAM_ISA_NAME, dot, accumulate, transpose, copy_rows, gather_rows, largest8, largest16};
+void split_row(const float* __restrict from, int64_t width, int64_t stride, int64_t shift, float* __restrict to, int64_t length) {
+  int64_t i = 0;
+  for (; i < length && i * stride + shift < 0; ++i) to[i] = 0;
+  if (stride == 1) {
+    const int64_t stop = width - shift < length ? width - shift : length;
+    if (stop > i) memcpy(to + i, from + i + shift, static_cast<size_t>(stop - i) * sizeof(float)), i = stop;
+  } else {
+    const int64_t inside = width - shift <= 0 ? 0 : (width - shift + stride - 1) / stride, stop = inside < length ? inside : length;
+    if (stride == 2)  // a constant, so that the compiler makes vectors of it
+      for (; i < stop; ++i) to[i] = from[i * 2 + shift];
+    for (; i < stop; ++i) to[i] = from[i * stride + shift];
+  }
+  for (; i < length; ++i) to[i] = 0;
+}
+
+constexpr SparseKernels kSparse = {CRAM_ISA_NAME, dot, accumulate, transpose, copy_rows, gather_rows, split_row, largest8, largest16};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

@@ -71,6 +71,9 @@ struct SparseKernels {
   // panel[i][tile] = from[offsets[i] ...], i in [0, rows); zeros behind the first `valid` of each row.
   void (*gather_rows)(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel);
 
+  // to[i] = from[i * stride + shift], i in [0, length); zero where that is outside of [0, width).
+  void (*split_row)(const float* from, int64_t width, int64_t stride, int64_t shift, float* to, int64_t length);
+
   // The largest of n bytes, and of n 16-bit numbers; 0 where n is 0.
   int (*largest8)(const uint8_t*, int64_t n);
   int (*largest16)(const uint16_t*, int64_t n);
