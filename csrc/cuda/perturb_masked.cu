@@ -9,10 +9,12 @@ namespace {
 template <class T, class W, class Chunk>
 __device__ __forceinline__ void masked_chunk(const PerturbEntry& entry, const Chunk& chunk, const Perturbation& p) {
   T* const param = static_cast<T*>(entry.param);
-  uint32_t kept[kVectors<T>];
-  for_vectors(chunk, param, [&](int j, const auto& span) { kept[j] = entry.mask != nullptr ? load_mask(entry.mask, span) : ~0u; });
+  const Source<T, W> source(entry, param, p);
   MovedVectors<T, W> moved;
-  moved.load_and_move(Source<T, W>(entry, param, p), param, chunk, p.found_inf);
+  uint32_t kept[kVectors<T>];
+  moved.issue(source, param, param, chunk);
+  for_vectors(chunk, param, [&](int j, const auto& span) { kept[j] = entry.mask != nullptr ? load_mask(entry.mask, span) : ~0u; });
+  if (!moved.move(source)) moved.move_exactly(source, param, chunk, p.found_inf);
   for_vectors(chunk, param, [&](int j, const auto& span) {
     if (entry.saved != nullptr) store(static_cast<T*>(entry.saved), moved.raw[j], span);
     store(param, pruned(moved.u[j], kept[j]), span);

@@ -118,6 +118,15 @@ struct MovedVectors {
   // u, and true; false where one may be Inf or NaN (as it is where its gradient is): then u is not to be used.
   __device__ __forceinline__ bool move(const Source<T, W>& source) {
     float zero = 0;  // a sum of zeros as long as every u is finite
+    if (source.grad == nullptr) {  // not w + 0: the sum of -0 and 0 is +0
+#pragma unroll
+      for (int j = 0; j < kVectors<T>; ++j) {
+        u[j] = raw[j];
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) zero = __fmaf_rn(widen(raw[j].get(i)), 0.0f, zero);
+      }
+      return zero == 0;
+    }
 #pragma unroll
     for (int j = 0; j < kVectors<T>; ++j) {
       Lanes<kLanes> x;
@@ -128,7 +137,7 @@ struct MovedVectors {
       }
       u[j] = rounded_vector<T>(x);
     }
-    return zero == 0 && source.grad != nullptr;
+    return zero == 0;
   }
 
   // u, whatever it is.

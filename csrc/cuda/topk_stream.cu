@@ -77,12 +77,13 @@ struct Levels {
   }
 };
 
-constexpr int kStaged = 512;  // candidates of a chunk, of some 27, that wait in shared memory
+constexpr int kStaged = 512;  // room for the candidates of a chunk, of which there are some 27
 
 struct Shared {
   Guess guess;
   MaskStage mask;
-  int32_t keys[2][kStaged];
+  // Two chunks take turns: while one warp writes down the candidates of a chunk, the others go on to the next.
+  uint4 u[2][kThreads * 2];  // of a chunk, as its numbers lie in memory
   uint16_t offsets[2][kStaged];
   int32_t count[4];  // of candidates: of the chunk before, of this one, of the next two; cleared one barrier ahead of its use
   int32_t total;  // and `first`: of stream_exactly
@@ -110,8 +111,9 @@ __device__ __forceinline__ int64_t reserve(const Work& work, int32_t total) {
   return fits ? state.first + first : -1;
 }
 
-// Writes down the candidates in shared memory, while the other warps go on to the next chunk. By a warp.
-__device__ __forceinline__ void write_staged(const Work& work, int32_t total, const int32_t* keys, const uint16_t* offsets) {
+// Writes down the candidates of a chunk: `total` places in u. By a warp.
+template <class T>
+__device__ __forceinline__ void write_down(const Work& work, int32_t total, const T* u, const uint16_t* offsets) {
   int64_t first = 0;
   if (lane_of() == 0) first = reserve(work, total);
   first = __shfl_sync(kAllLanes, first, 0);
@@ -120,11 +122,12 @@ __device__ __forceinline__ void write_staged(const Work& work, int32_t total, co
   uint32_t* const digits = work.state().digits;
   for (int32_t begin = 0; begin < total; begin += 32) {
     const int32_t i = begin + lane_of();
-    const int32_t key = i < total ? keys[i] : 0;
+    const uint16_t offset = i < total ? offsets[i] : 0;
+    const int32_t key = magnitude_key(widen(u[offset]));
     tally(digits, (key - low - 1) >> shift, i < total);
     if (i >= total) continue;
     work.memory.keys[first + i] = key;
-    work.memory.offsets[first + i] = offsets[i];
+    work.memory.offsets[first + i] = offset;
   }
 }
 
@@ -201,9 +204,10 @@ __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Cou
   });
 }
 
-// A chunk whose vectors are whole.
+// A chunk whose vectors are whole. False: stream_exactly must go over it again.
 template <bool kWrite, class T, class W>
-__device__ __forceinline__ void stream_chunk(const Work& work, uint32_t turn, Counts& counts, Shared& shared) {
+__device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Counts& counts, Shared& shared) {
+  constexpr int kLanes = Vector<T>::kLanes;
   const PerturbEntry& entry = work.entry;
   T* const param = static_cast<T*>(entry.param);
   const WholeChunk chunk(param, entry.numel, work.number);
@@ -229,32 +233,29 @@ __device__ __forceinline__ void stream_chunk(const Work& work, uint32_t turn, Co
   });
   if (kWrite && entry.mask != nullptr) write_mask<T>(chunk, param, entry.mask, kept);
   const bool appends = work.guess.appends();
-  if (appends && count > 0) {
-    int32_t at = atomicAdd(&shared.count[counter], count);
-    for_vectors(chunk, param, [&](int j, const auto& span) {
+  if (appends) {
 #pragma unroll
-      for (int i = 0; i < Vector<T>::kLanes; ++i) {
-        if ((flags[j] >> i & 1) == 0) continue;
-        if (at < kStaged) {
-          shared.keys[stage][at] = moved.key(j, i);
-          shared.offsets[stage][at] = static_cast<uint16_t>(span.first - chunk.begin + i);
-        }
-        ++at;
+    for (int j = 0; j < kVectors<T>; ++j) shared.u[stage][j * kThreads + threadIdx.x] = words_of(moved.u[j]);
+    uint32_t left = flags[0];
+    if constexpr (kVectors<T> == 2) left |= flags[1] << kLanes;
+    if (left != 0) {
+      int32_t at = atomicAdd(&shared.count[counter], count);
+      for (; left != 0; left &= left - 1) {
+        const int i = __ffs(left) - 1, place = (i / kLanes * kThreads + static_cast<int>(threadIdx.x)) * kLanes + i % kLanes;
+        if (at < kStaged) shared.offsets[stage][at++] = static_cast<uint16_t>(place);
       }
-    });
+    }
   }
   const bool exactly = __syncthreads_or(!finite);
   const int32_t total = shared.count[counter];
   if (threadIdx.x == 0) shared.count[(counter + 2) % 4] = 0;
-  if (exactly || total > kStaged) {
-    stream_exactly<kWrite, T, W>(work, true, counts, shared);
-    return;
-  }
+  if (exactly || total > kStaged) return false;
   counts.above += above;
   if (!appends)
     counts.unlisted += count;
   else if (warp_of() == turn % kWarps)
-    write_staged(work, total, shared.keys[stage], shared.offsets[stage]);
+    write_down(work, total, reinterpret_cast<const T*>(shared.u[stage]), shared.offsets[stage]);
+  return true;
 }
 
 template <bool kWrite>
@@ -281,10 +282,9 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     const Work work = {entry, task.number, table.tasks_before + place, shared.guess, memory, p};
     with_types(entry, [&](auto t, auto w) {
-      if (entry.whole)
-        stream_chunk<kWrite, decltype(t), decltype(w)>(work, turn++, counts, shared);
-      else
-        stream_exactly<kWrite, decltype(t), decltype(w)>(work, false, counts, shared);
+      using T = decltype(t);
+      using W = decltype(w);
+      if (!entry.whole || !stream_whole<kWrite, T, W>(work, turn++, counts, shared)) stream_exactly<kWrite, T, W>(work, entry.whole, counts, shared);
     });
   });
   if (set >= 0) counts.flush(memory.sets[set]);

@@ -68,6 +68,11 @@ struct Vector {
   }
 };
 
+template <class T>
+__device__ __forceinline__ uint4 words_of(const Vector<T>& x) {
+  return {x.words[0], x.words[1], x.words[2], x.words[3]};
+}
+
 // x, a number that T holds, as T.
 __device__ __forceinline__ float narrowed(float x, float) { return x; }
 __device__ __forceinline__ BFloat16 narrowed(float x, BFloat16) { return {static_cast<uint16_t>(to_bits(x) >> 16)}; }
