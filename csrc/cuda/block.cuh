@@ -23,26 +23,6 @@ __device__ __forceinline__ Number warp_inclusive_sum(Number x) {
   return x;
 }
 
-// The sums of the warps, and where a warp begins; a barrier lies between put() and begin().
-template <class Number>
-struct WarpSums {
-  Number sums[kWarps];
-
-  __device__ __forceinline__ void put(Number inclusive) {
-    if (lane_of() == 31) sums[warp_of()] = inclusive;
-  }
-  __device__ __forceinline__ Number begin(Number* total) const {
-    Number before = 0, all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp_of()) before = all;
-      all += sums[w];
-    }
-    *total = all;
-    return before;
-  }
-};
-
 // bins[bin] += 1 for each thread with `counts`; lanes with the same bin add once. All threads of a warp call it.
 template <class Count>
 __device__ __forceinline__ void tally(Count* bins, int bin, bool counts) {
@@ -51,37 +31,107 @@ __device__ __forceinline__ void tally(Count* bins, int bin, bool counts) {
   if (counts && lane_of() == __ffs(peers) - 1) atomicAdd(bins + bin, static_cast<Count>(__popc(peers)));
 }
 
+__device__ __forceinline__ uint32_t warp_sum(uint32_t x) { return __reduce_add_sync(kAllLanes, x); }
+__device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
 struct Ranked {
   int32_t bin;
-  int64_t rank;  // within the bin, from its largest, 1-based
+  int64_t rank;   // within the bin, from its largest, 1-based
+  int64_t count;  // in the bin
 };
 
-// The bin that holds the rank-th largest (1-based) number of a histogram; {0, rank - total} where it has fewer numbers. All threads call it; `shared`
-// is free again after the next barrier. Reads past the first-level cache: other blocks of this launch may have written the bins.
+// Finds numbers by rank in a histogram of kBins counts in global memory: count() first, then after a barrier find(), by whole warps. What is read is
+// coalesced, and past the first-level cache: other blocks of this launch may have written the bins.
+template <int kBins, class Count>
+class RankedBins {
+ public:
+  // The sums of groups of bins, a warp a group. All threads of the block.
+  __device__ __forceinline__ void count(const Count* bins) {
+#pragma unroll 8
+    for (int g = warp_of(); g < kGroups; g += kWarps) {
+      const Count sum = warp_sum(Four(bins + g * kGroup + lane_of() * 4).sum());
+      if (lane_of() == 0) sums_[g] = sum;
+    }
+  }
+
+  // The bin that holds the rank-th largest (1-based) number; {0, rank - total, 0} where there are fewer. All lanes of a warp.
+  __device__ __forceinline__ Ranked find(const Count* bins, int64_t rank) const {
+    constexpr int kOfLane = (kGroups + 31) / 32;
+    Count sums[kOfLane];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int g = kGroups - 1 - (lane_of() * kOfLane + i);
+      sums[i] = g >= 0 ? sums_[g] : 0;
+    }
+    const Place group = place(sums, rank);
+    if (group.index < 0) return {0, group.rank, 0};
+    const int first = (kGroups - 1 - group.index) * kGroup;
+    const Four four(bins + first + (31 - lane_of()) * 4);
+    const Count counts[4] = {four.x[3], four.x[2], four.x[1], four.x[0]};
+    const Place bin = place(counts, group.rank);
+    return {first + kGroup - 1 - bin.index, bin.rank, bin.count};
+  }
+
+ private:
+  static constexpr int kGroup = 128, kGroups = kBins / kGroup;
+
+  struct Four {
+    Count x[4];
+    __device__ __forceinline__ explicit Four(const Count* p) {
+      const uint4* const words = reinterpret_cast<const uint4*>(p);
+      if constexpr (sizeof(Count) == 4) {
+        const uint4 a = __ldcg(words);
+        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+      } else {
+        const uint4 a = __ldcg(words), b = __ldcg(words + 1);
+        x[0] = a.x | static_cast<Count>(a.y) << 32, x[1] = a.z | static_cast<Count>(a.w) << 32;
+        x[2] = b.x | static_cast<Count>(b.y) << 32, x[3] = b.z | static_cast<Count>(b.w) << 32;
+      }
+    }
+    __device__ __forceinline__ Count sum() const { return x[0] + x[1] + x[2] + x[3]; }
+  };
+
+  struct Place {
+    int index;  // -1: there is none, and `rank` is what is left
+    int64_t rank, count;
+  };
+
+  // Which of the counts of a warp, the first lane's first, from the largest bin down, holds the rank.
+  template <int kOfLane>
+  static __device__ __forceinline__ Place place(const Count (&counts)[kOfLane], int64_t rank) {
+    int64_t own = 0;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) own += counts[i];
+    const int64_t inclusive = warp_inclusive_sum(own);
+    const uint32_t reached = __ballot_sync(kAllLanes, inclusive >= rank);
+    if (reached == 0) return {-1, rank - __shfl_sync(kAllLanes, inclusive, 31), 0};
+    int64_t larger = inclusive - own;
+    Place found = {-1, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      if (found.index < 0 && rank <= larger + static_cast<int64_t>(counts[i]))
+        found = {lane_of() * kOfLane + i, rank - larger, static_cast<int64_t>(counts[i])};
+      larger += counts[i];
+    }
+    const int lane = __ffs(reached) - 1;
+    return {__shfl_sync(kAllLanes, found.index, lane), __shfl_sync(kAllLanes, found.rank, lane), __shfl_sync(kAllLanes, found.count, lane)};
+  }
+
+  Count sums_[kGroups];
+};
+
+// The bin of one rank (RankedBins). All threads of the block.
 template <int kBins, class Count>
 __device__ __forceinline__ Ranked find_rank(const Count* bins, int64_t rank) {
-  constexpr int kOwn = kBins / kThreads;
-  __shared__ WarpSums<int64_t> warps;
-  __shared__ Ranked found;
-  const Count* const own = bins + kBins - (threadIdx.x + 1) * kOwn;  // thread 0 has the largest
-  int64_t sum = 0;
-#pragma unroll 8
-  for (int i = 0; i < kOwn; ++i) sum += __ldcg(own + i);
-  const int64_t inclusive = warp_inclusive_sum(sum);
+  __shared__ RankedBins<kBins, Count> ranked;
+  __syncthreads();  // what was called before has been read
+  ranked.count(bins);
   __syncthreads();
-  warps.put(inclusive);
-  if (threadIdx.x == 0) found = {0, 0};
-  __syncthreads();
-  int64_t total;
-  int64_t larger = warps.begin(&total) + inclusive - sum;
-  if (threadIdx.x == 0 && rank > total) found = {0, rank - total};
-  if (rank > larger && rank <= larger + sum) {
-    int i = kOwn - 1;
-    for (int64_t count; rank > larger + (count = __ldcg(own + i)); --i) larger += count;
-    found = {static_cast<int32_t>(own + i - bins), rank - larger};
-  }
-  __syncthreads();
-  return found;
+  return ranked.find(bins, rank);
 }
 
 // True in all threads of the block that brings *done to `total`: what the others wrote before is visible to it. `own` is this block's share.

@@ -19,6 +19,7 @@ constexpr int64_t kMaxSamples = 65536;
 constexpr double kDeviations = 4;     // half width of the bracket; the guess fails about once in 16,000 steps
 constexpr int kDigitBins = 2048;      // 11 bits
 constexpr int kSampleBins = 32768;    // by the upper 15 bits of a key, and one for zero alone
+constexpr int kTied = 32;             // a key that one in so many weights has is no candidate, but counted, where the sample can tell
 constexpr int64_t kSliceSize = 4096;  // candidates that a block of `select` looks at
 
 // A selection set in the workspace.
@@ -33,14 +34,15 @@ struct SetState {
   uint32_t* sampled;          // [kSampleBins]
   unsigned long long* radix;  // [3][kDigitBins], in the memory of `sampled`
 
-  // The bracket: candidates have low < key <= high; provisionally kept is key > cut.
+  // The bracket: candidates have low < key <= high; provisionally kept is key > cut, and low <= cut <= high.
   int32_t low, high, cut;
+  bool ties_below;  // many weights have the key `low`: they are counted in `at_low`
   int32_t shift;  // of the first digit
   bool settled;   // the threshold is known without looking at a weight
   bool append;    // candidates are written down, not only counted
 
   // Counters.
-  unsigned long long above, candidates, nans;
+  unsigned long long above, candidates, at_low, nans;
   uint32_t samples_done, slices_done;
 
   // Results.

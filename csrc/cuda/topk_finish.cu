@@ -24,7 +24,7 @@ struct Flips {
   uint32_t words[kWarps][kChunk / 32];
 };
 
-// One warp a chunk: a chunk has some thirty candidates, of which few were guessed wrong.
+// By a warp: a chunk has some thirty candidates, and those between cut and threshold change sides.
 template <class T, class W>
 __device__ __forceinline__ void fix_up(const PerturbEntry& entry, uint32_t number, const SetState& state, const CandidateRecord& record,
                                        const TopkMemory& memory, const Perturbation& p, uint32_t* flips) {
@@ -109,8 +109,9 @@ __device__ __forceinline__ void report(const TopkMemory& memory, const Results& 
   }
 }
 
-// provisional: the weights were written on a guess, so that only what it got wrong is touched, and whole sets where it failed; else every set is
-// written.
+// Two modes. provisional (perturb_topk_): `stream` has written every weight, pruned at `cut`. A set whose guess held needs only its candidates
+// between cut and threshold, a warp a chunk (fix_up); a set whose guess failed is written anew, a block a chunk (rewrite). Not provisional
+// (prune_topk_): nothing has been written yet, and every set is (rewrite).
 __global__ void __launch_bounds__(kThreads, 4) finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory,
                                                              const Perturbation p, const bool provisional, const Results results) {
   __shared__ Flips flips;

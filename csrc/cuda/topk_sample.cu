@@ -62,26 +62,52 @@ __device__ uint64_t scramble(uint64_t x) {  // splitmix64
   return x ^ (x >> 31);
 }
 
-// The keys between which the k-th largest lies, but for bad luck. All threads of a block.
-__device__ void bracket(SetState& state) {
+struct Brackets {
+  RankedBins<kSampleBins, uint32_t> sampled;
+  Ranked ends[3];
+};
+
+// The keys between which the k-th largest lies, but for bad luck. All threads of a block; a warp finds one rank.
+__device__ void bracket(SetState& state, Brackets& shared) {
   const double share = static_cast<double>(state.k) / static_cast<double>(state.numel);
   const double rank = share * state.samples;
   const double width = kDeviations * sqrt(rank * (1 - share)) + 1;
   const int64_t upper = static_cast<int64_t>(floor(rank - width)), lower = static_cast<int64_t>(ceil(rank + width)) + 1;
   const int64_t middle = min(max(static_cast<int64_t>(rank + 0.5), int64_t{1}), int64_t{state.samples});
-  const int upper_bin = upper >= 1 ? find_rank<kSampleBins>(state.sampled, upper).bin : kSampleBins;
-  const int lower_bin = lower <= state.samples ? find_rank<kSampleBins>(state.sampled, lower).bin : 0;
-  const int middle_bin = find_rank<kSampleBins>(state.sampled, middle).bin;
+  shared.sampled.count(state.sampled);
+  __syncthreads();
+  const int64_t ranks[3] = {upper, lower, middle};
+  static_assert(kWarps >= 3, "a warp a rank");
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (warp_of() != i) continue;
+    const Ranked found = shared.sampled.find(state.sampled, ranks[i]);
+    if (lane_of() == 0) shared.ends[i] = found;
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < 3 * kDigitBins; i += kThreads) state.radix[i] = 0;  // `sampled` is read
   if (threadIdx.x > 0) return;
-  const int32_t low = lower <= state.samples ? below_bin(lower_bin) : kKeepAll;
-  const int32_t high = upper_bin < kSampleBins ? top_of_bin(upper_bin, state.key_step) : kNanKey;
-  const int32_t guess = below_bin(middle_bin) / 2 + top_of_bin(middle_bin, state.key_step) / 2;
-  set_bracket(state, low, high, high - low > 1 ? min(max(guess, low), high) : high);
+  const int32_t key_step = state.key_step;
+  // A bin of a single key that many weights share reaches over an end of the bracket: they are counted, not written down.
+  const auto tied = [&](const Ranked& end) { return (end.bin == 0 || key_step == 1 << 16) && end.count >= state.samples / kTied; };
+  const bool has_upper = upper >= 1, has_lower = lower <= state.samples;
+  const int32_t cut_low = below_bin(shared.ends[2].bin), cut_high = top_of_bin(shared.ends[2].bin, key_step);
+  if (has_upper && tied(shared.ends[0]) && shared.ends[2].bin == shared.ends[0].bin) {  // it is the threshold
+    set_bracket(state, cut_high - 1, cut_high, cut_high);
+    return;
+  }
+  int32_t low = has_lower ? below_bin(shared.ends[1].bin) : kKeepAll, high = has_upper ? top_of_bin(shared.ends[0].bin, key_step) : kNanKey;
+  if (has_upper && tied(shared.ends[0])) high -= key_step;
+  if (has_lower && tied(shared.ends[1]) && shared.ends[1].bin != shared.ends[0].bin) {
+    low = top_of_bin(shared.ends[1].bin, key_step);
+    state.ties_below = true;
+  }
+  set_bracket(state, low, high, high - low > 1 ? min(max(cut_low / 2 + cut_high / 2, low), high) : high);
 }
 
 // Elements at a hashed place of each of state.samples equal strata of a set: task t of a tensor has kThreads of those that may lie in it.
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
+  __shared__ Brackets shared;
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     const PerturbEntry& entry = table.entries[found.entry];
@@ -99,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
       });
     }
     tally(state.sampled, bin, mine);
-    if (is_last(&state.samples_done, __syncthreads_count(mine), static_cast<uint32_t>(samples)) && !state.settled) bracket(state);
+    if (is_last(&state.samples_done, __syncthreads_count(mine), static_cast<uint32_t>(samples)) && !state.settled) bracket(state, shared);
   }
 }
 

@@ -7,15 +7,20 @@ namespace cram {
 namespace cuda {
 namespace {
 
-// Candidate i of a set without what all candidates have in common: [0, high - low).
+// The key of candidate i of a set, counted from the low end of the bracket: [0, high - low).
 __device__ __forceinline__ int32_t candidate(const SetState& state, const TopkMemory& memory, int64_t i) {
   return memory.keys[state.first + i] - state.low - 1;
 }
 
-// Whether the rank lies among the candidates, and all of them are there.
-__device__ __forceinline__ bool guess_holds(const SetState& state) {
+enum class Where { kSettled, kAmongCandidates, kAtLow, kElsewhere };
+
+// Where the k-th largest key is; elsewhere: the guess has failed, as it has where candidates were left out.
+__device__ __forceinline__ Where where(const SetState& state) {
+  if (state.settled) return Where::kSettled;
   const int64_t rank = state.k - static_cast<int64_t>(state.above), candidates = static_cast<int64_t>(state.candidates);
-  return rank >= 1 && rank <= candidates && (!state.append || candidates <= state.capacity);
+  if (rank < 1 || (state.append && candidates > state.capacity)) return Where::kElsewhere;
+  if (rank <= candidates) return Where::kAmongCandidates;
+  return rank <= candidates + static_cast<int64_t>(state.at_low) ? Where::kAtLow : Where::kElsewhere;
 }
 
 // The last digit, of `bits` bits, of the candidates whose other digits are `upper`: few sets need it.
@@ -37,17 +42,24 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     SetState& state = memory.sets[table.entries[found.entry].index];
-    const bool settled = state.settled, holds = !settled && guess_holds(state);
-    if (!holds || !state.append) {
+    const Where place = where(state);
+    if (place != Where::kAmongCandidates || !state.append) {
       if (found.number > 0 || threadIdx.x > 0) continue;
-      if (settled) {
-        state.larger = state.threshold == kKeepAll ? state.numel : 0;
-      } else if (holds) {
-        state.threshold = state.high;
-        state.larger = static_cast<int64_t>(state.above);
-      } else {
-        state.fallback = true;
-        *memory.any_fallback = 1;
+      switch (place) {
+        case Where::kSettled:
+          state.larger = state.threshold == kKeepAll ? state.numel : 0;
+          break;
+        case Where::kAmongCandidates:  // which all have the same key
+          state.threshold = state.high;
+          state.larger = static_cast<int64_t>(state.above);
+          break;
+        case Where::kAtLow:
+          state.threshold = state.low;
+          state.larger = static_cast<int64_t>(state.above + state.candidates);
+          break;
+        case Where::kElsewhere:
+          state.fallback = true;
+          *memory.any_fallback = 1;
       }
       continue;
     }

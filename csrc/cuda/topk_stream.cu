@@ -11,19 +11,23 @@ namespace {
 
 // The counters of one set, kept while a block stays in it: a thread sees one weight in kThreads, so that 32 bits are enough for 2^40.
 struct Counts {
-  uint32_t above = 0, unlisted = 0;  // unlisted: candidates that are only counted
+  uint32_t above = 0, unlisted = 0, at_low = 0;  // unlisted: candidates that are only counted
 
   __device__ __forceinline__ void flush(SetState& state) {
-    const int64_t all_above = warp_inclusive_sum(int64_t{above}), all_unlisted = warp_inclusive_sum(int64_t{unlisted});
-    if (lane_of() < 31) return;
-    if (all_above > 0) atomicAdd(&state.above, static_cast<unsigned long long>(all_above));
-    if (all_unlisted > 0) atomicAdd(&state.candidates, static_cast<unsigned long long>(all_unlisted));
+    add(&state.above, above);
+    add(&state.candidates, unlisted);
+    add(&state.at_low, at_low);
+  }
+  static __device__ __forceinline__ void add(unsigned long long* counter, uint32_t own) {
+    const unsigned long long sum = warp_sum(static_cast<unsigned long long>(own));
+    if (lane_of() == 0 && sum > 0) atomicAdd(counter, sum);
   }
 };
 
 // What the kernel needs of a set for each weight: a copy, since its atomics might change what it reads again.
 struct Guess {
   int32_t low, high, cut;
+  bool ties_below;
 
   __device__ __forceinline__ bool appends() const { return writes_candidates(low, high); }
 };
@@ -157,6 +161,7 @@ __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Cou
       over |= (key > work.guess.high ? 1u : 0u) << i;
       inside |= (key > work.guess.low ? 1u : 0u) << i;
       nan |= (key == kNanKey ? 1u : 0u) << i;
+      if (work.guess.ties_below && span.has(i) && key == work.guess.low) ++counts.at_low;
     }
     const uint32_t real = span.lanes();  // beyond the end, 0 * an infinite rho is a NaN
     kept[j] &= real;
@@ -217,7 +222,7 @@ __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Co
   moved.issue(source, param, param, chunk);
   const bool finite = moved.move(source);
   const Levels<T> levels(work.guess);
-  uint32_t flags[kVectors<T>], kept[kVectors<T>], above = 0;
+  uint32_t flags[kVectors<T>], kept[kVectors<T>], above = 0, at_low = 0;
   int32_t count = 0;
   for_vectors(chunk, param, [&](int j, const auto& span) {
     Vector<T> out = moved.u[j];
@@ -232,6 +237,12 @@ __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Co
     }
   });
   if (kWrite && entry.mask != nullptr) write_mask<T>(chunk, param, entry.mask, kept);
+  if (work.guess.ties_below) {
+    for_vectors(chunk, param, [&](int j, const auto& span) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) at_low += span.exists && moved.key(j, i) == work.guess.low ? 1 : 0;
+    });
+  }
   const bool appends = work.guess.appends();
   if (appends) {
 #pragma unroll
@@ -251,6 +262,7 @@ __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Co
   if (threadIdx.x == 0) shared.count[(counter + 2) % 4] = 0;
   if (exactly || total > kStaged) return false;
   counts.above += above;
+  counts.at_low += at_low;
   if (!appends)
     counts.unlisted += count;
   else if (warp_of() == turn % kWarps)
@@ -275,8 +287,11 @@ __global__ void __launch_bounds__(kThreads, 4)
       set = entry.set;
       __syncthreads();
       if (threadIdx.x == 0) {
-        shared.guess = {kNanKey, kNanKey, kKeepAll};  // outside of all sets: all is kept
-        if (set >= 0) shared.guess = {memory.sets[set].low, memory.sets[set].high, memory.sets[set].cut};
+        shared.guess = {kNanKey, kNanKey, kKeepAll, false};  // outside of all sets: all is kept
+        if (set >= 0) {
+          const SetState& state = memory.sets[set];
+          shared.guess = {state.low, state.high, state.cut, state.ties_below};
+        }
       }
       __syncthreads();
     }
