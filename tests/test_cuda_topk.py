@@ -90,6 +90,42 @@ def test_ordinary_weights_need_no_fallback_and_little_memory(executed) -> None:
     assert executed.memory.bytes <= 0.2 * numel
 
 
+def tied(dtype: torch.dtype, value: float, share: float) -> dict:
+    """The arguments of 60,000 normal weights, of which a random share has one magnitude and does not move."""
+    arguments = perturb(Drawn("normal", [Spec((300, 200), dtype)]), rho=0.0)  # so that no other becomes zero
+    param, grad = arguments["params"][0], arguments["grads"][0]
+    same = torch.rand(param.shape, generator=torch.Generator().manual_seed(3)) < share
+    param[same], grad[same] = value, 0
+    param[same & (torch.arange(param.numel()).view(param.shape) % 2 == 0)] = -value
+    return arguments | {"sets": [0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_pruned_model_needs_no_fallback(executed, dtype: torch.dtype) -> None:
+    """Half of the weights are zero and stay so. The threshold is the least of the others, the one above it, or zero."""
+    arguments = tied(dtype, 0.0, 0.5)
+    others = int((arguments["params"][0] != 0).sum())
+    for k in (others - 1, others, others + 1, others + 20_000):
+        thresholds, stats = check(executed, "perturb_topk_", arguments | {"k": torch.tensor([k])})
+        assert (int(thresholds[0]) == 0) == (k > others)
+        assert stats[0, 2] == 0 and stats[0, 1] < (40_000 if k > others + 1 else 6000), stats.tolist()
+
+
+def test_a_pruned_model_in_all_ways(executed_in_all_ways) -> None:
+    arguments = tied(torch.float32, 0.0, 0.5)
+    others = int((arguments["params"][0] != 0).sum())
+    for k in (others, others + 1):
+        check(executed_in_all_ways, "perturb_topk_", arguments | {"k": torch.tensor([k])})
+
+
+@pytest.mark.parametrize("rank", [0.25, 0.285, 0.3, 0.33, 0.37, 0.385, 0.42])
+def test_keys_that_many_bfloat16_weights_share(executed, rank: float) -> None:
+    """A tenth of the weights has the magnitude 1, which are ranks 28 % to 38 %. Well inside and outside of them, no fallback."""
+    arguments = tied(torch.bfloat16, 1.0, 0.1)
+    _, stats = check(executed, "perturb_topk_", arguments | {"k": torch.tensor([int(rank * 60_000)])})
+    assert stats[0, 2] == 0 or rank in (0.285, 0.3, 0.37, 0.385), stats.tolist()
+
+
 def test_launches(executed) -> None:
     assert launches(executed, "perturb_topk_", arguments_of(Drawn("normal", mixed([Spec((100,))] * 450)), "half")) <= 8
     assert launches(executed, "perturb_topk_", arguments_of(Case("normal", "large", "fp32"), "half")) == 8
