@@ -51,10 +51,18 @@ class RankedBins {
  public:
   // The sums of groups of bins, a warp a group. All threads of the block.
   __device__ __forceinline__ void count(const Count* bins) {
-#pragma unroll 8
-    for (int g = warp_of(); g < kGroups; g += kWarps) {
-      const Count sum = warp_sum(Four(bins + g * kGroup + lane_of() * 4).sum());
-      if (lane_of() == 0) sums_[g] = sum;
+    constexpr int kAhead = (kGroups + kWarps - 1) / kWarps < 8 ? (kGroups + kWarps - 1) / kWarps : 8;  // loads before the first is waited for
+    for (int begin = warp_of(); begin < kGroups; begin += kWarps * kAhead) {
+      Four four[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (begin + i * kWarps < kGroups) four[i].load(bins + (begin + i * kWarps) * kGroup + lane_of() * 4);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (begin + i * kWarps >= kGroups) continue;
+        const Count sum = warp_sum(four[i].sum());
+        if (lane_of() == 0) sums_[begin + i * kWarps] = sum;
+      }
     }
   }
 
@@ -70,7 +78,8 @@ class RankedBins {
     const Place group = place(sums, rank);
     if (group.index < 0) return {0, group.rank, 0};
     const int first = (kGroups - 1 - group.index) * kGroup;
-    const Four four(bins + first + (31 - lane_of()) * 4);
+    Four four;
+    four.load(bins + first + (31 - lane_of()) * 4);
     const Count counts[4] = {four.x[3], four.x[2], four.x[1], four.x[0]};
     const Place bin = place(counts, group.rank);
     return {first + kGroup - 1 - bin.index, bin.rank, bin.count};
@@ -81,7 +90,7 @@ class RankedBins {
 
   struct Four {
     Count x[4];
-    __device__ __forceinline__ explicit Four(const Count* p) {
+    __device__ __forceinline__ void load(const Count* p) {
       const uint4* const words = reinterpret_cast<const uint4*>(p);
       if constexpr (sizeof(Count) == 4) {
         const uint4 a = __ldcg(words);

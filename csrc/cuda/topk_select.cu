@@ -64,16 +64,23 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
       continue;
     }
     const Ranked first = find_rank<kDigitBins>(state.digits, state.k - static_cast<int64_t>(state.above));
-    const int second_shift = max(state.shift - 11, 0);
+    const int shift = state.shift, second_shift = max(shift - 11, 0);
+    uint32_t* const digits = state.digits;
     const int64_t begin = found.number * kSliceSize, end = min(begin + kSliceSize, static_cast<int64_t>(state.candidates));
-    for (int64_t i = begin; i < end; i += kThreads) {
-      const int32_t key = i + threadIdx.x < end ? candidate(state, memory, i + threadIdx.x) : -1;
-      const bool in_bin = key >= 0 && key >> state.shift == first.bin;
-      tally(state.digits + kDigitBins, (key & ((1 << state.shift) - 1)) >> second_shift, in_bin);
+    constexpr int kAhead = 8;  // loads before the first is waited for
+    for (int64_t i = begin + threadIdx.x; i - threadIdx.x < end; i += kAhead * kThreads) {
+      int32_t keys[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) keys[j] = i + j * kThreads < end ? candidate(state, memory, i + j * kThreads) : -1;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const bool in_bin = keys[j] >= 0 && keys[j] >> shift == first.bin;
+        tally(digits + kDigitBins, (keys[j] & ((1 << shift) - 1)) >> second_shift, in_bin);
+      }
     }
     if (!is_last(&state.slices_done, 1, static_cast<uint32_t>(state.slices))) continue;
-    const Ranked second = find_rank<kDigitBins>(state.digits + kDigitBins, first.rank);
-    int32_t key = (first.bin << (state.shift - second_shift)) + second.bin;
+    const Ranked second = find_rank<kDigitBins>(digits + kDigitBins, first.rank);
+    int32_t key = (first.bin << (shift - second_shift)) + second.bin;
     int64_t rank = second.rank;
     if (second_shift > 0) {
       const Ranked third = last_digit(state, memory, key, second_shift, rank);
