@@ -82,15 +82,17 @@ LOOP_OWN = 1 + 1 + 1 + 1 + 1
 LOOP_FROM = 1 + 1 + 2 + 1 + 2  # of the type of master weights and state
 PERTURB = Vectors(OWN + MASTERS + OWN, 2 * OWN)  # param, masters, grad; saved, param
 LOOK = Vectors(FROM + OWN)  # weights, grad
+DIGIT = 6  # RankedBins: two groups of 2,048 counts of 64 bits, then four counts of the group that holds the rank
 
 # Kernel -> its accesses, exactly: one more would hide the loss of another. What is not here has no stream of weights in vectors.
 VECTORS = {
-    "stream_kernel<false>": LOOK,
-    "stream_kernel<true>": PERTURB,
-    "finish_kernel": Vectors(LOOK.load + OWN, OWN),  # the parameter too, whose bits stay where nothing moves
+    # vectors that are cut, and those that are not; without a gradient u is the weight itself
+    "stream_kernel<false>": Vectors(2 * PERTURB.load),
+    "stream_kernel<true>": Vectors(2 * PERTURB.load, 2 * PERTURB.store),
+    "finish_kernel": Vectors(LOOK.load + OWN + 2 * DIGIT, OWN),  # the parameter too, whose bits stay where nothing moves
     "radix_kernel<0>": LOOK,
-    "radix_kernel<1>": LOOK,
-    "radix_kernel<2>": LOOK,
+    "radix_kernel<1>": Vectors(LOOK.load + DIGIT),
+    "radix_kernel<2>": Vectors(LOOK.load + DIGIT),
     "histogram_kernel<false>": LOOK,
     "histogram_kernel<true>": LOOK,
     "nm_kernel": PERTURB,

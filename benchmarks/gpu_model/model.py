@@ -31,11 +31,11 @@ SERIAL: dict[str, dict[str, float]] = {
     },
     "perturb_topk_": {
         "sample: set, weights, gradients, counters": 4,
-        "bracket: one block reads a histogram of 32,768 bins three times": 150,
+        "bracket: counter, four rounds of sums, the bins of three ranks side by side": 7,
         "stream: set, rho": 2,
-        "select: set, rounds of a block, counter, last block": 24,
+        "select: set, first digit, two rounds of candidates, counter, second digit": 9,
         "radix: three launches that look at a flag": 3,
-        "finish: set, candidates, weights": 4,
+        "finish: of each of a warp's four chunks record, candidates, weights": 12,
     },
 }
 
