@@ -114,3 +114,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_fits_a_terminal() -> None:
     assert [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > 120] == []
+
+
+def test_the_map_of_the_code_is_right() -> None:
+    """Every path on docs/house.md is there, and the table of the optimizer has every file."""
+    text = (ROOT / "docs" / "house.md").read_text()
+    paths = re.findall(r"`((?:csrc|cram_kernels|tests|tools|benchmarks)/[\w/.]*)`", text)
+    assert len(paths) > 25
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    files = {path.name for path in (ROOT / "cram_kernels" / "optim").glob("*.py")} - {"__init__.py"}
+    assert {file for file in files if f"| `{file}` |" not in text} == set()
