@@ -56,6 +56,7 @@ def roofline(figure: Any, axes: Any, results: list[Row]) -> bool:
     for place, (_, row) in zip(places, bars, strict=True):
         axes.text(100 * row["share_of_copy"] + 1, place, f"{row['gb_per_s']:.0f} GB/s, {row['median_ms']:.3g} ms", va="center", fontsize=7)
     axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_xlim(0, 125 * max(row["share_of_copy"] for _, row in bars))  # room for the figures
     axes.set_yticks(places, [name for name, _ in bars], fontsize=7)
     axes.set_xlabel("% of the bandwidth of the fastest copy of as many bytes")
     axes.set_title("Ops (blue) and whole steps (green)")
