@@ -1,0 +1,297 @@
+"""examples/language on small texts in the formats of SST-2 and SQuAD, with a BERT of two layers; nothing is downloaded."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from optim_cases import assert_same_bits
+
+LANGUAGE = Path(__file__).parent.parent / "examples" / "language"
+for package in ("jsonargparse", "transformers", "accelerate", "tensorboard"):
+    pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[examples,frameworks]'` brings it")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(LANGUAGE))
+import answer  # noqa: E402
+import bbc_news  # noqa: E402
+import classify  # noqa: E402
+import recipe  # noqa: E402
+import squad  # noqa: E402
+import text_sets  # noqa: E402
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread(set_threads):
+    """The tensors are small: a second thread would only wait."""
+    set_threads(1)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """model/, train.tsv, test.tsv, and SQuAD files."""
+    folder = tmp_path_factory.mktemp("texts")
+    text_sets.write_model(folder / "model")
+    text_sets.write_table(folder / "train.tsv", 256, 0)
+    text_sets.write_table(folder / "test.tsv", 64, 1)
+    for version in ("v1.1", "v2.0"):
+        text_sets.write_squad(folder / f"train-{version}.json", 96, 0, version)
+        text_sets.write_squad(folder / f"dev-{version}.json", 24, 1, version)
+    return folder
+
+
+def options(given: Path, out: Path, **others) -> list[str]:
+    common = {"model": given / "model", "train": given / "train.tsv", "test": given / "test.tsv", "out": out, "device": "cpu"}
+    common |= {"batch": 16, "lr": 0.005, "epochs": 4, "length": 16, "patterns": '[0.5,"2:4"]', "reconstruct": 64}
+    return [part for name, value in {**common, **others}.items() for part in (f"--{name}", str(value))]
+
+
+def test_classification(given, tmp_path):
+    """The task is easy: at the end the network is right, dense and at 50 %. The figures are those of a count in plain torch."""
+    results = classify.main(options(given, tmp_path, compression='[0.5,"2:4"]', sparsity_warmup=0.25))
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert results["dense"]["accuracy"] > 90 and results["pruned"]["50 %"]["accuracy"] > 80
+    assert set(results["reconstructed"]) == {"50 %", "2:4"} and results["training"]["steps"] == 4 * 16
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows = [line.split("\t") for line in (given / "test.tsv").read_text().splitlines()[1:]]
+
+    def accuracy():
+        with torch.no_grad():
+            found = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text, _ in rows]
+        return 100 * sum(str(label) == wanted for label, (_, wanted) in zip(found, rows, strict=True)) / len(rows)
+
+    assert results["dense"]["accuracy"] == pytest.approx(accuracy())
+    encoder = [p for name, p in model.named_parameters() if name.startswith("bert.encoder.") and p.dim() == 2]
+    assert len(encoder) == 12 and sorted(recipe.dense_names(model)) == sorted(
+        name for name, p in model.named_parameters() if p.dim() == 2 and not any(p is e for e in encoder)
+    )
+    magnitudes = torch.cat([p.detach().abs().flatten() for p in encoder]).sort().values
+    with torch.no_grad():
+        for p in encoder:
+            p[p.abs() <= magnitudes[len(magnitudes) // 2]] = 0
+    assert results["pruned"]["50 %"]["accuracy"] == pytest.approx(accuracy())
+    assert results["zeros"]["2:4"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["adamw", "cram", "split"])
+def test_methods_and_resuming(method, given, tmp_path):
+    """Two epochs at once, or with a checkpoint after the first from which another process would go on: the same weights."""
+    others = {"epochs": 2, "patterns": "[]", "reconstruct": 0, "save_steps": 16, "warmup": 0.1}
+    others |= {"method": "cram+", "second_pass": "split"} if method == "split" else {"method": method, "compression": "[0.5]"}
+    classify.main(options(given, tmp_path / "whole", **others))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole" / "checkpoint-16").rename(tmp_path / "parts" / "checkpoint-16")
+    results = classify.main(options(given, tmp_path / "parts", resume="true", **others))
+    assert results["training"]["steps"] == 32
+    whole, parts = (AutoModelForSequenceClassification.from_pretrained(tmp_path / n / "model").state_dict() for n in ("whole", "parts"))
+    assert_same_bits(list(parts.values()), list(whole.values()))
+
+
+def test_precision_and_eval_only(given, tmp_path):
+    classify.main(options(given, tmp_path / "a", epochs=1, precision="bf16", patterns="[]"))
+    again = options(given, tmp_path / "b", eval_only="true", patterns="[0.5]") + ["--model", str(tmp_path / "a" / "model")]
+    results = classify.main(again)
+    assert results["training"] is None
+    assert results["dense"] == json.loads((tmp_path / "a" / "results.json").read_text())["dense"]
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_are_one_with_larger_batches(given, tmp_path):
+    """Two processes of batch 8 and one of batch 16 see the same rows a step. The keys' biases have no gradient but noise."""
+    others = {"epochs": 1, "patterns": "[0.5]", "reconstruct": 0, "lr": 1e-3, "method": "cram+", "compression": "[0.5]"}
+    classify.main(options(given, tmp_path / "one", **others))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LANGUAGE / "classify.py")]
+    done = subprocess.run(
+        [*command, *options(given, tmp_path / "two", **{**others, "batch": 8})],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    one, two = (AutoModelForSequenceClassification.from_pretrained(tmp_path / n / "model").state_dict() for n in ("one", "two"))
+    start = AutoModelForSequenceClassification.from_pretrained(given / "model").state_dict()
+    for name, t in one.items():
+        if "key.bias" not in name and "classifier" not in name:
+            assert (two[name] - t).norm() <= 0.05 * (t - start[name]).norm() + 1e-6, name
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
+    assert results[0]["training"]["steps"] == results[1]["training"]["steps"] == 16
+
+
+@pytest.mark.parametrize("version", ["v1.1", "v2.0"])
+def test_answers(version, given, tmp_path):
+    files = {"train": given / f"train-{version}.json", "test": given / f"dev-{version}.json"}
+    results = answer.main(options(given, tmp_path, length=32, stride=8, epochs=2, **files))
+    assert set(results["dense"]) == {"exact", "f1"} and 0 <= results["dense"]["exact"] <= results["dense"]["f1"] <= 100
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
+    assert torch.isfinite(model.qa_outputs.weight).all() and set(results["pruned"]) == {"50 %", "2:4"}
+
+
+# SQuAD
+
+
+@pytest.fixture(scope="module")
+def tokenizer(given):
+    return AutoTokenizer.from_pretrained(given / "model")
+
+
+@pytest.mark.parametrize("version", ["v1.1", "v2.0"])
+def test_pieces_hold_the_answers(version, given, tokenizer):
+    """Every piece that has the answer marks just its tokens; each answer is in some piece, none where there is none."""
+    questions = squad.read(given / f"train-{version}.json")
+    rows = squad.pieces(questions, tokenizer, 24, 8)
+    assert len(rows) > len(questions) and all(len(row["input_ids"]) == 24 for row in rows)
+    marked = set()
+    for row in rows:
+        q = questions[row["question"]]
+        first, last = row["start_positions"], row["end_positions"]
+        visible = [o for o in row["offsets"] if o is not None]
+        if not q.answers:
+            assert first == last == 0
+            continue
+        begin, end = q.starts[0], q.starts[0] + len(q.answers[0])
+        assert (first > 0) == (visible[0][0] <= begin and visible[-1][1] >= end)
+        if first > 0:
+            assert q.context[row["offsets"][first][0] : row["offsets"][last][1]] == q.answers[0]
+            assert tokenizer.decode(row["input_ids"][first : last + 1]) == q.answers[0]
+            marked.add(row["question"])
+    assert marked == {i for i, q in enumerate(questions) if q.answers}
+    covered = {i: set() for i in range(len(questions))}
+    for row in rows:
+        covered[row["question"]] |= {c for o in row["offsets"] if o is not None for c in range(*o)}
+    for i, q in enumerate(questions):
+        assert covered[i] == {c for c, letter in enumerate(q.context) if letter != " "}
+
+
+def test_answers_are_the_best_parts(given, tokenizer):
+    """Against all pairs of tokens, on random scores."""
+    questions = squad.read(given / "dev-v2.0.json")
+    rows = squad.pieces(questions, tokenizer, 24, 8)
+    generator = torch.Generator().manual_seed(0)
+    scores = [(torch.randn(24, generator=generator), torch.randn(24, generator=generator)) for _ in rows]
+    found = squad.answers(questions, rows, scores, best=24, length=5)
+    for i, q in enumerate(questions):
+        best, text = float("-inf"), ""
+        empty = min(float(s[0] + e[0]) for row, (s, e) in zip(rows, scores, strict=True) if row["question"] == i)
+        for row, (s, e) in zip(rows, scores, strict=True):
+            for first in range(24):
+                for last in range(first, min(first + 5, 24)):
+                    part = row["offsets"][first], row["offsets"][last]
+                    if row["question"] == i and None not in part and float(s[first] + e[last]) > best:
+                        best, text = float(s[first] + e[last]), q.context[part[0][0] : part[1][1]]
+        assert found[q.id] == ("" if empty > best else text)
+    assert "" in found.values() and len(set(found.values())) > 2
+    answered = [q for q in questions if q.answers]
+    only = {q.id: i for i, q in enumerate(questions)}
+    some = [(row, s) for row, s in zip(rows, scores, strict=True) if questions[row["question"]].answers]
+    renumbered = [{**row, "question": answered.index(questions[row["question"]])} for row, _ in some]
+    assert all(squad.answers(answered, renumbered, [s for _, s in some]).values()) and len(only) == len(questions)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchmetrics") is None, reason="torchmetrics is missing; lightning brings it")
+def test_scores_are_those_of_torchmetrics():
+    from torchmetrics.text import SQuAD
+
+    cases = [
+        ("The Red House!", ("red house", "a house")),
+        ("in the river of  stone", ("river",)),
+        ("blue", ("red",)),
+        ("an apple, a day", ("apple day.", "day")),
+        ("cold cold sky", ("cold sky sky",)),
+    ]
+    questions = [squad.Question(str(i), "", " ".join(a), a, (0,) * len(a)) for i, (_, a) in enumerate(cases)]
+    found = {str(i): text for i, (text, _) in enumerate(cases)}
+    metric = SQuAD()
+    metric.update(
+        [{"id": q.id, "prediction_text": found[q.id]} for q in questions],
+        [{"id": q.id, "answers": {"text": list(q.answers), "answer_start": list(q.starts)}} for q in questions],
+    )
+    judged = metric.compute()
+    assert squad.score(questions, found) == pytest.approx({"exact": float(judged["exact_match"]), "f1": float(judged["f1"])}, abs=1e-4)
+    empty = [squad.Question("a", "", "text", (), ()), squad.Question("b", "", "text", (), ())]
+    assert squad.score(empty, {"a": "", "b": "text"}) == {"exact": 50.0, "f1": 50.0}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "must be JSON of SQuAD's form, got JSONDecodeError"),
+        ('{"data": [{"paragraphs": [{"context": "red"}]}]}', "must be JSON of SQuAD's form, got KeyError: 'qas'"),
+        ('{"data": []}', "must have questions, got none"),
+        (
+            '{"data": [{"paragraphs": [{"context": "red", "qas": [{"id": 1, "question": "?", "answers": [{"text": "e", "answer_start": 0}]}]}]}]}',
+            "the answer of question '1' must be at its answer_start, got 'e' at 0",
+        ),
+    ],
+)
+def test_other_files_are_refused(content, message, tmp_path):
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        squad.read(tmp_path / "file.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json is missing"):
+        squad.read(tmp_path / "none.json")
+
+
+# Tables of texts, and options
+
+
+def test_tables(tmp_path):
+    (tmp_path / "a.tsv").write_text('label\tsentence\n1\the said "no\n')
+    (tmp_path / "a.csv").write_text('text,class\n"red, ""blue""",x\n')
+    assert classify.read(tmp_path / "a.tsv", "sentence", "label") == [('he said "no', "1")]
+    assert classify.read(tmp_path / "a.csv", "text", "class") == [('red, "blue"', "x")]
+    with pytest.raises(ValueError, match=r"must have a column 'text', got \['label', 'sentence'\]"):
+        classify.read(tmp_path / "a.tsv", "text", "label")
+    (tmp_path / "b.tsv").write_text("sentence\tlabel\nred\n")
+    with pytest.raises(ValueError, match="must have rows with a text and a label each, got a shorter row"):
+        classify.read(tmp_path / "b.tsv", "sentence", "label")
+
+
+def test_labels_of_the_test_that_training_lacks_are_refused(given, tmp_path):
+    (tmp_path / "test.tsv").write_text("sentence\tlabel\nred\t7\n")
+    with pytest.raises(ValueError, match="must have labels of .*, got '7'"):
+        classify.main(options(given, tmp_path) + ["--test", str(tmp_path / "test.tsv")])
+
+
+def test_bbc_news_is_written_as_tables(tmp_path, monkeypatch):
+    """From CLASS/NUMBER.txt; every text once, on one line."""
+    texts = {}
+    for label in ("sport", "tech"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(6):
+            (tmp_path / "data" / label / f"{i:03d}.txt").write_bytes(f"Title {label} {i}\n\nwith\ta tab and \xa3{i}\n".encode())
+            texts[f"Title {label} {i} with a tab and \xa3{i}"] = label
+    (tmp_path / "data" / "sport" / "007.txt").write_bytes(b"not \xff utf-8")
+    texts["not � utf-8"] = "sport"
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["bbc_news.py", "--folder", str(tmp_path / "data"), "--out", str(out), "--train", "8"])
+    bbc_news.main()
+    parts = [classify.read(out / f"{name}.tsv", "sentence", "label") for name in ("train", "test")]
+    assert [len(part) for part in parts] == [8, 5] and dict(parts[0] + parts[1]) == texts
+
+
+@pytest.mark.parametrize("name, kind", [("bbc_minilm", classify.Classify), ("squad_bert_base", answer.Answer)])
+def test_settings_are_read(name, kind):
+    s = recipe.parse(kind, "", ["--config", str(LANGUAGE / "configs" / f"{name}.yaml"), "--epochs", "5"])
+    assert s.epochs == 5 and [str(recipe.pattern(p)) for p in s.patterns] == ["50 %", "60 %", "70 %", "80 %", "2:4"]
+    if name == "squad_bert_base":
+        assert (s.lr, s.batch, s.length, s.stride) == (3e-5, 12, 384, 128)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"compression": [1.5]}, "a pattern must be a share"),
+        ({"batch": 1, "second_pass": "split"}, "batch must be at least 2 with second_pass split"),
+    ],
+)
+def test_bad_options_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.Settings(**bad)
+    with pytest.raises(FileNotFoundError, match="model must be a folder"):
+        recipe.model_folder("bert-base-uncased")
