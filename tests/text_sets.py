@@ -7,7 +7,7 @@ from pathlib import Path
 WORDS = ["red", "blue", "cold", "warm", "stone", "river", "tree", "house", "sky", "road", "the", "a", "in", "of", "what", "is", "where"]
 
 
-def write_model(folder: Path, layers: int = 2) -> Path:
+def write_model(folder: Path, dropout: float = 0.1) -> Path:
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -16,8 +16,9 @@ def write_model(folder: Path, layers: int = 2) -> Path:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes, **rates)).save_pretrained(folder)
     return folder
 
 
