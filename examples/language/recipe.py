@@ -159,6 +159,9 @@ def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torc
         optimizer = CrAM(model, torch.optim.AdamW, compression=compression, rho=s.rho, plus=plus, exclude=exclude, seed=s.seed, **options)
         kind = CrAMTrainer
     trainer = kind(model, arguments, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None))
+    # BERT's heads take a mean, whatever number of items they are told. Believing otherwise Trainer multiplies the loss by the number of
+    # processes, and by that of micro-batches. AdamW does not mind, but rho * g would be as many times as far uphill.
+    trainer.model_accepts_loss_kwargs = False
     if isinstance(trainer, CrAMTrainer):
         trainer.second_pass = s.second_pass
     result = trainer.train(resume_from_checkpoint=s.resume or None)
