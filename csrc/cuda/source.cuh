@@ -96,7 +96,8 @@ __device__ __forceinline__ Vector<T> rounded_vector(const Lanes<kLanes>& x) {
   return out;
 }
 
-// What a thread has of a chunk: the parameter's bits as they are, and u. issue() comes first: all loads are on their way before one is waited for.
+// The weights of a chunk that a thread has, in registers: the parameter's bits, and u. issue() starts all loads; move() or move_exactly() waits for
+// them. A thread thus has every vector of parameter, master and gradient in flight at once.
 template <class T, class W>
 struct MovedVectors {
   static constexpr int kLanes = Vector<T>::kLanes;

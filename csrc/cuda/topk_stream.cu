@@ -24,7 +24,8 @@ struct Counts {
   }
 };
 
-// What the kernel needs of a set for each weight: a copy, since its atomics might change what it reads again.
+// What the kernel needs of a set for each weight. A copy in shared memory: the compiler would load the SetState anew after every atomic, which may
+// alias it.
 struct Guess {
   int32_t low, high, cut;
   bool ties_below;
@@ -37,8 +38,9 @@ struct Bits {
   uint32_t kept = 0, inside = 0;
 };
 
-// A threshold for numbers of T: above it are those whose key is above the given one. Two halves of a word have each 0x8000 more than theirs, so that
-// their difference to a magnitude has its upper bit where the magnitude is not above, and borrows nothing from its neighbour.
+// What a magnitude of T is compared with: it is above level(key) exactly where its own key is above `key`. For 16-bit types a word has the level
+// twice, each half biased by 0x8000, so that `level - magnitudes` is a packed comparison: the upper bit of a half is set where that magnitude is
+// not above, and no half borrows from the other.
 __device__ __forceinline__ float level(int32_t key, float) { return key < 0 ? -1.0f : from_bits(min(key, kInfKey)); }
 __device__ __forceinline__ uint32_t level(int32_t key, BFloat16) { return static_cast<uint32_t>(0x8000 + (key >> 16)) * 0x10001u; }
 __device__ __forceinline__ uint32_t level(int32_t key, Float16) {
@@ -51,9 +53,10 @@ template <class T>
 struct Levels {
   decltype(level(0, T{})) low, high, cut;
 
-  __device__ __forceinline__ explicit Levels(const Guess& guess) : low(level(guess.low, T{})), high(level(guess.high, T{})), cut(level(guess.cut, T{})) {}
+  __device__ __forceinline__ explicit Levels(const Guess& guess)
+      : low(level(guess.low, T{})), high(level(guess.high, T{})), cut(level(guess.cut, T{})) {}
 
-  // The bits of a vector without a NaN; what is not kept becomes 0.
+  // The bits of a vector without a NaN. Zeroes what is not kept.
   __device__ __forceinline__ Bits sort(Vector<T>& u) const {
     Bits bits;
     if constexpr (sizeof(T) == 4) {
@@ -135,8 +138,8 @@ __device__ __forceinline__ void write_down(const Work& work, int32_t total, cons
   }
 }
 
-// Any chunk, to the letter: one whose vectors are cut, that has an Inf or a NaN, or more candidates than wait in shared memory. again: it has been
-// written; its weights are where they were saved. By all threads of the block, as the next.
+// The exact path, for any chunk: one with cut vectors, an Inf, a NaN, or more candidates than the list in shared memory has room for. again: the
+// fast path has overwritten the weights, which are read from where it saved them. By all threads of the block.
 template <bool kWrite, class T, class W>
 __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Counts& counts, Shared& shared) {
   constexpr int kLanes = Vector<T>::kLanes;
@@ -209,7 +212,8 @@ __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Cou
   });
 }
 
-// A chunk whose vectors are whole. False: stream_exactly must go over it again.
+// The fast path, for a chunk whose vectors are whole: one barrier. False: some u may not be finite, or there are too many candidates, and
+// stream_exactly must go over the chunk again. By all threads of the block.
 template <bool kWrite, class T, class W>
 __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Counts& counts, Shared& shared) {
   constexpr int kLanes = Vector<T>::kLanes;
