@@ -43,14 +43,15 @@ class Op:
 
 
 GRADIENTS = ("saved", "grad", "first grad")
+NM = ("nm_kernel<4>", "nm_kernel<8>", "nm_kernel<0>")
 OPS = (
     Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 8, 2),
     Op("topk_histogram", "cuda", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
     # a pass that only looks, then one that writes: unlike perturb_topk_, it has no copy from which a wrong guess could be set right
     Op("prune_topk_", "cuda", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 8, passes=2),
     Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 8, 2),
-    Op("prune_nm_", "cuda", ("nm_kernel",), ("weight",), ("weight",), 1, 1, 2),
-    Op("perturb_nm_", "cuda", ("nm_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
+    Op("prune_nm_", "cuda", NM, ("weight",), ("weight",), 1, 1, 2),
+    Op("perturb_nm_", "cuda", NM, ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("restore_", "cuda", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
     Op("restore_combine_", "cuda", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
@@ -71,6 +72,9 @@ class Vectors:
 
     def wanted(self, kind: str, arch: str) -> int:
         return self.store if kind == "store" else self.load + (self.again if arch in self.again_on else 0)
+
+    def times(self, count: int) -> "Vectors":
+        return Vectors(count * self.load, count * self.store, count * self.again, self.again_on)
 
 
 # A kernel has its code five times: for float32, and for bfloat16 and float16, each without and with float32 master weights. A thread has 8
@@ -95,15 +99,19 @@ VECTORS = {
     "radix_kernel<2>": Vectors(LOOK.load + DIGIT),
     "histogram_kernel<false>": LOOK,
     "histogram_kernel<true>": LOOK,
-    "nm_kernel": PERTURB,
-    "perturb_masked_kernel": PERTURB,
-    "restore_kernel<false>": Vectors(FROM, OWN),
-    "restore_kernel<true>": Vectors(FROM + 2 * OWN, OWN + OWN),  # both gradients; param, grad
+    # tensors that are not pruned, with vectors that are cut and without; for m = 4 and 8 also groups within a vector
+    "nm_kernel<0>": PERTURB.times(2),
+    "nm_kernel<4>": PERTURB.times(3),
+    "nm_kernel<8>": PERTURB.times(3),
+    # here and below: vectors that are cut, and those that are not
+    "perturb_masked_kernel": PERTURB.times(2),
+    "restore_kernel<false>": Vectors(FROM, OWN).times(2),
+    "restore_kernel<true>": Vectors(FROM + 2 * OWN, OWN + OWN).times(2),  # both gradients; param, grad
     # a restore for skipped steps; both gradients, weights, states; param, masters, states. The first vectors of m and v are loaded in two
     # branches, with amsgrad and without
-    "update_kernel<SgdStep>": Vectors(FROM + 2 * LOOP_OWN + 2 * LOOP_FROM, OWN + LOOP_OWN + 2 * LOOP_FROM),
+    "update_kernel<SgdStep>": Vectors(FROM + 2 * LOOP_OWN + 2 * LOOP_FROM, OWN + LOOP_OWN + 2 * LOOP_FROM).times(2),
     "update_kernel<AdamStep>": Vectors(
         FROM + 2 * LOOP_OWN + 4 * LOOP_FROM, OWN + LOOP_OWN + 4 * LOOP_FROM, again=2 * LOOP_OWN, again_on=("80", "86", "89", "90")
-    ),
+    ).times(2),
     "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
 }

@@ -271,7 +271,7 @@ __device__ __forceinline__ void prune_weights(const PerturbEntry& entry, const G
 
 // M: 4 or 8, the pattern's; 0: any other.
 template <int M>
-__global__ void __launch_bounds__(kThreads, M == 0 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, 3)
     nm_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const __grid_constant__ Pattern pattern) {
   __shared__ Flags flags;
   __shared__ int32_t keys[M == 0 ? kChunk : 1];

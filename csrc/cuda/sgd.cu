@@ -18,7 +18,7 @@ struct SgdSetting {
 struct SgdStep {
   using Setting = SgdSetting;
   static constexpr int kStates = 1;
-  static constexpr int kBlocks = 5;
+  static constexpr int kBlocks = 4;
   SgdOptions options;
 
   SgdStep() = default;
