@@ -19,7 +19,7 @@ struct AdamSetting {
 struct AdamStep {
   using Setting = AdamSetting;
   static constexpr int kStates = 3;
-  static constexpr int kBlocks = 3;
+  static constexpr int kBlocks = kAdamBlocks;
   AdamOptions options;
   bool decays;
 

@@ -159,16 +159,16 @@ __device__ __forceinline__ void write_flags(const Groups& groups, const uint8_t*
 // A thread has whole groups. All loads come first.
 template <int M, class T, class W>
 __device__ __forceinline__ void prune_groups(const PerturbEntry& entry, const Groups& groups, const Perturbation& p, int n, uint8_t* flags) {
-  constexpr int kOfThread = kChunk / kThreads / M;
+  constexpr int kGroups = kItems / M;
   T* const param = static_cast<T*>(entry.param) + groups.begin;
   T* const saved = entry.saved != nullptr ? static_cast<T*>(entry.saved) + groups.begin : nullptr;
   const Source<T, W> source(entry, entry.param, p);
   const W* const weights = source.weights + groups.begin;
   const T* const grads = source.grad != nullptr ? source.grad + groups.begin : nullptr;
-  T raw[kOfThread][M], grad[kOfThread][M];
-  W weight[kOfThread][M];
+  T raw[kGroups][M], grad[kGroups][M];
+  W weight[kGroups][M];
 #pragma unroll
-  for (int j = 0; j < kOfThread; ++j) {
+  for (int j = 0; j < kGroups; ++j) {
     const uint32_t group = j * kThreads + threadIdx.x, first = groups.first(group);
 #pragma unroll
     for (int i = 0; i < M; ++i) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void prune_groups(const PerturbEntry& entry, const Gr
     }
   }
 #pragma unroll
-  for (int j = 0; j < kOfThread; ++j) {
+  for (int j = 0; j < kGroups; ++j) {
     const uint32_t group = j * kThreads + threadIdx.x, first = groups.first(group);
     if (group >= groups.count) return;
     uint32_t bits[M], nans = 0;
@@ -232,14 +232,13 @@ __device__ __forceinline__ void prune_groups(const PerturbEntry& entry, const Gr
 template <class T, class W>
 __device__ __forceinline__ void prune_weights(const PerturbEntry& entry, const Groups& groups, const Perturbation& p, int n, uint8_t* flags,
                                               int32_t* keys) {
-  constexpr int kOfThread = kChunk / kThreads;
   T* const param = static_cast<T*>(entry.param);
   const Source<T, W> source(entry, param, p);
-  float u[kOfThread] = {};
+  float u[kItems] = {};
   bool nonfinite = false;
   const auto for_weights = [&](auto f) {
 #pragma unroll
-    for (int j = 0; j < kOfThread; ++j) {
+    for (int j = 0; j < kItems; ++j) {
       const uint32_t e = j * kThreads + threadIdx.x, row = e / groups.count, group = e % groups.count;
       if (row < groups.m) f(e, row, group, groups.begin + groups.first(group) + row * groups.inner, u[j]);
     }
@@ -271,7 +270,7 @@ __device__ __forceinline__ void prune_weights(const PerturbEntry& entry, const G
 
 // M: 4 or 8, the pattern's; 0: any other.
 template <int M>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kNmBlocks)
     nm_kernel(const __grid_constant__ PerturbTable table, const Perturbation p, const __grid_constant__ Pattern pattern) {
   __shared__ Flags flags;
   __shared__ int32_t keys[M == 0 ? kChunk : 1];

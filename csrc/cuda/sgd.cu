@@ -18,7 +18,7 @@ struct SgdSetting {
 struct SgdStep {
   using Setting = SgdSetting;
   static constexpr int kStates = 1;
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = kSgdBlocks;
   SgdOptions options;
 
   SgdStep() = default;

@@ -7,16 +7,11 @@
 #include <vector>
 
 #include "../item.h"
+#include "tuning.h"
 
 namespace cram {
 namespace cuda {
 
-#ifndef CRAM_BLOCK_THREADS  // tests execute the kernels with other sizes too; registers and occupancy are tuned for this one
-#define CRAM_BLOCK_THREADS 256
-#endif
-constexpr int kThreads = CRAM_BLOCK_THREADS;
-static_assert(kThreads == 128 || kThreads == 256 || kThreads == 512, "whole warps, which share 2048 bins out evenly; offsets in a chunk of 16 bits");
-constexpr int kChunk = 8 * kThreads;   // weights of a chunk: what a block works on at a time, 8 a thread
 constexpr int kMaxTensors = 450;       // a launch
 constexpr int kArgumentBytes = 32764;  // of a kernel, with CUDA >= 12.1
 constexpr int kOtherArguments = 512;   // of these, for what is not the table
