@@ -1,0 +1,29 @@
+// What is tuned: threads of a block, weights a thread, blocks that a multiprocessor must have room for (__launch_bounds__, which limits registers).
+// `make cuda-static` shows spills and occupancy, `make gpu-model` what is executed.
+#pragma once
+
+#include <cstdint>
+
+namespace cram {
+namespace cuda {
+
+#ifndef CRAM_BLOCK_THREADS  // tests execute the kernels with other sizes too; registers and occupancy are tuned for this one
+#define CRAM_BLOCK_THREADS 256
+#endif
+constexpr int kThreads = CRAM_BLOCK_THREADS;
+static_assert(kThreads == 128 || kThreads == 256 || kThreads == 512, "whole warps, which share 2048 bins out evenly; offsets in a chunk of 16 bits");
+
+constexpr int kItems = 8;                 // weights a thread has of a chunk: two vectors of float32, one of 16 bits
+constexpr int kChunk = kItems * kThreads;  // weights of a chunk: what a block works on at a time
+
+// Blocks of a multiprocessor: the most for which no arch spills registers.
+constexpr int kNmBlocks = 3;
+constexpr int kSgdBlocks = 4;
+constexpr int kAdamBlocks = 3;
+
+// The norm: a warp folds a chunk of this many gradients, then one block of this many threads all chunks.
+constexpr int64_t kNormChunk = 1024;
+constexpr int kNormFinishThreads = 1024;
+
+}  // namespace cuda
+}  // namespace cram
