@@ -8,6 +8,7 @@ namespace cram {
 namespace cuda {
 namespace {
 
+constexpr int64_t kNormChunk = 1024;
 constexpr int kWarps = kThreads / 32;
 
 struct NormEntry {
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
 }
 
 // One block: folds the sums of n chunks, thought to be followed by zeros up to `size`, a power of two.
-__global__ void __launch_bounds__(kNormFinishThreads) norm_finish_kernel(double* sums, int64_t n, int64_t size, float* result) {
+__global__ void __launch_bounds__(1024) norm_finish_kernel(double* sums, int64_t n, int64_t size, float* result) {
   for (int64_t half = size / 2; half > 0; half /= 2) {
     for (int64_t i = threadIdx.x; i < half && i + half < n; i += blockDim.x) sums[i] = __dadd_rn(sums[i], sums[i + half]);
     __syncthreads();
@@ -111,7 +112,7 @@ void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* s
   const int64_t n = norm_sums(items);
   int64_t size = 1;
   while (size < n) size *= 2;
-  norm_finish_kernel<<<1, kNormFinishThreads, 0, stream>>>(sums, n, size, result);
+  norm_finish_kernel<<<1, 1024, 0, stream>>>(sums, n, size, result);
   require_success(cudaGetLastError(), "grad_norm");
 }
 

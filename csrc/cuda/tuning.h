@@ -2,8 +2,6 @@
 // `make cuda-static` shows spills and occupancy, `make gpu-model` what is executed.
 #pragma once
 
-#include <cstdint>
-
 namespace cram {
 namespace cuda {
 
@@ -20,10 +18,6 @@ constexpr int kChunk = kItems * kThreads;  // weights of a chunk: what a block w
 constexpr int kNmBlocks = 3;
 constexpr int kSgdBlocks = 4;
 constexpr int kAdamBlocks = 3;
-
-// The norm: a warp folds a chunk of this many gradients, then one block of this many threads all chunks.
-constexpr int64_t kNormChunk = 1024;
-constexpr int kNormFinishThreads = 1024;
 
 }  // namespace cuda
 }  // namespace cram
