@@ -74,7 +74,7 @@ class Vectors:
         return self.store if kind == "store" else self.load + (self.again if arch in self.again_on else 0)
 
     def times(self, count: int) -> "Vectors":
-        return Vectors(count * self.load, count * self.store, count * self.again, self.again_on)
+        return Vectors(count * self.load, count * self.store)
 
 
 # A kernel has its code five times: for float32, and for bfloat16 and float16, each without and with float32 master weights. A thread has 8
@@ -111,7 +111,10 @@ VECTORS = {
     # branches, with amsgrad and without
     "update_kernel<SgdStep>": Vectors(FROM + 2 * LOOP_OWN + 2 * LOOP_FROM, OWN + LOOP_OWN + 2 * LOOP_FROM).times(2),
     "update_kernel<AdamStep>": Vectors(
-        FROM + 2 * LOOP_OWN + 4 * LOOP_FROM, OWN + LOOP_OWN + 4 * LOOP_FROM, again=2 * LOOP_OWN, again_on=("80", "86", "89", "90")
-    ).times(2),
+        2 * (FROM + 2 * LOOP_OWN + 4 * LOOP_FROM),
+        2 * (OWN + LOOP_OWN + 4 * LOOP_FROM),
+        again=4 * LOOP_OWN - 2,
+        again_on=("80", "86", "89", "90"),
+    ),
     "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
 }
