@@ -81,10 +81,10 @@ def test_red_check_prints_no_number(tmp_path: Path, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(ops, "grad_norm", lambda grads: right(grads).nextafter(torch.tensor(math.inf)))
     assert main("bench_norm", tmp_path) == run.RED
     record = json.loads((tmp_path / "bench_norm.json").read_text())
-    assert record["results"] == [] and len(record["red"]) == 3
+    assert record["results"] == [] and len(record["red"]) == 4
     assert "1 of 1 elements differ" in record["red"][0]["why"]
     printed = capsys.readouterr().out
-    assert printed.count("RED, not measured") == 3
+    assert printed.count("RED, not measured") == 4
     assert "median" not in printed and "GB/s" not in printed
 
 
@@ -126,7 +126,7 @@ def test_nothing_of_an_earlier_run_stays(what: str, tmp_path: Path, capsys: pyte
         return
     record = json.loads(earlier.read_text())
     assert list(tmp_path.iterdir()) == [earlier]
-    assert record["results"] == [] and len(record["red"]) == 3
+    assert record["results"] == [] and len(record["red"]) == 4
     assert what == "red" or {red["why"] for red in record["red"]} == {"grad_norm: no memory"}
 
 
