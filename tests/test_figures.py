@@ -1,4 +1,4 @@
-"""The pictures that tools/site/figures.py draws from docs/data are up to date, every picture is on a page, and README quotes the same numbers."""
+"""The pictures that tools/site/figures.py draws are up to date, every picture is on a page, and README quotes the same numbers."""
 
 import json
 import re
