@@ -1,0 +1,23 @@
+"""Two processes under Accelerate, Lightning and Trainer, each with DDP: the weights of the loop written out, the same on both ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("lightning", "transformers", "accelerate"):
+    pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[frameworks]'` brings it")
+
+
+@pytest.mark.timeout(300)
+def test_two_processes(tmp_path):
+    script = Path(__file__).parent / "framework_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    passed = {path.name for path in tmp_path.glob("check_*")}
+    checks = ("check_accelerate", "check_lightning", "check_lightning_split", "check_trainer")
+    assert passed == {f"{name}.{rank}" for name in checks for rank in (0, 1)}
