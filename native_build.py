@@ -36,7 +36,10 @@ ISA_FLAGS |= {
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 # What the harness links.
-TORCH_FREE = ("convolution", "nm", "perturb", "product", "simd", "topk", "topk_sample", "topk_select", "update", *ISA_FLAGS)
+TORCH_FREE = (
+    *("adam", "nm", "norm", "perturb", "perturb_masked", "restore", "sgd", "simd", "topk", "topk_histogram", "topk_sample", "topk_select"),
+    *("convolution", "product", *ISA_FLAGS),
+)
 
 
 class BuildError(Exception):
@@ -240,7 +243,7 @@ def build(package: Path, sanitize: str = "") -> None:
 
 def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str, defines: str = "") -> str:
     """Kernels and launchers, their registration, and the checks that every backend shares."""
-    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "arguments.cpp", CSRC / "check.cpp"]
+    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), *(CSRC / f"{name}.cpp" for name in ("check", "signature"))]
     objects = [ninja.compile(source, defines) for source in cuda_sources()] + [
         ninja.compile(source, f"{stable_abi} {defines}") for source in glue
     ]

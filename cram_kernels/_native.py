@@ -37,7 +37,7 @@ class Host:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("simd_levels", "simd_level", "set_simd_level", "streaming_copy", "build_facts"):
+        for name in ("simd_levels", "simd_level", "set_simd_level", "streaming_copy", "build_facts", "ops"):
             getattr(self._library, f"cram_{name}").restype = ctypes.c_char_p
         self.compiler, self.torch_built_with, self.gpu_archs = self._call("build_facts").split("\n")
 
@@ -46,6 +46,10 @@ class Host:
         if answer.startswith("error: "):
             raise RuntimeError(answer.removeprefix("error: "))
         return answer
+
+    def ops(self) -> list[str]:
+        """The names of the ops that this library defines (csrc/ops.h)."""
+        return self._call("ops").split()
 
     def simd_levels(self) -> list[str]:
         """The SIMD levels of this CPU, best last."""

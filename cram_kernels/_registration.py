@@ -16,21 +16,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
 
+from . import _native
+
 NATIVE = "cram_kernels"
 _libraries: list[torch.library.Library] = []  # what they registered ends with them
 
-MUTATING = (
-    "prune_topk_",
-    "perturb_topk_",
-    "prune_nm_",
-    "perturb_nm_",
-    "perturb_masked_",
-    "restore_",
-    "restore_combine_",
-    "restore_sgd_",
-    "restore_adam_",
-)
-OPS = (*MUTATING, "topk_threshold", "topk_histogram", "grad_norm")
+OPS: tuple[str, ...] = tuple(_native.host.ops()) if _native.host is not None else ()
+
+# What ops return, by its name in their schemas: made empty from the arguments of a call.
+RESULTS: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "thresholds": lambda a: a["k"].new_empty(a["k"].numel(), dtype=torch.int32),
+    "stats": lambda a: a["k"].new_empty(a["k"].numel(), 3),
+    "bins": lambda a: a["prefix"].new_empty(a["prefix"].numel(), 2 ** a["bits"]),
+    "norm": lambda a: a["grads"][0].new_empty((), dtype=torch.float32),
+}
 
 
 def keep(library: torch.library.Library) -> torch.library.Library:
@@ -80,6 +79,8 @@ def _bump(values: Iterable[Any]) -> None:
 
 def _bump_versions(library: torch.library.Library, name: str) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
+    if not op._schema.is_mutable:
+        return
     below, mutated = torch._C._after_ADInplaceOrView_keyset, _mutated(op)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
@@ -163,19 +164,13 @@ def _refuse_sparse(library: torch.library.Library, name: str) -> None:
 
 
 def _fake(name: str) -> Any:
+    schema = getattr(torch.ops.cram_kernels, name).default._schema
+
     def fake(*args: Any, **kwargs: Any) -> Any:
         _same_device(name, args, kwargs)
-        if name in ("prune_topk_", "perturb_topk_"):
-            k = args[-1]
-            return k.new_empty(k.numel(), dtype=torch.int32), k.new_empty(k.numel(), 3)
-        if name == "topk_histogram":
-            prefix, bits = args[4], args[6]
-            return prefix.new_empty(prefix.numel(), 2**bits)
-        if name == "topk_threshold":
-            return args[-1].new_empty(args[-1].numel(), dtype=torch.int32)
-        if name == "grad_norm":
-            return args[0][0].new_empty((), dtype=torch.float32)
-        return None
+        arguments = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        results = tuple(RESULTS[result.name](arguments) for result in schema.returns)
+        return results if len(results) > 1 else next(iter(results), None)
 
     return fake
 
@@ -184,7 +179,7 @@ def register(namespace: str = NATIVE) -> None:
     library = keep(torch.library.Library(namespace, "IMPL"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        for name in MUTATING:
+        for name in OPS:
             _bump_versions(library, name)
     for name in OPS:
         torch.library.register_fake(f"{namespace}::{name}", _fake(name))

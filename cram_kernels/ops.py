@@ -5,7 +5,11 @@ marked * a tensor with 0 elements means "absent for this parameter", and an empt
 parameter has its shape and strides. Bad input raises RuntimeError before anything is changed: op, argument, wanted, found.
 """
 
-from collections.abc import Sequence
+# mypy: disable-error-code="empty-body"
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_origin
 
 import torch
 from torch import Tensor
@@ -13,9 +17,37 @@ from torch import Tensor
 from . import backend
 
 Tensors = Sequence[Tensor]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-@torch.no_grad()
+def _op(of_none: Callable[[], object] | None = None) -> Callable[[_Function], _Function]:
+    """Make a function that is only a signature and a docstring call the op of its name, on the backend that serves its first argument.
+
+    Sequences are handed over as lists. of_none: makes the result of an empty list, where torch has no tensor by which to find a backend.
+    """
+
+    def make(described: _Function) -> _Function:
+        # Written out, as dataclasses do it: arguments that a function sorts in each call would cost more than the checks of the op.
+        name, parameters = described.__name__, inspect.signature(described).parameters.values()
+        values = [f"list({p.name})" if get_origin(p.annotation) is Sequence else p.name for p in parameters]
+        passed = [f"{p.name}={v}" if p.kind is p.KEYWORD_ONLY else v for p, v in zip(parameters, values, strict=True)]
+        taken = [f"{p.name}=None" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters]
+        if any(p.kind is p.KEYWORD_ONLY for p in parameters):
+            taken.insert(sum(p.kind is not p.KEYWORD_ONLY for p in parameters), "*")
+        first = next(iter(parameters)).name
+        nothing = f"    if len({first}) == 0:\n        return of_none()\n" if of_none is not None else ""
+        source = f"def {name}({', '.join(taken)}):\n{nothing}    return backend.select({first}).{name}({', '.join(passed)})\n"
+        scope: dict[str, Any] = {"backend": backend, "of_none": of_none}
+        exec(compile(source, f"{__file__}:{name}", "exec"), scope)
+        function = scope[name]
+        function.__kwdefaults__ = described.__kwdefaults__
+        functools.update_wrapper(function, described)
+        return torch.no_grad()(function)
+
+    return make
+
+
+@_op()
 def topk_threshold(weights: Tensors, sets: Sequence[int], k: Tensor) -> Tensor:
     """The k-th largest magnitude key of each selection set.
 
@@ -27,10 +59,9 @@ def topk_threshold(weights: Tensors, sets: Sequence[int], k: Tensor) -> Tensor:
     Returns:
         int32 [num_sets] threshold keys: kept is what has a larger key. `.view(torch.float32)` is the magnitude, where it is >= 0.
     """
-    return backend.select(weights).topk_threshold(list(weights), list(sets), k)
 
 
-@torch.no_grad()
+@_op()
 def topk_histogram(
     params: Tensors,
     grads: Tensors,
@@ -55,12 +86,9 @@ def topk_histogram(
     Returns:
         int64 [num_sets, 2**bits].
     """
-    return backend.select(params).topk_histogram(
-        list(params), list(grads), rho, list(sets), prefix, shift, bits, inv_scale=inv_scale, masters=list(masters)
-    )
 
 
-@torch.no_grad()
+@_op()
 def prune_topk_(weights: Tensors, masks: Tensors, sets: Sequence[int], k: Tensor) -> tuple[Tensor, Tensor]:
     """Zero all but the largest weights of each selection set.
 
@@ -72,10 +100,9 @@ def prune_topk_(weights: Tensors, masks: Tensors, sets: Sequence[int], k: Tensor
     Returns:
         thresholds int32 [num_sets]; stats int64 [num_sets, 3]: weights kept, candidates, fallback taken.
     """
-    return backend.select(weights).prune_topk_(list(weights), list(masks), list(sets), k)
 
 
-@torch.no_grad()
+@_op()
 def perturb_topk_(
     params: Tensors,
     grads: Tensors,
@@ -107,22 +134,9 @@ def perturb_topk_(
     Returns:
         thresholds and stats, as `prune_topk_`.
     """
-    return backend.select(params).perturb_topk_(
-        list(params),
-        list(grads),
-        list(saved),
-        list(masks),
-        perturbed,
-        rho,
-        list(sets),
-        k,
-        inv_scale=inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op(of_none=lambda: None)
 def prune_nm_(weights: Tensors, masks: Tensors, prune: Sequence[int], n: int, m: int) -> None:
     """Keep n of every m weights along axis 1 of each tensor whose `prune` is 1; axis 1 must be a multiple of m.
 
@@ -132,12 +146,9 @@ def prune_nm_(weights: Tensors, masks: Tensors, prune: Sequence[int], n: int, m:
         prune: 0 or 1 a tensor.
         n, m: 1 <= n < m <= 1024.
     """
-    if len(weights) == 0:
-        return
-    backend.select(weights).prune_nm_(list(weights), list(masks), list(prune), n, m)
 
 
-@torch.no_grad()
+@_op()
 def perturb_nm_(
     params: Tensors,
     grads: Tensors,
@@ -154,23 +165,9 @@ def perturb_nm_(
     masters: Tensors = (),
 ) -> None:
     """`perturb_topk_` with the N:M pattern: `prune`, `n` and `m` as in `prune_nm_`."""
-    backend.select(params).perturb_nm_(
-        list(params),
-        list(grads),
-        list(saved),
-        list(masks),
-        perturbed,
-        rho,
-        list(prune),
-        n,
-        m,
-        inv_scale=inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op()
 def perturb_masked_(
     params: Tensors,
     grads: Tensors,
@@ -184,20 +181,9 @@ def perturb_masked_(
     masters: Tensors = (),
 ) -> None:
     """`perturb_topk_` with masks that are there already (*read only*); without a mask a tensor is perturbed and not pruned."""
-    backend.select(params).perturb_masked_(
-        list(params),
-        list(grads),
-        list(saved),
-        list(masks),
-        perturbed,
-        rho,
-        inv_scale=inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op()
 def restore_(params: Tensors, saved: Tensors, perturbed: Tensor, *, masters: Tensors = ()) -> None:
     """Bring the weights back, bit for bit, and lower the flag; does nothing where the flag is 0.
 
@@ -207,10 +193,9 @@ def restore_(params: Tensors, saved: Tensors, perturbed: Tensor, *, masters: Ten
         perturbed: int32 [], the flag: -> 0.
         masters*: [n] float32; the parameter becomes its rounded copy.
     """
-    backend.select(params).restore_(list(params), list(saved), perturbed, masters=list(masters))
 
 
-@torch.no_grad()
+@_op()
 def restore_combine_(
     params: Tensors,
     saved: Tensors,
@@ -234,21 +219,9 @@ def restore_combine_(
         inv_scale, first_inv_scale: float32 [], multiply grads and first_grads.
         found_inf: float32 [] or [1]; where not 0 the gradients stay as they are.
     """
-    backend.select(params).restore_combine_(
-        list(params),
-        list(saved),
-        list(grads),
-        list(first_grads),
-        list(masks),
-        perturbed,
-        inv_scale=inv_scale,
-        first_inv_scale=first_inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op()
 def restore_sgd_(
     params: Tensors,
     saved: Tensors,
@@ -282,29 +255,9 @@ def restore_sgd_(
         found_inf: float32 [] or [1]; where not 0 the weights are restored and nothing is updated.
         masters*: [n] float32, in place.
     """
-    backend.select(params).restore_sgd_(
-        list(params),
-        list(saved),
-        list(grads),
-        list(first_grads),
-        list(masks),
-        perturbed,
-        list(momentum_buffers),
-        list(fresh),
-        lr,
-        momentum=list(momentum),
-        dampening=list(dampening),
-        weight_decay=list(weight_decay),
-        nesterov=list(nesterov),
-        maximize=list(maximize),
-        inv_scale=inv_scale,
-        first_inv_scale=first_inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op()
 def restore_adam_(
     params: Tensors,
     saved: Tensors,
@@ -339,33 +292,9 @@ def restore_adam_(
         steps: [n] float32 [], in place: counted up by the parameters that are updated.
         beta1, beta2, eps, weight_decay, amsgrad, maximize: one for all or [n].
     """
-    backend.select(params).restore_adam_(
-        list(params),
-        list(saved),
-        list(grads),
-        list(first_grads),
-        list(masks),
-        perturbed,
-        list(exp_avgs),
-        list(exp_avg_sqs),
-        list(max_exp_avg_sqs),
-        list(steps),
-        lr,
-        beta1=list(beta1),
-        beta2=list(beta2),
-        eps=list(eps),
-        weight_decay=list(weight_decay),
-        decoupled=decoupled,
-        amsgrad=list(amsgrad),
-        maximize=list(maximize),
-        inv_scale=inv_scale,
-        first_inv_scale=first_inv_scale,
-        found_inf=found_inf,
-        masters=list(masters),
-    )
 
 
-@torch.no_grad()
+@_op(of_none=lambda: torch.zeros(()))
 def grad_norm(grads: Tensors, *, inv_scale: Tensor | None = None) -> Tensor:
     """The Euclidean norm of all gradients as one vector, summed in float64 in a fixed order.
 
@@ -376,6 +305,3 @@ def grad_norm(grads: Tensors, *, inv_scale: Tensor | None = None) -> Tensor:
     Returns:
         float32 [].
     """
-    if len(grads) == 0:
-        return torch.zeros(())
-    return backend.select(grads).grad_norm(list(grads), inv_scale=inv_scale)

@@ -19,7 +19,7 @@ struct AdamOptions {
 
 struct AdamHyper {  // what set_step needs; AdamOptions holds the rest
   double beta1, beta2;
-  float lr, weight_decay;
+  float weight_decay;
 };
 
 // base^exponent in float64 by square-and-multiply: the same bits everywhere, unlike pow().

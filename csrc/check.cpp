@@ -1,15 +1,14 @@
 #include "check.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <sstream>
-#include <stdexcept>
 
 namespace cram {
 
 using torch::headeronly::ScalarType;
-
-std::string show(Place place) { return place.name + (place.index < 0 ? "" : "[" + std::to_string(place.index) + "]"); }
 
 std::string show(torch::headeronly::IntHeaderOnlyArrayRef values) {
   std::ostringstream out;
@@ -85,8 +84,6 @@ std::string show(std::pair<int32_t, int32_t> device) {
   return type + ":" + std::to_string(device.second);
 }
 
-DType own_dtype(const Item& item) { return item.dtype; }
-
 bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
   if (a.size() != b.size()) return false;
   for (size_t d = 0; d < a.size(); ++d)  // std::equal would call memcmp for two numbers
@@ -128,21 +125,19 @@ bool is_dense(const Facts& t) {
 
 }  // namespace
 
-thread_local Check::Lists Check::spare_;
+thread_local Arguments::Lists Arguments::spare_;
 
-Check::Check(const char* op) : op_(op) { std::swap(lists_, spare_); }
+Arguments::Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values) : Check(op), items_(items), values_(std::move(values)) {
+  std::swap(lists_, spare_);
+}
 
-Check::~Check() {
+Arguments::~Arguments() {
   lists_.like.clear();
   lists_.extents.clear();
   std::swap(lists_, spare_);
 }
 
-void Check::refuse(Place place, const std::string& wanted, const std::string& found) const {
-  throw std::runtime_error(std::string(op_) + ": " + show(place) + " must " + wanted + ", got " + found);
-}
-
-Facts Check::strided(Place place, const Tensor& t) const {
+Facts Arguments::strided(Place place, const Tensor& t) const {
   int32_t layout;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
   if (layout != kStrided) refuse(place, "be a dense (strided) tensor", "a sparse or other layout");
@@ -159,13 +154,13 @@ Facts Check::strided(Place place, const Tensor& t) const {
   return facts;
 }
 
-void Check::on_device(Place place, const Tensor& t) {
+void Arguments::on_device(Place place, const Tensor& t) {
   const auto device = device_of(t);
-  if (!device_.has_value()) device_ = device;
-  if (device != *device_) refuse(place, "be on " + show(*device_) + " like the tensors before it", show(device));
+  if (like_ == nullptr) like_ = &t, device_ = device;
+  if (device != device_) refuse(place, "be on " + show(device_) + " like the tensors before it", show(device));
 }
 
-Facts Check::dense(Place place, const Tensor& t) {
+Facts Arguments::dense(Place place, const Tensor& t) {
   const Facts facts = strided(place, t);
   on_device(place, t);
   if (!is_dense(facts))
@@ -174,15 +169,19 @@ Facts Check::dense(Place place, const Tensor& t) {
   return facts;
 }
 
-void* Check::remember(Place place, const Tensor& t, int64_t bytes, bool written) {
+void* Arguments::remember(Place place, const Tensor& t, int64_t bytes, Access access) {
   void* data = t.data_ptr();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  if (bytes > 0) lists_.extents.push_back({begin, begin + bytes, place, written});
+  if (bytes > 0) lists_.extents.push_back({begin, begin + bytes, place, access == Access::kWrite});
+  writes_ |= access == Access::kWrite;
   return data;
 }
 
-std::vector<Item> Check::list(const char* name, const Tensors& tensors, bool written) {
-  std::vector<Item> items(tensors.size());
+// ---- Lists ----
+
+void Arguments::main(const char* name, Access access) {
+  const Tensors& tensors = next<Tensors>();
+  items_.resize(tensors.size());
   lists_.like.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
@@ -190,17 +189,16 @@ std::vector<Item> Check::list(const char* name, const Tensors& tensors, bool wri
     const Facts facts = dense(place, t);
     const auto dtype = dtype_of(facts.dtype);
     if (!dtype.has_value()) refuse(place, "be float32, bfloat16 or float16", show(t.scalar_type()));
-    items[i].numel = facts.numel;
-    items[i].dtype = *dtype;
-    items[i].param = remember(place, t, facts.numel * size_of(*dtype), written);
+    items_[i].numel = facts.numel;
+    items_[i].dtype = *dtype;
+    items_[i].param = remember(place, t, facts.numel * size_of(*dtype), access);
     lists_.like.push_back(facts);
   }
-  return items;
 }
 
 template <class Wanted, class Set>
-void Check::attach(std::vector<Item>& items, const char* name, const Tensors& tensors, bool written, Wanted wanted, Set set) {
-  if (!present(name, tensors, items)) return;
+void Arguments::attach(const char* name, const Tensors& tensors, Access access, Wanted wanted, Set set) {
+  if (!present(name, tensors)) return;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     const Facts& like = lists_.like[i];
@@ -208,150 +206,167 @@ void Check::attach(std::vector<Item>& items, const char* name, const Tensors& te
     const Facts facts = strided(place, t);
     if (facts.numel == 0) continue;
     on_device(place, t);
-    const DType dtype = wanted(items[i]);
+    const DType dtype = wanted(items_[i]);
     if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(scalar_type_of(dtype)), show(t.scalar_type()));
     if (!same(facts.sizes, like.sizes)) refuse(place, "have the shape " + show(like.sizes) + " of its parameter", show(facts.sizes));
     if (!same_strides(facts, like)) refuse(place, "have the strides " + show(like.strides) + " of its parameter", show(facts.strides));
-    set(items[i], remember(place, t, facts.numel * size_of(dtype), written));
+    set(items_[i], remember(place, t, facts.numel * size_of(dtype), access));
   }
 }
 
-bool Check::present(const char* name, const Tensors& tensors, const std::vector<Item>& items) const {
-  if (!tensors.empty() && tensors.size() != items.size())
-    refuse(name, "be empty or have one tensor a parameter (" + std::to_string(items.size()) + ")", std::to_string(tensors.size()));
+bool Arguments::present(const char* name, const Tensors& tensors) const {
+  if (!tensors.empty() && tensors.size() != items_.size())
+    refuse(name, "be empty or have one tensor a parameter (" + std::to_string(items_.size()) + ")", std::to_string(tensors.size()));
   return !tensors.empty();
 }
 
-void Check::masks(std::vector<Item>& items, const Tensors& masks, bool written) {
-  if (!present("masks", masks, items)) return;
+void Arguments::list(const char* name, void* Item::*field, Access access) {
+  attach(
+      name, next<Tensors>(), access, [](const Item& item) { return item.dtype; }, [field](Item& item, void* p) { item.*field = p; });
+}
+
+void Arguments::needed(const char* name, void* Item::*field, Access access) {
+  const size_t size = std::get<Tensors>(values_[next_]).size();
+  if (size != items_.size()) refuse(name, "have one tensor a parameter (" + std::to_string(items_.size()) + ")", std::to_string(size));
+  list(name, field, access);
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (items_[i].numel > 0 && items_[i].*field == nullptr) refuse(Place(name, i), "be there", "a tensor with 0 elements");
+}
+
+void Arguments::masks(Access access) {
+  const Tensors& masks = next<Tensors>();
+  if (!present("masks", masks)) return;
   for (size_t i = 0; i < masks.size(); ++i) {
     const Tensor& t = masks[i];
     const Place place("masks", i);
     const Facts facts = strided(place, t);
     if (facts.numel == 0) continue;
     on_device(place, t);
-    const int64_t bytes = mask_bytes(items[i].numel);
+    const int64_t bytes = mask_bytes(items_[i].numel);
     if (facts.dtype != kByte) refuse(place, "be uint8", show(t.scalar_type()));
     if (facts.sizes.size() != 1 || facts.numel != bytes || !is_contiguous(facts))
       refuse(place, "be contiguous of shape [" + std::to_string(bytes) + "], one bit a weight", show(facts.sizes));
-    items[i].mask = static_cast<uint8_t*>(remember(place, t, bytes, written));
+    items_[i].mask = static_cast<uint8_t*>(remember(place, t, bytes, access));
   }
 }
 
-void Check::masters(std::vector<Item>& items, const Tensors& masters, bool written) {
+void Arguments::masters(Access access) {
   attach(
-      items, "masters", masters, written, [](const Item&) { return DType::kFloat32; },
+      "masters", next<Tensors>(), access, [](const Item&) { return DType::kFloat32; },
       [](Item& item, void* p) { item.master = static_cast<float*>(p); });
-  for (size_t i = 0; i < items.size(); ++i)
-    if (items[i].master != nullptr && items[i].dtype == DType::kFloat32)
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (items_[i].master != nullptr && items_[i].dtype == DType::kFloat32)
       refuse({"masters", static_cast<int64_t>(i)}, "be absent for a float32 parameter", "a master weight");
 }
 
-void Check::state(std::vector<Item>& items, const char* name, const Tensors& tensors, int slot) {
+void Arguments::state(const char* name, int slot) {
   attach(
-      items, name, tensors, true, [](const Item& item) { return item.master != nullptr ? DType::kFloat32 : item.dtype; },
+      name, next<Tensors>(), Access::kWrite, [](const Item& item) { return item.master != nullptr ? DType::kFloat32 : item.dtype; },
       [slot](Item& item, void* p) { item.state[slot] = p; });
 }
 
-void Check::steps(std::vector<Item>& items, const Tensors& steps) {
-  if (steps.size() != items.size())
-    refuse("steps", "have one tensor a parameter (" + std::to_string(items.size()) + ")", std::to_string(steps.size()));
-  for (size_t i = 0; i < steps.size(); ++i) items[i].step = static_cast<float*>(scalar(Place("steps", i), steps[i], ScalarType::Float, true));
+void Arguments::steps(const char* name) {
+  const Tensors& steps = next<Tensors>();
+  if (steps.size() != items_.size())
+    refuse(name, "have one tensor a parameter (" + std::to_string(items_.size()) + ")", std::to_string(steps.size()));
+  for (size_t i = 0; i < steps.size(); ++i)
+    items_[i].step = static_cast<float*>(scalar(Place(name, i), steps[i], ScalarType::Float, Access::kWrite));
 }
 
-void Check::sets(std::vector<Item>& items, const Integers& sets, const Tensor& k, const char* name) {
-  const Facts facts = strided(name, k);
-  if (facts.dtype != number_of(ScalarType::Long)) refuse(name, "be int64", show(k.scalar_type()));
+// ---- Scalars and numbers ----
+
+void* Arguments::scalar(Place place, const Tensor& t, ScalarType dtype, Access access) {
+  const Facts facts = strided(place, t);
+  if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(dtype), show(t.scalar_type()));
+  if (facts.numel != 1) refuse(place, "have one element", "shape " + show(facts.sizes));
+  on_device(place, t);
+  return remember(place, t, t.element_size(), access);
+}
+
+void Arguments::flag(const char* name, int32_t*& flag) {
+  flag = static_cast<int32_t*>(scalar(name, *next<MaybeTensor>(), ScalarType::Int, Access::kWrite));
+}
+
+void Arguments::scalar(const char* name, float*& data, Access access) {
+  const MaybeTensor& t = next<MaybeTensor>();
+  data = t.has_value() ? static_cast<float*>(scalar(name, *t, ScalarType::Float, access)) : nullptr;
+}
+
+void Arguments::per_item(const char* name, PerItem& numbers) {
+  const Tensor& t = *next<MaybeTensor>();
+  const Facts facts = strided(name, t);
+  if (facts.dtype != kFloat) refuse(name, "be float32", show(t.scalar_type()));
+  const size_t dim = facts.sizes.size(), items = items_.size();
+  if (dim > 1 || (dim == 1 && (static_cast<size_t>(facts.numel) != items || !is_contiguous(facts))))
+    refuse(name, "have shape [] or [" + std::to_string(items) + "]", show(facts.sizes));
+  on_device(name, t);
+  numbers = {static_cast<const float*>(remember(name, t, facts.numel * sizeof(float), Access::kRead)), facts.numel != 1};
+}
+
+void Arguments::sets(const char* name, const int64_t*& per_set, int64_t& num_sets) {
+  const Integers& sets = next<Integers>();
+  const Tensor& t = *next<MaybeTensor>();
+  const Facts facts = strided(name, t);
+  if (facts.dtype != number_of(ScalarType::Long)) refuse(name, "be int64", show(t.scalar_type()));
   if (facts.sizes.size() != 1 || !is_contiguous(facts)) refuse(name, "be contiguous of shape [number of selection sets]", show(facts.sizes));
-  on_device(name, k);
-  remember(name, k, facts.numel * sizeof(int64_t), false);
-  if (sets.size() != items.size()) refuse("sets", "have one entry a tensor (" + std::to_string(items.size()) + ")", std::to_string(sets.size()));
+  on_device(name, t);
+  per_set = static_cast<const int64_t*>(remember(name, t, facts.numel * sizeof(int64_t), Access::kRead));
+  num_sets = facts.numel;
+  if (sets.size() != items_.size()) refuse("sets", "have one entry a tensor (" + std::to_string(items_.size()) + ")", std::to_string(sets.size()));
   for (size_t i = 0; i < sets.size(); ++i) {
-    if (sets[i] < -1 || sets[i] >= facts.numel) refuse(Place("sets", i), "be in [-1, " + std::to_string(facts.numel) + ")", std::to_string(sets[i]));
-    items[i].set = sets[i];
+    if (sets[i] < -1 || sets[i] >= num_sets) refuse(Place("sets", i), "be in [-1, " + std::to_string(num_sets) + ")", std::to_string(sets[i]));
+    items_[i].set = sets[i];
   }
 }
 
-void Check::nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m) {
-  satisfy_nm(n, m);
-  if (prune.size() != items.size()) refuse("prune", "have one entry a tensor (" + std::to_string(items.size()) + ")", std::to_string(prune.size()));
+void Arguments::nm(int& n_out, int& m_out) {
+  const Integers& prune = next<Integers>();
+  const int64_t n = next<int64_t>(), m = next<int64_t>();
+  if (n < 1 || n >= m || m > 1024) refuse("n, m", "satisfy 1 <= n < m <= 1024", "n=" + std::to_string(n) + ", m=" + std::to_string(m));
+  n_out = static_cast<int>(n);
+  m_out = static_cast<int>(m);
+  if (prune.size() != items_.size()) refuse("prune", "have one entry a tensor (" + std::to_string(items_.size()) + ")", std::to_string(prune.size()));
   for (size_t i = 0; i < prune.size(); ++i) {
     if (prune[i] != 0 && prune[i] != 1) refuse(Place("prune", i), "be 0 or 1", std::to_string(prune[i]));
     const Facts& like = lists_.like[i];
     if (prune[i] == 0 || like.numel == 0) continue;
     if (like.sizes.size() < 2 || like.sizes[1] % m != 0)
       refuse(Place("prune", i), "be 0 for a tensor whose axis 1 is not a multiple of m=" + std::to_string(m), "1 for shape " + show(like.sizes));
-    items[i].inner = like.strides[1];  // a dense tensor, and axis 1 has at least m > 1 elements
+    items_[i].inner = like.strides[1];  // a dense tensor, and axis 1 has at least m > 1 elements
   }
 }
 
-void Check::satisfy_nm(int64_t n, int64_t m) const {
-  if (n < 1 || n >= m || m > 1024) refuse("n, m", "satisfy 1 <= n < m <= 1024", "n=" + std::to_string(n) + ", m=" + std::to_string(m));
+template <class T>
+const std::vector<T>& Arguments::per_tensor(const char* name) {
+  const std::vector<T>& values = next<std::vector<T>>();
+  if (values.size() != 1 && values.size() != items_.size())
+    refuse(name, "have 1 entry or one a tensor (" + std::to_string(items_.size()) + ")", std::to_string(values.size()));
+  return values;
 }
 
-void* Check::scalar(Place place, const Tensor& t, ScalarType dtype, bool written) {
-  const Facts facts = strided(place, t);
-  if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(dtype), show(t.scalar_type()));
-  if (facts.numel != 1) refuse(place, "have one element", "shape " + show(facts.sizes));
-  on_device(place, t);
-  return remember(place, t, t.element_size(), written);
+void Arguments::options(const char* name, Integers& values, const char*) { values = per_tensor<int64_t>(name); }
+void Arguments::options(const char* name, Numbers& values, const char*) { values = per_tensor<double>(name); }
+
+// ---- Results ----
+
+void Arguments::result(const char*, int32_t*& data, std::initializer_list<int64_t> sizes) {
+  results_.push_back(torch::stable::new_empty(*like_, sizes, ScalarType::Int));
+  data = results_.back().mutable_data_ptr<int32_t>();
 }
 
-void Check::per_item(const char* name, const Tensor& t, size_t items) {
-  const Facts facts = strided(name, t);
-  if (facts.dtype != kFloat) refuse(name, "be float32", show(t.scalar_type()));
-  const size_t dim = facts.sizes.size();
-  if (dim > 1 || (dim == 1 && (static_cast<size_t>(facts.numel) != items || !is_contiguous(facts))))
-    refuse(name, "have shape [] or [" + std::to_string(items) + "]", show(facts.sizes));
-  on_device(name, t);
-  remember(name, t, facts.numel * sizeof(float), false);
+void Arguments::result(const char*, int64_t*& data, std::initializer_list<int64_t> sizes, Content content) {
+  using namespace torch::stable;
+  results_.push_back(content == Content::kZeros ? new_zeros(*like_, sizes, ScalarType::Long) : new_empty(*like_, sizes, ScalarType::Long));
+  data = results_.back().mutable_data_ptr<int64_t>();
 }
 
-std::vector<Item> Check::uphill(const Tensors& params, const Tensors& grads, const Tensor& rho, const MaybeTensor& inv_scale,
-                                const Tensors& masters) {
-  std::vector<Item> items = list("params", params, false);
-  attach(items, "grads", grads, false, own_dtype, [](Item& item, void* p) { item.grad = p; });
-  this->masters(items, masters, false);
-  per_item("rho", rho, items.size());
-  scalar("inv_scale", inv_scale, false);
-  return items;
+void Arguments::result(const char*, float*& data, std::initializer_list<int64_t> sizes) {
+  results_.push_back(torch::stable::new_empty(*like_, sizes, ScalarType::Float));
+  data = results_.back().mutable_data_ptr<float>();
 }
 
-std::vector<Item> Check::perturb(const PerturbArguments& a, bool masks_written) {
-  std::vector<Item> items = list("params", a.params, true);
-  if (a.grads.size() != items.size())
-    refuse("grads", "have one tensor a parameter (" + std::to_string(items.size()) + ")", std::to_string(a.grads.size()));
-  attach(items, "grads", a.grads, false, own_dtype, [](Item& item, void* p) { item.grad = p; });
-  attach(items, "saved", a.saved, true, own_dtype, [](Item& item, void* p) { item.saved = p; });
-  masks(items, a.masks, masks_written);
-  masters(items, a.masters, false);
-  for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].numel == 0) continue;
-    if (items[i].grad == nullptr) refuse(Place("grads", i), "be there", "a tensor with 0 elements");
-    if (items[i].saved == nullptr && items[i].master == nullptr) refuse(Place("saved", i), "be there (or a master weight)", "neither");
-  }
-  scalar("perturbed", a.perturbed, ScalarType::Int, true);
-  per_item("rho", a.rho, items.size());
-  scalar("inv_scale", a.inv_scale, false);
-  scalar("found_inf", a.found_inf, true);
-  return items;
-}
-
-std::vector<Item> Check::update(const UpdateArguments& a, bool grads_written, bool masters_written) {
-  std::vector<Item> items = list("params", a.params, true);
-  attach(items, "saved", a.saved, false, own_dtype, [](Item& item, void* p) { item.saved = p; });
-  attach(items, "grads", a.grads, grads_written, own_dtype, [](Item& item, void* p) { item.grad = p; });
-  attach(items, "first_grads", a.first_grads, false, own_dtype, [](Item& item, void* p) { item.first_grad = p; });
-  masks(items, a.masks, false);
-  masters(items, a.masters, masters_written);
-  scalar("perturbed", a.perturbed, ScalarType::Int, true);
-  scalar("inv_scale", a.inv_scale, false);
-  scalar("first_inv_scale", a.first_inv_scale, false);
-  scalar("found_inf", a.found_inf, false);
-  return items;
-}
-
-void Check::no_overlap() {
+void Arguments::no_overlap() {
+  if (!writes_) return;
   const Extent* last = nullptr;          // the one that reaches furthest
   const Extent* last_written = nullptr;  // likewise, of the written ones
   sort_starts();
@@ -367,7 +382,7 @@ void Check::no_overlap() {
 
 // By address. A radix sort, byte by byte: in whatever order an allocator gives out memory, thousands of tensors take a fraction of the time
 // of std::sort.
-void Check::sort_starts() {
+void Arguments::sort_starts() {
   auto &starts = lists_.starts, &sorted = lists_.sorted;
   starts.clear();
   uintptr_t lowest = UINTPTR_MAX, highest = 0;

@@ -1,31 +1,15 @@
 // Checks of op arguments, from metadata alone, and their translation to Items. Shared by every backend.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "item.h"
+#include "signature.h"
 
 namespace cram {
 
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
-using Numbers = std::vector<double>;
-using MaybeTensor = std::optional<Tensor>;
-
-// What messages call an argument, or the entry of a list.
-struct Place {
-  Place(const char* name, int64_t index = -1) : name(name), index(static_cast<int32_t>(index)) {}
-  const char* name;
-  int32_t index;  // -1: no list
-};
-
-std::string show(Place place);                                      // grads[3]
 std::string show(torch::headeronly::IntHeaderOnlyArrayRef values);  // [2, 3]
 std::string show(torch::headeronly::ScalarType t);                  // float32
 
@@ -36,63 +20,50 @@ struct Facts {
   torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
 };
 
-// The arguments that all perturbations share, and those that all updates share.
-struct PerturbArguments {
-  const Tensors &params, &grads, &saved, &masks;
-  const Tensor &perturbed, &rho;
-  const MaybeTensor &inv_scale, &found_inf;
-  const Tensors& masters;
-};
-
-struct UpdateArguments {
-  const Tensors &params, &saved, &grads, &first_grads, &masks;
-  const Tensor& perturbed;
-  const MaybeTensor &inv_scale, &first_inv_scale, &found_inf;
-  const Tensors& masters;
-};
-
-// Checks one call. Each method throws std::runtime_error "op: argument must ..., got ..." before anything is changed; words are made only then.
-// Nothing is remembered from call to call: to find out whether a tensor has changed costs as much as to check it.
+// Says what is wrong with a call.
 class Check {
  public:
-  explicit Check(const char* op);
-  Check(const Check&) = delete;
-  ~Check();
+  explicit Check(const char* op) : op_(op) {}
+  [[noreturn]] void refuse(Place place, const std::string& wanted, const std::string& found) const { cram::refuse(op_, place, wanted, found); }
 
-  // The items of a list `name` of dense tensors of a supported dtype on one device.
-  std::vector<Item> list(const char* name, const Tensors& tensors, bool written);
-  void masks(std::vector<Item>& items, const Tensors& masks, bool written);
-  void masters(std::vector<Item>& items, const Tensors& masters, bool written);
-  // Optimizer state: of the parameter's dtype, or float32 beside a master weight.
-  void state(std::vector<Item>& items, const char* name, const Tensors& tensors, int slot);
-  void steps(std::vector<Item>& items, const Tensors& steps);
-  // `name`: of the tensor that has one entry a selection set.
-  void sets(std::vector<Item>& items, const Integers& sets, const Tensor& k, const char* name = "k");
-  void nm(std::vector<Item>& items, const Integers& prune, int64_t n, int64_t m);
-  void satisfy_nm(int64_t n, int64_t m) const;
+ private:
+  const char* op_;
+};
 
-  // One element of `dtype` on the device of the list.
-  void* scalar(Place place, const Tensor& t, torch::headeronly::ScalarType dtype, bool written);
-  void* scalar(const char* name, const MaybeTensor& t, bool written) {
-    return t.has_value() ? scalar(name, *t, torch::headeronly::ScalarType::Float, written) : nullptr;
-  }
-  // float32, [] or [items].
-  void per_item(const char* name, const Tensor& t, size_t items);
-  template <class T>
-  void per_item(const char* name, const std::vector<T>& values, size_t items) {
-    if (values.size() != 1 && values.size() != items)
-      refuse(name, "have 1 entry or one a tensor (" + std::to_string(items) + ")", std::to_string(values.size()));
-  }
+// Checks one call, from metadata alone, and fills the op. Each method throws std::runtime_error "op: argument must ..., got ..." before anything is
+// changed; words are made only then. Nothing is remembered from call to call: to find out whether a tensor has changed costs as much as to check it.
+class Arguments : public Visitor, private Check {
+ public:
+  Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values);
+  Arguments(const Arguments&) = delete;
+  ~Arguments() override;
 
-  // What u is computed from, read only; grads may be absent.
-  std::vector<Item> uphill(const Tensors& params, const Tensors& grads, const Tensor& rho, const MaybeTensor& inv_scale, const Tensors& masters);
-  std::vector<Item> perturb(const PerturbArguments&, bool masks_written);
-  std::vector<Item> update(const UpdateArguments&, bool grads_written, bool masters_written);
+  void main(const char* name, Access) override;
+  void list(const char* name, void* Item::*field, Access) override;
+  void needed(const char* name, void* Item::*field, Access) override;
+  void masks(Access) override;
+  void masters(Access) override;
+  void state(const char* name, int slot) override;
+  void steps(const char* name) override;
+  void flag(const char* name, int32_t*&) override;
+  void scalar(const char* name, float*&, Access) override;
+  void per_item(const char* name, PerItem&) override;
+  void sets(const char* name, const int64_t*&, int64_t& num_sets) override;
+  void nm(int& n, int& m) override;
+  void integer(const char*, int64_t& value) override { value = next<int64_t>(); }
+  void boolean(const char*, bool& value, const char*) override { value = next<bool>(); }
+  void options(const char* name, Integers&, const char*) override;
+  void options(const char* name, Numbers&, const char*) override;
+  void result(const char*, int32_t*& data, std::initializer_list<int64_t> sizes) override;
+  void result(const char*, int64_t*& data, std::initializer_list<int64_t> sizes, Content) override;
+  void result(const char*, float*& data, std::initializer_list<int64_t> sizes) override;
 
-  // No written tensor shares memory with another of the call. Last, when all lists are known.
+  // No written tensor shares memory with another of the call. Last, when all arguments are known.
   void no_overlap();
 
-  [[noreturn]] void refuse(Place place, const std::string& wanted, const std::string& found) const;
+  // The first tensor of the call; null where there is none.
+  const Tensor* like() const { return like_; }
+  const Tensors& results() const { return results_; }
 
  private:
   struct Extent {
@@ -106,19 +77,33 @@ class Check {
     uint32_t extent;
   };
 
+  template <class T>
+  const T& next() {
+    return std::get<T>(values_[next_++]);
+  }
   // Fills one pointer of each item from a list as long as the items; entries with 0 elements, or an empty list, leave it null.
   template <class Wanted, class Set>
-  void attach(std::vector<Item>& items, const char* name, const Tensors& tensors, bool written, Wanted wanted, Set set);
-  bool present(const char* name, const Tensors& tensors, const std::vector<Item>& items) const;
+  void attach(const char* name, const Tensors& tensors, Access, Wanted wanted, Set set);
+  bool present(const char* name, const Tensors& tensors) const;
+  // One for all or one each.
+  template <class T>
+  const std::vector<T>& per_tensor(const char* name);
+  // One element of `dtype` on the device of the call.
+  void* scalar(Place place, const Tensor& t, torch::headeronly::ScalarType dtype, Access);
   Facts strided(Place place, const Tensor& t) const;
   void on_device(Place place, const Tensor& t);
   Facts dense(Place place, const Tensor& t);
   // Where the tensor's memory is; no_overlap looks at it.
-  void* remember(Place place, const Tensor& t, int64_t bytes, bool written);
+  void* remember(Place place, const Tensor& t, int64_t bytes, Access);
   void sort_starts();
 
-  const char* op_;
-  std::optional<std::pair<int32_t, int32_t>> device_;
+  std::vector<Item>& items_;
+  const std::vector<Value> values_;
+  size_t next_ = 0;
+  const Tensor* like_ = nullptr;
+  Tensors results_;
+  bool writes_ = false;
+  std::pair<int32_t, int32_t> device_;  // of like_: type and index
   // Their memory, not what is in it, goes from call to call of a thread: new memory of the system would cost as much as the checks.
   struct Lists {
     std::vector<Facts> like;  // of the list that the others must match

@@ -10,7 +10,7 @@ struct Item {
   DType dtype = DType::kFloat32;  // of param, grad, first_grad, saved; of the states too where there is no master
   void* param = nullptr;
   void* grad = nullptr;              // optional
-  const void* first_grad = nullptr;  // optional
+  void* first_grad = nullptr;        // optional
   void* saved = nullptr;             // optional
   uint8_t* mask = nullptr;           // optional, bits
   float* master = nullptr;           // optional

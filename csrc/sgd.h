@@ -13,6 +13,11 @@ struct SgdOptions {
   bool nesterov;
   bool maximize;
   bool fresh;  // the buffer has no value yet
+
+  bool operator==(const SgdOptions& o) const {
+    return lr == o.lr && momentum == o.momentum && one_minus_dampening == o.one_minus_dampening && weight_decay == o.weight_decay &&
+           nesterov == o.nesterov && maximize == o.maximize && fresh == o.fresh;
+  }
 };
 
 // w, b: in and out; b is left alone without momentum.

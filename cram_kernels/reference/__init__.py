@@ -11,23 +11,3 @@ from .perturb import perturb_masked_
 from .restore import restore_, restore_combine_
 from .sgd import restore_sgd_
 from .topk import perturb_topk_, prune_topk_, topk_histogram, topk_threshold
-
-__all__ = [
-    "KEEP_ALL",
-    "NAN_KEY",
-    "canonical",
-    "grad_norm",
-    "magnitude_key",
-    "nm_keep",
-    "perturb_masked_",
-    "perturb_nm_",
-    "perturb_topk_",
-    "prune_nm_",
-    "prune_topk_",
-    "restore_",
-    "restore_adam_",
-    "restore_combine_",
-    "restore_sgd_",
-    "topk_histogram",
-    "topk_threshold",
-]

@@ -5,26 +5,10 @@ TRITON_INTERPRET=1 in the environment from the start, Triton's interpreter runs 
 debug.
 """
 
-from .adam import restore_adam_
-from .nm import perturb_nm_, prune_nm_
-from .norm import grad_norm
-from .perturb import perturb_masked_
-from .restore import restore_, restore_combine_
-from .sgd import restore_sgd_
-from .topk import perturb_topk_, prune_topk_, topk_threshold
-from .topk_histogram import topk_histogram
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "grad_norm",
-    "perturb_masked_",
-    "perturb_nm_",
-    "perturb_topk_",
-    "prune_nm_",
-    "prune_topk_",
-    "restore_",
-    "restore_adam_",
-    "restore_combine_",
-    "restore_sgd_",
-    "topk_histogram",
-    "topk_threshold",
-]
+from .._registration import OPS
+
+for _module in iter_modules(__path__):
+    globals().update((_name, _it) for _name, _it in vars(import_module(f"{__name__}.{_module.name}")).items() if _name in OPS)

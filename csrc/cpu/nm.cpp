@@ -17,7 +17,8 @@ int64_t chunk(const Item& item, int m) {
   return std::max<int64_t>(1, kChunk / strip(item, m)) * strip(item, m);
 }
 
-void run(const Context& c, const std::vector<Item>& items, const Perturbation& p, int n, int m) {
+void prune_nm(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Pattern& pattern) {
+  const int n = pattern.n, m = pattern.m;
   const std::vector<Range> ranges = cut(items, [&](const Item& item) { return chunk(item, m); });
   int64_t widest = 0;
   for (const Item& item : items)
@@ -45,13 +46,13 @@ void run(const Context& c, const std::vector<Item>& items, const Perturbation& p
 
 }  // namespace
 
-void prune_nm(const Context& c, const std::vector<Item>& items, int n, int m) {
+void PruneNm::run(const Context& c) {
   std::vector<Item> pruned;
   for (const Item& item : items)
     if (item.inner > 0) pruned.push_back(item);
-  run(c, pruned, {}, n, m);
+  prune_nm(c, pruned, {}, pattern);
 }
 
-void perturb_nm(const Context& c, const std::vector<Item>& items, const Perturbation& p, int n, int m) { run(c, items, p, n, m); }
+void PerturbNm::run(const Context& c) { prune_nm(c, items, perturbation_of(*this, kName), pattern); }
 
 }  // namespace cram

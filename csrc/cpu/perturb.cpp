@@ -1,3 +1,4 @@
+// What the perturbations share.
 #include "drivers.h"
 
 namespace cram {
@@ -9,23 +10,16 @@ bool past_cache(const std::vector<Item>& items) {
   return bytes > kCaches;
 }
 
+Perturbation perturbation_of(PerturbOp& op, const char* name) {
+  if (*op.perturbed != 0)
+    refuse(name, "perturbed", "be 0", std::to_string(*op.perturbed) + ": the weights are perturbed already; restore_ them first");
+  for (size_t i = 0; i < op.items.size(); ++i) op.items[i].rho = op.rho.at(i);
+  return {op.inv_scale, op.found_inf, op.perturbed, past_cache(op.items)};
+}
+
 Source source_of(const Item& item, const Perturbation& p, bool from_saved) {
   const void* weights = item.master != nullptr ? item.master : from_saved ? item.saved : item.param;
   return {weights, item.master != nullptr, item.grad, item.rho, p.inv_scale != nullptr ? *p.inv_scale : 1, p.inv_scale != nullptr, p.past_cache};
-}
-
-void perturb_masked(const Context& c, const std::vector<Item>& items, const Perturbation& p) {
-  const std::vector<Range> ranges = cut(items);
-  std::atomic<bool> nonfinite{false};
-  *p.perturbed = 1;
-  for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
-    const Range& r = ranges[task];
-    const Item& item = items[r.item];
-    bool bad = false;
-    c.kernels.masked(source_of(item, p, false), item.dtype, r.begin, r.end, item.param, item.saved, item.mask, &bad);
-    if (bad) nonfinite = true;
-  });
-  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
 }
 
 }  // namespace cram

@@ -231,8 +231,8 @@ int64_t apply(const Context& c, const std::vector<Item>& items, const Perturbati
 }
 
 // The threshold of every set; with `write`, the perturbed and pruned weights too.
-Sets solve(const Context& c, const std::vector<Item>& items, const Perturbation& p, const int64_t* k, int64_t num_sets, bool write) {
-  Sets sets = make_sets(items, k, num_sets);
+Sets solve(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Selection& selection, bool write) {
+  Sets sets = make_sets(items, selection.k, selection.num_sets);
   guess(c, items, p, sets);
   Pass pass;
   stream(c, items, p, sets, write, pass);
@@ -247,51 +247,34 @@ Sets solve(const Context& c, const std::vector<Item>& items, const Perturbation&
   return sets;
 }
 
-void report(const Sets& sets, int32_t* thresholds, TopkStats* stats) {
+void report(const Sets& sets, const Selection& to) {
   for (size_t s = 0; s < sets.size(); ++s) {
-    thresholds[s] = sets[s]->threshold;
-    if (stats != nullptr) stats[s] = {sets[s]->kept, sets[s]->candidates, sets[s]->fallback};
+    to.thresholds[s] = sets[s]->threshold;
+    if (to.stats == nullptr) continue;
+    to.stats[3 * s] = sets[s]->kept;
+    to.stats[3 * s + 1] = sets[s]->candidates;
+    to.stats[3 * s + 2] = sets[s]->fallback;
   }
 }
 
 }  // namespace
 
-void topk_threshold(const Context& c, const std::vector<Item>& items, const int64_t* k, int64_t num_sets, int32_t* thresholds) {
-  report(solve(c, items, {}, k, num_sets, false), thresholds, nullptr);
-}
+void TopkThreshold::run(const Context& c) { report(solve(c, items, {}, selection, false), selection); }
 
-void topk_histogram(const Context& c, const std::vector<Item>& items, const Perturbation& p, const int64_t* prefix, int64_t num_sets, int shift,
-                    int bits, int64_t* bins) {
-  const int64_t size = num_sets << bits;
-  std::vector<Bins> found(c.pool.threads, Bins(size));
-  const std::vector<Range> ranges = cut(items, [](const Item& item) { return item.set >= 0 ? kChunk : 0; });
-  for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
-    const Range& r = ranges[task];
-    const Item& item = items[r.item];
-    c.kernels.topk_histogram(source_of(item, p, false), item.dtype, r.begin, r.end, shift, 1 << bits, shift + bits,
-                             static_cast<int32_t>(std::min<int64_t>(prefix[item.set], INT32_MAX)), found[worker].data() + (item.set << bits));
-  });
-  add_up(c.pool, found);
-  std::copy(found[0].begin(), found[0].end(), bins);
-}
-
-void prune_topk(const Context& c, const std::vector<Item>& items, const int64_t* k, int64_t num_sets, int32_t* thresholds, TopkStats* stats) {
-  const Sets sets = solve(c, items, {}, k, num_sets, false);
+void PruneTopk::run(const Context& c) {
+  const Sets sets = solve(c, items, {}, selection, false);
   for (auto& set : sets) set->kept = 0;
   const std::vector<Range> ranges = ranges_of(items, sets, nullptr);
-  std::vector<std::atomic<int64_t>> kept(num_sets);
+  std::vector<std::atomic<int64_t>> kept(sets.size());
   for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
     const Range& r = ranges[task];
     const Item& item = items[r.item];
     kept[item.set] += c.kernels.topk_apply(source_of(item, {}, false), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
   });
-  for (int64_t s = 0; s < num_sets; ++s) sets[s]->kept = kept[s];
-  report(sets, thresholds, stats);
+  for (size_t s = 0; s < sets.size(); ++s) sets[s]->kept = kept[s];
+  report(sets, selection);
 }
 
-void perturb_topk(const Context& c, const std::vector<Item>& items, const Perturbation& p, const int64_t* k, int64_t num_sets, int32_t* thresholds,
-                  TopkStats* stats) {
-  report(solve(c, items, p, k, num_sets, true), thresholds, stats);
-}
+void PerturbTopk::run(const Context& c) { report(solve(c, items, perturbation_of(*this, kName), selection, true), selection); }
 
 }  // namespace cram

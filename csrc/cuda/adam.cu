@@ -39,13 +39,12 @@ struct AdamStep {
 };
 
 }  // namespace
+}  // namespace cuda
 
-void restore_adam(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<AdamOptions>& options,
-                  const std::vector<AdamHyper>& hyper, Stream stream) {
-  std::vector<AdamSetting> settings;
-  for (size_t i = 0; i < items.size(); ++i) settings.push_back({options[i], hyper[i]});
-  launch_all("restore_adam_", update_kernel<AdamStep>, update_launches(items, update, lr, settings), stream);
+void RestoreAdam::run(const cuda::Context& c) {
+  std::vector<cuda::AdamSetting> own;
+  for (size_t i = 0; i < items.size(); ++i) own.push_back({settings[i], hyper[i]});
+  cuda::launch_all(kName, cuda::update_kernel<cuda::AdamStep>, cuda::update_launches(items, cuda::update_of(*this), lr, own), c.stream);
 }
 
-}  // namespace cuda
 }  // namespace cram

@@ -12,10 +12,6 @@ namespace cram {
 namespace cuda {
 namespace {
 
-struct Pattern {
-  int n, m;
-};
-
 // Weights of a task: whole tiles and whole mask bytes; 0 where no such number fits into a chunk, so that a task is a panel (below).
 CRAM_HOST_DEVICE inline uint32_t task_size(int64_t inner, int m) {
   if (inner * m > kChunk) return 0;
@@ -325,9 +321,8 @@ int64_t tasks_of(const Item& item, int m) {
   return item.numel / (item.inner * m) * ((item.inner + width - 1) / width);
 }
 
-}  // namespace
-
-void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, const Allocate& allocate, Stream stream) {
+void nm(const std::vector<Item>& items, const Perturbation& p, const Pattern& pattern, const Context& c) {
+  const int m = pattern.m;
   // Memory for a byte a weight of the tensors with panels and a mask: all of it before a launch raises the flag and changes a weight.
   std::vector<int64_t> first(items.size(), -1);
   int64_t bytes = 0;
@@ -336,7 +331,7 @@ void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, con
     first[i] = bytes;
     bytes += (items[i].numel + 7) / 8 * 8;
   }
-  uint8_t* const flags = bytes > 0 ? static_cast<uint8_t*>(allocate(bytes)) : nullptr;
+  uint8_t* const flags = bytes > 0 ? static_cast<uint8_t*>(c.allocate(bytes)) : nullptr;
 
   const bool prunes_only = p.perturbed == nullptr;
   const auto entry = [&](size_t i) {
@@ -347,12 +342,18 @@ void nm(const std::vector<Item>& items, const Perturbation& p, int n, int m, con
   const auto tasks = [&](size_t i) { return items[i].inner == 0 && prunes_only ? 0 : tasks_of(items[i], m); };
   const auto kernel = m == 4 ? nm_kernel<4> : m == 8 ? nm_kernel<8> : nm_kernel<0>;
   for (const PerturbTable& table : make_tables<PerturbEntry>(items.size(), entry, tasks))
-    launch("N:M", kernel, tasks_in(table), stream, table, p, Pattern{n, m});
+    launch("N:M", kernel, tasks_in(table), c.stream, table, p, pattern);
   if (flags == nullptr) return;
   const auto packed = [&](size_t i) { return PackEntry{flags + first[i], items[i].mask, items[i].numel}; };
   const auto chunks = [&](size_t i) { return first[i] >= 0 ? (items[i].numel + kChunk - 1) / kChunk : 0; };
-  for (const auto& table : make_tables<PackEntry>(items.size(), packed, chunks)) launch("N:M, pack", pack_kernel, tasks_in(table), stream, table);
+  for (const auto& table : make_tables<PackEntry>(items.size(), packed, chunks)) launch("N:M, pack", pack_kernel, tasks_in(table), c.stream, table);
 }
 
+}  // namespace
 }  // namespace cuda
+
+void PruneNm::run(const cuda::Context& c) { cuda::nm(items, {}, pattern, c); }
+// Memory: a byte a weight for the masks of tensors whose axis 1 lies far apart in memory.
+void PerturbNm::run(const cuda::Context& c) { cuda::nm(items, cuda::perturbation_of(*this), pattern, c); }
+
 }  // namespace cram

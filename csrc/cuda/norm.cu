@@ -94,27 +94,23 @@ __global__ void __launch_bounds__(1024) norm_finish_kernel(double* sums, int64_t
 }
 
 }  // namespace
+}  // namespace cuda
 
-int64_t norm_sums(const std::vector<Item>& items) {
-  int64_t chunks = 0;
-  for (const Item& item : items) chunks += norm_chunks(item.numel);
-  return chunks;
-}
-
-void grad_norm(const std::vector<Item>& items, const float* inv_scale, double* sums, float* result, Stream stream) {
+void GradNorm::run(const cuda::Context& c) {
+  using namespace cuda;
   const auto tables = make_tables<NormEntry>(
       items.size(), [&](size_t i) { return NormEntry{items[i].grad, items[i].numel, items[i].dtype}; },
       [&](size_t i) { return norm_chunks(items[i].numel); });
+  const int64_t n = tables.back().tasks_before + tasks_in(tables.back());
+  double* const sums = static_cast<double*>(c.allocate(n * sizeof(double)));
   for (const NormTable& table : tables) {
     const int64_t chunks = tasks_in(table);
-    launch("grad_norm", norm_kernel, (chunks + kWarps - 1) / kWarps, stream, table, inv_scale, sums);
+    launch(kName, norm_kernel, (chunks + kWarps - 1) / kWarps, c.stream, table, inv_scale, sums);
   }
-  const int64_t n = norm_sums(items);
   int64_t size = 1;
   while (size < n) size *= 2;
-  norm_finish_kernel<<<1, 1024, 0, stream>>>(sums, n, size, result);
-  require_success(cudaGetLastError(), "grad_norm");
+  norm_finish_kernel<<<1, 1024, 0, c.stream>>>(sums, n, size, norm);
+  require_success(cudaGetLastError(), kName);
 }
 
-}  // namespace cuda
 }  // namespace cram

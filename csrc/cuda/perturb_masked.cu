@@ -30,12 +30,13 @@ __global__ void __launch_bounds__(kThreads) perturb_masked_kernel(const __grid_c
 }
 
 }  // namespace
+}  // namespace cuda
 
-void perturb_masked(const std::vector<Item>& items, const Perturbation& p, Stream stream) {
+void PerturbMasked::run(const cuda::Context& c) {
+  using namespace cuda;
   const auto tables = make_tables<PerturbEntry>(
       items.size(), [&](size_t i) { return perturb_entry(items[i], i); }, [&](size_t i) { return chunks_of(items[i].param, items[i].numel); });
-  for (const PerturbTable& table : tables) launch("perturb_masked_", perturb_masked_kernel, tasks_in(table), stream, table, p);
+  for (const PerturbTable& table : tables) launch(kName, perturb_masked_kernel, tasks_in(table), c.stream, table, perturbation_of(*this));
 }
 
-}  // namespace cuda
 }  // namespace cram

@@ -38,18 +38,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
-
-void restore(const std::vector<Item>& items, int32_t* perturbed, Stream stream) {
-  Update update;
-  update.perturbed = perturbed;
-  const std::vector<NoSetting> settings(items.size());
-  launch_all("restore_", restore_kernel<false>, update_launches(items, update, {}, settings), stream);
-}
-
-void restore_combine(const std::vector<Item>& items, const Update& update, Stream stream) {
-  const std::vector<NoSetting> settings(items.size());
-  launch_all("restore_combine_", restore_kernel<true>, update_launches(items, update, {}, settings), stream);
-}
-
 }  // namespace cuda
+
+void Restore::run(const cuda::Context& c) {
+  cuda::Update update;
+  update.perturbed = perturbed;
+  const std::vector<cuda::NoSetting> none(items.size());
+  cuda::launch_all(kName, cuda::restore_kernel<false>, cuda::update_launches(items, update, {}, none), c.stream);
+}
+
+void RestoreCombine::run(const cuda::Context& c) {
+  const std::vector<cuda::NoSetting> none(items.size());
+  cuda::launch_all(kName, cuda::restore_kernel<true>, cuda::update_launches(items, cuda::update_of(*this), {}, none), c.stream);
+}
+
 }  // namespace cram

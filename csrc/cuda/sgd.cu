@@ -5,24 +5,14 @@ namespace cram {
 namespace cuda {
 namespace {
 
-struct SgdSetting {
-  SgdOptions options;
-
-  bool operator==(const SgdSetting& other) const {
-    const SgdOptions &a = options, &b = other.options;  // lr is the device's
-    return a.momentum == b.momentum && a.one_minus_dampening == b.one_minus_dampening && a.weight_decay == b.weight_decay &&
-           a.nesterov == b.nesterov && a.maximize == b.maximize && a.fresh == b.fresh;
-  }
-};
-
 struct SgdStep {
-  using Setting = SgdSetting;
+  using Setting = SgdOptions;  // lr is the device's
   static constexpr int kStates = 1;
   static constexpr int kBlocks = kSgdBlocks;
   SgdOptions options;
 
   SgdStep() = default;
-  __device__ SgdStep(const UpdateEntry& entry, const UpdateCall<Setting>& call) : options(call.settings[entry.setting].options) {
+  __device__ SgdStep(const UpdateEntry& entry, const UpdateCall<Setting>& call) : options(call.settings[entry.setting]) {
     options.lr = learning_rate(entry, call.lr);
   }
   __device__ bool loads(int) const { return options.momentum != 0 && !options.fresh; }
@@ -32,13 +22,10 @@ struct SgdStep {
 };
 
 }  // namespace
+}  // namespace cuda
 
-void restore_sgd(const std::vector<Item>& items, const Update& update, const LearningRate& lr, const std::vector<SgdOptions>& options,
-                 Stream stream) {
-  std::vector<SgdSetting> settings;
-  for (const SgdOptions& o : options) settings.push_back({o});
-  launch_all("restore_sgd_", update_kernel<SgdStep>, update_launches(items, update, lr, settings), stream);
+void RestoreSgd::run(const cuda::Context& c) {
+  cuda::launch_all(kName, cuda::update_kernel<cuda::SgdStep>, cuda::update_launches(items, cuda::update_of(*this), lr, settings), c.stream);
 }
 
-}  // namespace cuda
 }  // namespace cram

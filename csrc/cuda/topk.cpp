@@ -85,18 +85,26 @@ TopkMemory TopkPlan::memory(void* workspace) const {
           reinterpret_cast<int32_t*>(p + keys_at), reinterpret_cast<uint16_t*>(p + offsets_at)};
 }
 
-void topk(const std::vector<Item>& items, const Perturbation& p, const TopkCall& call, Stream stream) {
-  const bool perturbs = call.mode == TopkMode::kPerturb;
-  const TopkPlan plan(items, call.num_sets, perturbs);
-  void* const workspace = call.allocate(plan.workspace());
+namespace {
+
+void topk(const std::vector<Item>& items, const Perturbation& p, TopkMode mode, const Selection& selection, const Context& c) {
+  const bool perturbs = mode == TopkMode::kPerturb;
+  const TopkPlan plan(items, selection.num_sets, perturbs);
+  void* const workspace = c.allocate(plan.workspace());
   const TopkMemory memory = plan.memory(workspace);
-  topk_prepare(plan, memory, plan.tallies(workspace), call.k, stream);
-  topk_sample(plan, memory, p, stream);
-  topk_stream(plan, memory, p, perturbs, stream);
-  topk_select(plan, memory, stream);
-  topk_radix(plan, memory, p, perturbs, stream);
-  topk_finish(plan, memory, p, call.mode, call.thresholds, call.stats, stream);
+  topk_prepare(plan, memory, plan.tallies(workspace), selection.k, c.stream);
+  topk_sample(plan, memory, p, c.stream);
+  topk_stream(plan, memory, p, perturbs, c.stream);
+  topk_select(plan, memory, c.stream);
+  topk_radix(plan, memory, p, perturbs, c.stream);
+  topk_finish(plan, memory, p, mode, selection.thresholds, selection.stats, c.stream);
 }
 
+}  // namespace
 }  // namespace cuda
+
+void TopkThreshold::run(const cuda::Context& c) { cuda::topk(items, {}, cuda::TopkMode::kThreshold, selection, c); }
+void PruneTopk::run(const cuda::Context& c) { cuda::topk(items, {}, cuda::TopkMode::kPrune, selection, c); }
+void PerturbTopk::run(const cuda::Context& c) { cuda::topk(items, cuda::perturbation_of(*this), cuda::TopkMode::kPerturb, selection, c); }
+
 }  // namespace cram

@@ -14,6 +14,8 @@
 namespace cram {
 namespace cuda {
 
+enum class TopkMode { kPerturb, kPrune, kThreshold };
+
 constexpr int64_t kDirect = 32768;  // sets up to this size: every weight is a candidate
 constexpr int64_t kMaxSamples = 65536;
 constexpr double kDeviations = 4;     // half width of the bracket; the guess fails about once in 16,000 steps

@@ -67,16 +67,21 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
+}  // namespace cuda
 
-void topk_histogram(const std::vector<Item>& items, const Perturbation& p, const int64_t* prefix, int shift, int bits, int64_t* bins, Stream stream) {
+void TopkHistogram::run(const cuda::Context& c) {
+  using namespace cuda;
+  cuda::Perturbation p;
+  p.rho = rho.values;
+  p.rho_per_tensor = rho.each;
+  p.inv_scale = inv_scale;
+  const Digit digit = {prefix, static_cast<int>(shift), static_cast<int>(bits)};
   const auto tables = make_tables<PerturbEntry>(
       items.size(), [&](size_t i) { return perturb_entry(items[i], i); },
       [&](size_t i) { return items[i].set < 0 ? 0 : chunks_of(items[i].param, items[i].numel); });
   const auto kernel = bits <= kSharedBits ? histogram_kernel<true> : histogram_kernel<false>;
   for (const PerturbTable& table : tables)
-    if (tasks_in(table) > 0)
-      launch("topk_histogram", kernel, tasks_in(table), stream, table, p, Digit{prefix, shift, bits}, reinterpret_cast<unsigned long long*>(bins));
+    if (tasks_in(table) > 0) launch(kName, kernel, tasks_in(table), c.stream, table, p, digit, reinterpret_cast<unsigned long long*>(bins));
 }
 
-}  // namespace cuda
 }  // namespace cram

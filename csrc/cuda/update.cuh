@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, Step::kBlocks)
   if (call.last && threadIdx.x == 0) *call.update.perturbed = 0;
 }
 
-__device__ __forceinline__ float learning_rate(const UpdateEntry& entry, const LearningRate& lr) {
-  return lr.values[lr.per_tensor ? entry.index[0] | static_cast<uint32_t>(entry.index[1]) << 16 : 0];
+__device__ __forceinline__ float learning_rate(const UpdateEntry& entry, const PerItem& lr) {
+  return lr.values[lr.each ? entry.index[0] | static_cast<uint32_t>(entry.index[1]) << 16 : 0];
 }
 
 template <class Setting>

@@ -80,7 +80,7 @@ inline UpdateEntry update_entry(const Item& item, size_t index, int setting) {
 template <class Setting>
 struct UpdateCall {
   Update update;
-  LearningRate lr;
+  PerItem lr;
   bool last;  // of the launches of the op: it lowers the flag
   Setting settings[kSettings];
 };
@@ -93,7 +93,7 @@ struct UpdateLaunch {
 
 // The launches of a list; settings: one an item. At least one, since the flag must be lowered whatever the list.
 template <class Setting>
-std::vector<UpdateLaunch<Setting>> update_launches(const std::vector<Item>& items, const Update& update, const LearningRate& lr,
+std::vector<UpdateLaunch<Setting>> update_launches(const std::vector<Item>& items, const Update& update, const PerItem& lr,
                                                    const std::vector<Setting>& settings) {
   static_assert(sizeof(UpdateTable) + sizeof(UpdateCall<Setting>) + alignof(UpdateCall<Setting>) <= kArgumentBytes, "the arguments of a kernel");
   std::vector<UpdateLaunch<Setting>> launches;

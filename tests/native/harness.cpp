@@ -78,7 +78,6 @@ Tensors make(DType dtype, bool ties) {
     item.state[0] = t.momentum[i].data();
     item.state[1] = t.second[i].data();
     item.step = &t.steps[i];
-    item.rho = 0.1f;
     item.set = i % 2;
     item.inner = inner[i];
     t.items.push_back(item);
@@ -99,39 +98,53 @@ std::vector<char> run(const Kernels& kernels, int threads, DType dtype, bool tie
   };
 
   float found_inf = 0, inv_scale = 0.5f;
-  Perturbation p;
-  p.inv_scale = &inv_scale;
-  p.found_inf = &found_inf;
-  p.perturbed = &t.perturbed;
-  Update update;
-  update.perturbed = &t.perturbed;
+  const float rho = 0.1f, sgd_lr = 0.1f, adam_lr = 0.001f;
   const int64_t k[] = {7000, 30000};
   int32_t thresholds[2];
-  TopkStats stats[2];
+  int64_t stats[6];
+  const Selection selection = {k, 2, thresholds, stats};
+  const size_t n = t.items.size();
+  const auto run = [&](auto op) {
+    op.items = t.items;
+    if constexpr (std::is_base_of_v<PerturbOp, decltype(op)>)
+      op.perturbed = &t.perturbed, op.rho = {&rho, false}, op.inv_scale = &inv_scale, op.found_inf = &found_inf;
+    if constexpr (std::is_base_of_v<UpdateOp, decltype(op)>) op.perturbed = &t.perturbed;
+    op.run(c);
+    note_all();
+  };
 
-  perturb_topk(c, t.items, p, k, 2, thresholds, stats);
+  PerturbTopk perturb_topk;
+  perturb_topk.selection = selection;
+  run(perturb_topk);
   note(thresholds, sizeof thresholds);
-  note(&stats[0].kept, 8);
-  note(&stats[1].kept, 8);
-  note_all();
-  restore_sgd(c, t.items, update, std::vector<SgdOptions>(t.items.size(), {0.1f, 0.9f, 1, 1e-4f, true, false, false}));
-  note_all();
+  note(stats, 8);
+  note(stats + 3, 8);
+  RestoreSgd sgd;
+  sgd.lr = {&sgd_lr, false};
+  sgd.settings.assign(n, {0, 0.9f, 1, 1e-4f, true, false, false});
+  run(sgd);
   for (Item& item : t.items) item.mask = item.inner > 0 ? item.mask : nullptr;
-  perturb_nm(c, t.items, p, 2, 4);
-  note_all();
-  AdamOptions adam = {0.9f, 0.1f, 0.999f, 0.001f, 1e-8f, 0, 0, 0, true, false, false};
-  restore_adam(c, t.items, update, std::vector<AdamOptions>(t.items.size(), adam),
-               std::vector<AdamHyper>(t.items.size(), {0.9, 0.999, 0.001f, 0.01f}));
-  note_all();
-  perturb_masked(c, t.items, p);
-  restore_combine(c, t.items, update);
-  note_all();
-  prune_nm(c, t.items, 1, 4);
-  note_all();
-  prune_topk(c, t.items, k, 2, thresholds, stats);
+  PerturbNm perturb_nm;
+  perturb_nm.pattern = {2, 4};
+  run(perturb_nm);
+  RestoreAdam adam;
+  adam.lr = {&adam_lr, false};
+  adam.settings.assign(n, {0.9f, 0.1f, 0.999f, 0.001f, 1e-8f, 0, 0, 0, true, false, false});
+  adam.hyper.assign(n, {0.9, 0.999, 0.01f});
+  run(adam);
+  run(PerturbMasked());
+  run(RestoreCombine());
+  PruneNm prune_nm;
+  prune_nm.pattern = {1, 4};
+  run(prune_nm);
+  PruneTopk prune_topk;
+  prune_topk.selection = selection;
+  run(prune_topk);
   note(thresholds, sizeof thresholds);
-  note_all();
-  const float norm = grad_norm(c, t.items, nullptr);
+  float norm = 0;
+  GradNorm grad_norm;
+  grad_norm.norm = &norm;
+  run(grad_norm);
   note(&norm, 4);
   return trace;
 }
