@@ -25,7 +25,8 @@ class Coverage(NamedTuple):
 
     Attributes:
         why_dense: None where the pattern prunes it.
-        kept: how many of its weights would be left if it were pruned now; None where nobody can say: it is dense, sharded, or perturbed.
+        kept: how many of its weights would be left if it were pruned now; None where nobody can say: it is dense, sharded, perturbed, or
+            a weight that it is ranked with is NaN.
 
     Example:
         [row.name for row in opt.coverage(NM(2, 4)) if row.why_dense is not None]
@@ -130,13 +131,13 @@ def kept_counts(buckets: "list[Bucket]", pattern: Pattern) -> dict[Tensor, int]:
     for bucket in buckets:
         whole = [not s.spread for s in bucket.slots]
         if isinstance(pattern, TopK):
-            if not all(whole) or not bucket.pruned:
+            if not all(whole) or not bucket.pruned or any(bool(s.local.isnan().any()) for s in bucket.pruned):
                 continue
             thresholds = ops.topk_threshold(bucket.params, bucket.sets, bucket.k).tolist()
             for slot, own in zip(bucket.slots, bucket.sets, strict=True):
                 if own >= 0:
                     keys = slot.local.float().abs().view(torch.int32)
-                    found[slot.param] = int(((keys > thresholds[own]) & ~slot.local.isnan()).sum())
+                    found[slot.param] = int((keys > thresholds[own]).sum())
         else:
             found.update({s.param: s.param.numel() * pattern.n // pattern.m for s in bucket.pruned if not s.spread})
     return found

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .distributed import local_of
-from .params import perturbed
+from .params import check_unperturbed, perturbed
 
 
 class HeldZeros:
@@ -101,8 +101,7 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] = ()) -> HeldZeros:
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ValueError(f"hold_zeros: parameter {name!r} must be initialised, got a lazy one: run a forward pass first")
-        if perturbed(p):
-            raise RuntimeError(f"hold_zeros: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
+        check_unperturbed("hold_zeros", [(name, p)])
         if p.dim() > 1 and p.is_floating_point() and id(p) not in excluded and bool((mask := local_of(p) == 0).any()):
             masks[name] = mask
     if not masks:

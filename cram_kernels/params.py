@@ -37,6 +37,13 @@ def perturbed(param: Tensor) -> bool:
     return any(step.holds(param) for step in OPEN_STEPS)
 
 
+def check_unperturbed(op: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise RuntimeError where an open step of an optimizer holds one of these parameters."""
+    for name, param in named:
+        if perturbed(param):
+            raise RuntimeError(f"{op}: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
+
+
 def is_plain(t: Tensor) -> bool:
     """Whether its memory holds its elements, which subclasses with operations of their own (DTensor, FakeTensor) do not promise."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_nested

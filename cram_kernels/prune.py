@@ -21,7 +21,7 @@ _FAR = 0.05  # zeros beyond what was asked for that the report remarks on, as a 
 
 
 @torch.no_grad()
-def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = (), *, prune_embeddings: bool = False) -> Report:
+def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = (), *, prune_embeddings: bool = False) -> Report:
     """Set the weights that `pattern` drops to zero, in place, and report for every parameter what happened or why it stayed dense.
 
     This is the one-shot pruning of the paper's evaluation: no retraining, only `tune_batchnorm` afterwards. The rule is the optimizer's
@@ -68,6 +68,11 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = (), *, pr
         raise ValueError(f"prune: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
     if isinstance(pattern, TopK) and pattern.scope == "group":
         raise ValueError("prune: pattern must have scope 'model' or 'tensor', got 'group': a model has no parameter groups")
+    exclude = () if exclude is None else exclude
+    from .inference.modules import SparseLayer  # which the package does not import by itself
+
+    if sparse := [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]:
+        raise ValueError(f"prune: layers must be dense, got {sparse[0]!r} on sparse weights: call cram_kernels.inference.to_dense first")
     if not isinstance(prune_embeddings, bool):
         raise ValueError(f"prune: prune_embeddings must be True or False, got {prune_embeddings!r}")
     with torch._C.DisableTorchFunctionSubclass():  # a subclass without a dispatch of its own is the memory it has

@@ -18,7 +18,7 @@ from .distributed import is_spread
 from .layerwise.layers import LinearLayer, find_layers, trace
 from .layerwise.problems import Network, Problem, accumulate, fit, groups, owners
 from .layerwise.report import LayerError, Reconstruction
-from .params import overlapping, perturbed, why_unfit
+from .params import check_unperturbed, overlapping, why_unfit
 from .warning import warn
 
 
@@ -98,18 +98,26 @@ def _check_models(model: nn.Module, dense: nn.Module) -> None:
         name for name in {**ours, **theirs} if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
     ]:
         raise ValueError(f"reconstruct: dense must have the parameters of model before pruning, got another {differing[0]!r}")
+    for name, p in ours.items():
+        other = theirs[name]
+        if p.dim() > 1 and p.is_floating_point() and _zeros(other) > _zeros(p):
+            found = f"{_zeros(other):,} zeros in its {name!r}, and {_zeros(p):,} in model's: were the two swapped?"
+            raise ValueError(f"reconstruct: dense must be the network before pruning, got {found}")
     if missing := _tracking(model).keys() - _tracking(dense).keys():
         raise ValueError(f"reconstruct: dense must have the batch norms of model, got none at {min(missing)!r} that tracks statistics")
     for name, p in ours.items():
         if is_spread(p):
             raise ValueError(f"reconstruct: parameter {name!r} must be whole, got a shard (DTensor): gather the model first")
-        if perturbed(p):
-            raise RuntimeError(f"reconstruct: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
+    check_unperturbed("reconstruct", ours.items())
     if frozen := [name for name, module in model.named_modules() if module in _held]:
         raise RuntimeError(f"reconstruct: batch norms must not be frozen (frozen_batchnorm, an open step), got {frozen[0]!r} frozen")
     named = [(f"model's {name}", p) for name, p in ours.items()] + [(f"dense's {name}", p) for name, p in theirs.items()]
     if (pair := overlapping((name, p) for name, p in named if not is_lazy(p))) is not None:
         raise ValueError(f"reconstruct: parameters must have memory of their own, got {pair[0]} and {pair[1]} in one place")
+
+
+def _zeros(t: Tensor) -> int:
+    return int((t == 0).sum())
 
 
 def _check_layers(layers: dict[str, LinearLayer], originals: dict[str, LinearLayer]) -> None:

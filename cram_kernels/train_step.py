@@ -30,6 +30,7 @@ def train_step(
         The loss of the first pass, detached.
 
     Raises:
+        TypeError: the loss is no tensor.
         ValueError: `second_pass` is another value, or the batch cannot be cut. Nothing was changed. Whatever else is raised within the
             step, the weights are the clean ones and the gradients are released.
 
@@ -46,6 +47,8 @@ def train_step(
     optimizer.zero_grad()
     try:
         value = loss(first)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"train_step: loss must return a tensor, without calling backward on it, got {type(value).__name__}")
         (value if scaler is None else scaler.scale(value)).backward()
         if cram is not None:
             cram.perturb(scaler)

@@ -1039,3 +1039,152 @@ def test_a_step_that_was_given_up_before_the_first_update_can_be_copied_and_save
         two_halves(*both, grads(1, torch.bfloat16), grads(2, torch.bfloat16))
     assert_same_bits(params, twins)
     assert all(state["master"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+# --- what a new user of the second design found ---
+
+
+def loaded_within_a_step(attached: bool):
+    model = nn.Linear(8, 4)
+    optimizer = CrAM(model.parameters(), lr=0.1, compression=[TopK(sparsity=0.5)])
+    if attached:
+        optimizer.attach(model)
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    optimizer.perturb()
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in model.state_dict().items()})
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    return model, optimizer
+
+
+def test_a_checkpoint_that_is_loaded_within_a_step_is_not_undone_silently():
+    model, optimizer = loaded_within_a_step(attached=False)
+    with pytest.warns(CrAMWarning, match=r"parameter 0 of group 0 was written to between perturb\(\) and step\(\)"):
+        optimizer.step()
+    model, optimizer = loaded_within_a_step(attached=True)
+    with pytest.raises(RuntimeError, match="the model was loaded between"):
+        optimizer.step()
+    assert not any(p.any() for p in model.parameters())
+
+
+def test_the_warning_of_written_weights_comes_once_and_not_for_a_model_that_is_known():
+    """An embedding with max_norm writes to its table in every pass."""
+    for attached in (False, True):
+        model = nn.Embedding(8, 4, max_norm=0.1)
+        optimizer = CrAM(model.parameters(), lr=0.1, compression=[], rho=5.0)
+        if attached:
+            optimizer.attach(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                optimizer.step(lambda model=model: model(torch.arange(8)).square().sum().backward())
+        assert len([w for w in caught if "was written to between" in str(w.message)]) == (not attached)
+
+
+def test_tools_refuse_weights_of_an_open_step(tmp_path):
+    from cram_kernels.export import export
+    from cram_kernels.inference import sparsify
+
+    model = nn.Linear(16, 8)
+    optimizer = CrAM(model.parameters(), lr=0.1, compression=[TopK(sparsity=0.9)])
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    optimizer.perturb()
+    for tool in (lambda: sparsify(model.eval()), lambda: export(model, tmp_path / "m.safetensors", prune=True)):
+        with pytest.raises(RuntimeError, match="parameter 'weight' must not be perturbed"):
+            tool()
+    assert not list(tmp_path.iterdir())
+    optimizer.restore()
+    export(model, tmp_path / "m.safetensors", prune=True)
+
+
+def test_prune_says_that_layers_are_sparse_already():
+    from cram_kernels import prune
+    from cram_kernels.inference import SparseLinear
+
+    model = nn.Sequential(SparseLinear(torch.eye(8), None), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="layers must be dense, got '0' on sparse weights"):
+        prune(model, TopK(sparsity=0.5))
+
+
+def test_a_model_that_is_converted_and_gets_no_second_gradient_is_named():
+    model = nn.Linear(8, 4)
+    optimizer = CrAM(model, lr=0.1, compression=[TopK(sparsity=0.5)])
+    set_gradients(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
+    before = clones(model.parameters())
+    optimizer.perturb()
+    model.half()
+    with pytest.raises(RuntimeError, match="parameter 'weight' must keep its dtype"):
+        optimizer.step()
+    assert_same_bits(list(model.parameters()), [b.half() for b in before])
+
+
+def test_a_group_that_is_refused_ends_no_step():
+    params, twins = fresh(), fresh()
+    results = []
+    for disturbed, own in ((False, params), (True, twins)):
+        optimizer = CrAM(own, lr=0.1)
+        set_gradients(own, grads(1))
+        optimizer.perturb()
+        if disturbed:
+            for group in ({"params": own[:1]}, {"params": [nn.Parameter(torch.ones(4, dtype=torch.float64))]}):
+                with pytest.raises(ValueError):
+                    optimizer.add_param_group(group)
+        set_gradients(own, grads(2))
+        optimizer.step()
+        results.append(own)
+    assert_same_bits(*results)
+
+
+def test_the_block_form_takes_a_scaler():
+    params, twins = fresh(), fresh()
+    plain, scaled = CrAM(params, lr=0.1), CrAM(twins, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    set_gradients(twins, [8 * g for g in grads(1)])
+    with scaled.perturbed(scaler):
+        set_gradients(twins, [8 * g for g in grads(2)])
+    scaler.step(scaled)
+    scaler.update()
+    two_halves(plain, params, grads(1), grads(2))
+    assert_same_bits(params, twins)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda o: o.step(torch.ones(())), "closure must be a function that computes the loss and calls backward, got Tensor"),
+        (lambda o: o.plain_step(lambda: None), "scaler must be a torch.amp.GradScaler, got function"),
+    ],
+)
+def test_what_is_no_function_and_no_scaler_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(CrAM(fresh(), lr=0.1))
+
+
+def test_exclude_may_be_none():
+    from cram_kernels import prune
+
+    assert CrAM(fresh(), lr=0.1, exclude=None).exclude == ()
+    prune(nn.Linear(8, 8), TopK(sparsity=0.5), exclude=None)
+
+
+def test_weights_that_are_nan_are_not_called_emptied():
+    model = nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    [weight, _] = CrAM(model, lr=0.1).coverage(TopK(sparsity=0.5))
+    assert weight.kept is None and not weight.emptied
+
+
+def test_a_parameter_that_is_refused_is_named():
+    with pytest.raises(ValueError, match="parameter 'weight' must have dtype"):
+        CrAM(nn.Linear(4, 4).double(), lr=0.1)
+
+
+def test_a_loss_that_is_no_tensor_is_named():
+    from cram_kernels import train_step
+
+    params = fresh()
+    before = clones(params)
+    with pytest.raises(TypeError, match="loss must return a tensor, without calling backward on it, got NoneType"):
+        train_step(CrAM(params, lr=0.1), lambda batch: None, torch.ones(2))
+    assert_same_bits(params, before)

@@ -641,3 +641,16 @@ def test_it_saves_what_tuning_cannot():
         before,
         accuracy(direct),
     )
+
+
+def test_models_that_were_swapped_are_told():
+    """The dense model would be rewritten to copy the pruned one."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    pruned = copy.deepcopy(dense)
+    prune(pruned, TopK(sparsity=0.75))
+    before = copy.deepcopy(dense.state_dict())
+    with pytest.raises(ValueError, match=r"dense must be the network before pruning, got .* were the two swapped\?"):
+        reconstruct(dense, pruned, [torch.randn(16, 8)])
+    assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())
+    reconstruct(pruned, dense, [torch.randn(64, 8)])

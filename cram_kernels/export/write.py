@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..atomic import replacing, target
-from ..params import DTYPES
+from ..params import DTYPES, check_unperturbed
 from ..patterns import NM
 from ..warning import warn
 from . import bitmask, container, cutlass
@@ -64,6 +64,7 @@ def export(
     Raises:
         ValueError: a tensor violates the pattern (count and first place are given), an argument is wrong, or the file does not give back
             what was written. Nothing at `path` was changed.
+        RuntimeError: weights of the module are perturbed, within a step of an optimizer.
         ImportError: the format's package is not installed.
         OSError: the file cannot be written. The old one is as it was.
 
@@ -79,6 +80,8 @@ def export(
         raise ValueError(f"export: path must end in {suffix} for format {format!r}, got {str(path)!r}")
     if not target("export", path).parent.is_dir():
         raise ValueError(f"export: path must be in a folder that is there, got {str(path)!r}")
+    if isinstance(model, nn.Module):
+        check_unperturbed("export", model.named_parameters())
     if format == "onnx":
         return _export_onnx(model, path, pattern, exclude, prune, example_inputs, dict(onnx_options or {}))
     if example_inputs is not None or onnx_options is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..params import check_unperturbed
 from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
 from .trial import Trial, plan_from, try_layer
 
@@ -89,6 +90,7 @@ def sparsify(
 
     Raises:
         ValueError: min_speedup is below 1, or the model is in training mode.
+        RuntimeError: weights are perturbed, within a step of an optimizer. The model is as it was.
 
     Example:
         >>> prune(model, TopK(0.9))
@@ -98,6 +100,7 @@ def sparsify(
         raise ValueError(f"sparsify: min_speedup must be at least 1, got {min_speedup!r}")
     if model.training:
         raise ValueError("sparsify: model must be in eval mode, got training mode: sparse layers have no backward")
+    check_unperturbed("sparsify", model.named_parameters())
     seen = _seen_shapes(model, example_inputs, example_kwargs)
     replacements: dict[nn.Module, nn.Module] = {}
     rows = []

@@ -155,7 +155,6 @@ class Wrapper(Optimizer):
         """
         ours = {key: self.defaults[key] for key in options.GROUP_OPTIONS}
         options.check_new_group(param_group, ours, self.base_optimizer.defaults)
-        self.give_up("a parameter group was added between perturb() and step()")
         self._note_counters()
         self.base_optimizer.add_param_group(param_group)
         param_group |= {**self.defaults, **param_group, **self._workspace.counters}
@@ -165,6 +164,7 @@ class Wrapper(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self.give_up("a parameter group was added between perturb() and step()")
         self._heal_others()
 
     def _check_names(self) -> None:

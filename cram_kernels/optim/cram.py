@@ -106,7 +106,7 @@ class CrAM(Attachable, Wrapper):
         master_weights: bool = False,
         mask_period: int = 1,
         seed: int = 0,
-        exclude: Iterable[str] = (),
+        exclude: Iterable[str] | None = (),
         **base_options: Any,
     ) -> None:
         self.compression = schedule.checked_compression(compression)
@@ -162,9 +162,9 @@ class CrAM(Attachable, Wrapper):
         halves.begin(self, scaler)
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
-        """`perturb()`, and at the end of the block the weights are back; `step()` follows. If the block raises, the step is given up and
-        its gradients are released.
+    def perturbed(self, scaler: GradScaler | None = None) -> Iterator[None]:
+        """`perturb(scaler)`, and at the end of the block the weights are back; `step()` follows, or `scaler.step(optimizer)`. If the block
+        raises, the step is given up and its gradients are released.
 
         Example:
             loss(model).backward()
@@ -173,7 +173,7 @@ class CrAM(Attachable, Wrapper):
             opt.step()
         """
         with self._released_on_error():
-            self.perturb()
+            self.perturb(scaler)
             yield
         if (step := self.open_step) is not None:
             step.restore()
@@ -196,6 +196,8 @@ class CrAM(Attachable, Wrapper):
                 ones, nothing is updated.
         """
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"CrAM: closure must be a function that computes the loss and calls backward, got {type(closure).__name__}")
             given_by_scaler(self, with_closure=True)
             self._abandon()
             with self._released_on_error():
@@ -215,6 +217,8 @@ class CrAM(Attachable, Wrapper):
     def plain_step(self, scaler: GradScaler | None = None) -> None:
         """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's.
         It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
+        if scaler is not None and not hasattr(scaler, "step"):
+            raise TypeError(f"CrAM.plain_step: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._abandon()
         self._workspace.plain_wanted = True
         try:

@@ -125,6 +125,12 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
             if optimizer._hooks is not None:
                 optimizer._hooks.check_synced("second", True)
+            if optimizer._hooks is None and not work.warned_written and (written := step.written_to()):
+                work.warned_written = True
+                warn(
+                    f"CrAM: {written[0]} was written to between perturb() and step(), which brings the weights from before perturb() back: "
+                    "attach(model) where a checkpoint was loaded"
+                )
             step.check_first()
             columns, rest = step.columns(active, grads)
         if optimizer.master_weights:

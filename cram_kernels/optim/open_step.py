@@ -177,8 +177,12 @@ class OpenStep:
                 )
         self.weight_versions = [[] for _ in self.buckets]
 
+    def written_to(self) -> list[Slot]:
+        """The parameters that somebody has written to since they were perturbed, as torch's version counters say."""
+        return [slot for i in range(len(self.buckets)) for slot in self._written_to(i)]
+
     def _written_to(self, i: int) -> list[Slot]:
-        """The parameters of a bucket that somebody has written to since they were perturbed, as torch's version counters say."""
+        """As `written_to`, of one bucket."""
         slots, versions = self.buckets[i].slots, self.weight_versions[i]
         if not (self.perturbed and versions) or [s.param._version + s.local._version for s in slots] == versions:
             return []

@@ -46,7 +46,9 @@ def check_constructor_options(seed: Any, exclude: Any, prune_embeddings: Any) ->
     check_bool("prune_embeddings", prune_embeddings)
     if type(seed) is not int:
         raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
-    names = [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    names: list[Any] = (
+        [] if exclude is None else [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    )
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(f"CrAM: exclude must be names of parameters, got {wrong[0]!r}")
     return tuple(names)
@@ -115,15 +117,18 @@ def check_params(groups: Groups, index: int) -> None:
         raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
     for i, p in enumerate(params):
         if p.requires_grad and (wrong := why_unfit(local_of(p))) is not None:
-            raise ValueError(f"CrAM: parameter {i} of group {index} {wrong}")
+            raise ValueError(f"CrAM: {_called(groups, index, i)} {wrong}")
     named = [
-        (f"parameter {i} of group {g}", local_of(p))
-        for g, group in enumerate(groups)
-        for i, p in enumerate(group["params"])
-        if p.requires_grad
+        (_called(groups, g, i), local_of(p)) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if p.requires_grad
     ]
     if (shared := overlapping(named)) is not None:
         raise ValueError(f"CrAM: {shared[0]} must have memory of its own, got some that {shared[1]} has too: tie modules by one Parameter")
+
+
+def _called(groups: Groups, group: int, position: int) -> str:
+    """A parameter as errors name it."""
+    names = groups[group].get("param_names")
+    return f"parameter {names[position]!r}" if names else f"parameter {position} of group {group}"
 
 
 def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
@@ -135,9 +140,10 @@ def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
             f"CrAM: exclude needs named parameters, such as the model itself or model.named_parameters(), got {list(globs)} and no names"
         )
     names = [name for group in groups for name in group["param_names"]]
+    some = ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(names)}")
+            raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {some}")
 
 
 def check_unique(groups: Groups, special: set[str]) -> None:

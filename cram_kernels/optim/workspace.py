@@ -29,7 +29,7 @@ class Workspace:
         self.open: OpenStep | None = None
         self.last: StepInfo | None = None
         self.updating = False  # whether the base may step although a step is open
-        self.plain_wanted = self.warned_plain = False
+        self.plain_wanted = self.warned_plain = self.warned_written = False
         self.counters: dict[str, Any] = {}  # those of the groups, for groups that are made anew
         self.slots: list[Slot] = []
         self.sizes: list[int] = []  # parameters of each group
@@ -61,7 +61,7 @@ class Workspace:
             converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
         active = [s for s in self.slots if s.param.grad is not None]
-        if stale := self.stale(active):
+        if stale := self.stale(active if converted else self.slots):
             if not converted:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
                 raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
