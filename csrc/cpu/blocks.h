@@ -128,7 +128,7 @@ CRAM_INLINE void for_u(const Source& source, int64_t begin, int64_t end, bool* n
   const T* grad = static_cast<const T*>(source.grad);
   const F rho(source.rho), inv_scale(source.inv_scale);
   Bits bad = 0;
-  for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+  for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
     F u = load(weights + i, lanes);
     if (grad != nullptr) {
       F g = load(grad + i, lanes);
@@ -144,7 +144,7 @@ CRAM_INLINE void for_u(const Source& source, int64_t begin, int64_t end, bool* n
 // f(T{}, W{}): the types of a source's parameter and of its weights.
 template <class Function>
 CRAM_INLINE void with_source(const Source& source, DType dtype, Function f) {
-  with_type(dtype, [&](auto t) CRAM_MELT {
+  with_type(dtype, [&](auto t) CRAM_INLINE_LAMBDA {
     if (source.master)
       f(t, float{});
     else
@@ -155,8 +155,8 @@ CRAM_INLINE void with_source(const Source& source, DType dtype, Function f) {
 // for_u with the types of a source.
 template <class Function>
 CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_t end, bool* nonfinite, Function f) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_MELT {
-    for_u<decltype(t), decltype(w)>(source, begin, end, nonfinite, [&](int64_t i, auto lanes, F u) CRAM_MELT { f(t, i, lanes, u); });
+  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
+    for_u<decltype(t), decltype(w)>(source, begin, end, nonfinite, [&](int64_t i, auto lanes, F u) CRAM_INLINE_LAMBDA { f(t, i, lanes, u); });
   });
 }
 

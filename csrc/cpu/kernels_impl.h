@@ -9,7 +9,7 @@ namespace CRAM_ISA {
 
 static void masked(Source source, DType dtype, int64_t begin, int64_t end, void* out, void* saved, const uint8_t* mask, bool* nonfinite) {
   const I largest(kInfKey);
-  with_u(source, dtype, begin, end, nonfinite, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
+  with_u(source, dtype, begin, end, nonfinite, [&](auto t, int64_t i, auto lanes, F u) CRAM_INLINE_LAMBDA {
     const Bits kept = mask == nullptr ? ~Bits(0) : load_bits(mask, i, lanes);
     write<decltype(t)>(source, i, lanes, u, kept | greater_bits(magnitude_key(u), largest), out, saved);
   });

@@ -118,7 +118,7 @@ static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& sour
   T* moved = reinterpret_cast<T*>(scratch);
   uint8_t* flags = reinterpret_cast<uint8_t*>(scratch) + sizeof(T) * (size + kNmPadding);
   bool nan = false;
-  const auto block = [&](int64_t i, auto, F u) CRAM_MELT { store(moved + (i - begin), u); };
+  const auto block = [&](int64_t i, auto, F u) CRAM_INLINE_LAMBDA { store(moved + (i - begin), u); };
   int64_t i = begin;
   for (; i + kBatch <= end; i += kBatch) {
     Batch<T> u;
@@ -143,7 +143,7 @@ static __attribute__((noinline)) void nm_strip(Source source, Uphill<T, W>& sour
       if (mask != nullptr) store_bits64(mask, i, kept);
     }
   const I largest(kInfKey);
-  for_blocks(i, end, [&](int64_t j, auto lanes) CRAM_MELT {
+  for_blocks(i, end, [&](int64_t j, auto lanes) CRAM_INLINE_LAMBDA {
     const F u = load(moved + (j - begin));
     const Bits is_nan = greater_bits(magnitude_key(u), largest);
     const Bits kept = load_flags(flags + (j - begin)) & ~is_nan & lanes_below(lanes);
@@ -186,7 +186,7 @@ CRAM_INLINE void nm_as(const Source& source, int64_t begin, int64_t end, int64_t
 
 static void nm(Source source, DType dtype, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask,
                char* scratch, bool* nonfinite) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_MELT {
+  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
     using T = decltype(t);
     nm_as<T, decltype(w)>(source, begin, end, inner, n, m, static_cast<T*>(out), static_cast<T*>(saved), mask, scratch, nonfinite);
   });

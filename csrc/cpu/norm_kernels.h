@@ -7,7 +7,7 @@ namespace cram {
 namespace CRAM_ISA {
 
 static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, int64_t end, float inv_scale, bool scaled, double* sums) {
-  with_type(dtype, [&](auto t) CRAM_MELT {
+  with_type(dtype, [&](auto t) CRAM_INLINE_LAMBDA {
     using T = decltype(t);
     const T* g = static_cast<const T*>(grad);
     const F factor(inv_scale);
@@ -16,7 +16,7 @@ static void norm(const void* grad, DType dtype, int64_t numel, int64_t begin, in
       const int64_t first = chunk * kNormChunk;
       const int64_t last = first + kNormChunk < numel ? first + kNormChunk : numel;
       if (last - first < kNormChunk) memset(x, 0, sizeof x);
-      for_blocks(first, last, [&](int64_t i, auto lanes) CRAM_MELT {
+      for_blocks(first, last, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
         F block = load(g + i, lanes);
         if (scaled) block = mul(block, factor);
         store(x + (i - first), block, lanes);

@@ -12,7 +12,7 @@ namespace CRAM_ISA {
 template <class U>
 CRAM_INLINE int64_t append(Candidates found, int64_t count, uint64_t lanes, int64_t offset, U bits) {
   const int64_t end = count + __builtin_popcountll(lanes);
-  const auto take = [&]() CRAM_MELT {
+  const auto take = [&]() CRAM_INLINE_LAMBDA {
     const int lane = __builtin_ctzll(lanes | (lanes == 0));
     found.bits[count] = static_cast<int32_t>(bits(lane));
     found.offsets[count++] = static_cast<uint16_t>(offset + lane);
@@ -37,10 +37,10 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
   const bool append_them = bracket.append, has_ties = bracket.has_ties();
   int64_t above = 0, at_high = 0, candidates = 0, at_low = 0, nans = 0;
   Uphill<T, W> source_u(source);
-  const auto note = [&](uint64_t candidate, int64_t first, auto bits) CRAM_MELT {
+  const auto note = [&](uint64_t candidate, int64_t first, auto bits) CRAM_INLINE_LAMBDA {
     candidates = append_them ? append(found, candidates, candidate, first - begin, bits) : candidates + __builtin_popcountll(candidate);
   };
-  const auto block = [&](int64_t i, auto lanes, F u) CRAM_MELT {
+  const auto block = [&](int64_t i, auto lanes, F u) CRAM_INLINE_LAMBDA {
     const I key = magnitude_key(u);
     const Bits real = lanes_below(lanes);
     const Bits nan = greater_bits(key, largest) & real;  // beyond the end, 0 * an infinite rho is one
@@ -51,7 +51,7 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
     at_high += __builtin_popcount(over_tie_high & ~over);
     at_low += __builtin_popcount(over_low & ~over_tie_low);
     nans += __builtin_popcount(nan);
-    note(over_tie_low & ~over_tie_high, i, [&](int lane) CRAM_MELT { return source_u.one(i + lane); });
+    note(over_tie_low & ~over_tie_high, i, [&](int lane) CRAM_INLINE_LAMBDA { return source_u.one(i + lane); });
     if (out != nullptr) {
       write<T>(source, i, lanes, u, kept | nan, out, saved);
       if (mask != nullptr) store_bits(mask, i, kept, lanes);
@@ -79,9 +79,9 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
     if constexpr (sizeof(T) == 2) {
       uint16_t bits[kBatch];
       memcpy(bits, &u, sizeof bits);
-      note(candidate, i, [&](int lane) CRAM_MELT { return bits[lane]; });
+      note(candidate, i, [&](int lane) CRAM_INLINE_LAMBDA { return bits[lane]; });
     } else {
-      note(candidate, i, [&](int lane) CRAM_MELT { return source_u.one(i + lane); });
+      note(candidate, i, [&](int lane) CRAM_INLINE_LAMBDA { return source_u.one(i + lane); });
     }
     if (out != nullptr) {
       const uint64_t kept = greater_bits<T>(keys, batch_cut);
@@ -102,7 +102,7 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
 
 static void topk_stream(Source source, DType dtype, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
                         Candidates found, Counts& counts) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_MELT {
+  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
     topk_stream_as<decltype(t), decltype(w)>(source, begin, end, bracket, out, saved, mask, found, counts);
   });
 }
@@ -110,7 +110,7 @@ static void topk_stream(Source source, DType dtype, int64_t begin, int64_t end, 
 static int64_t topk_apply(Source source, DType dtype, int64_t begin, int64_t end, int32_t threshold, void* out, uint8_t* mask) {
   const I cut(threshold), largest(kInfKey);
   int64_t total = 0;
-  with_u(source, dtype, begin, end, nullptr, [&](auto t, int64_t i, auto lanes, F u) CRAM_MELT {
+  with_u(source, dtype, begin, end, nullptr, [&](auto t, int64_t i, auto lanes, F u) CRAM_INLINE_LAMBDA {
     const I key = magnitude_key(u);
     const Bits nan = greater_bits(key, largest);
     const Bits kept = greater_bits(key, cut) & ~nan & lanes_below(lanes);
@@ -125,7 +125,7 @@ static int64_t topk_apply(Source source, DType dtype, int64_t begin, int64_t end
 // block, as a rule, are counted whole.
 static void topk_histogram(Source source, DType dtype, int64_t begin, int64_t end, int shift, int num_bins, int prefix_shift, int32_t prefix,
                            int64_t* bins) {
-  with_u(source, dtype, begin, end, nullptr, [&](auto, int64_t, auto lanes, F u) CRAM_MELT {
+  with_u(source, dtype, begin, end, nullptr, [&](auto, int64_t, auto lanes, F u) CRAM_INLINE_LAMBDA {
     const I key = magnitude_key(u), digit = both(shifted(key, shift), I(num_bins - 1));
     int32_t digits[kBlock];
     store(digits, digit);

@@ -10,9 +10,9 @@ namespace cram {
 namespace CRAM_ISA {
 
 static void round_master(const float* master, DType dtype, int64_t begin, int64_t end, void* out) {
-  with_type(dtype, [&](auto t) CRAM_MELT {
+  with_type(dtype, [&](auto t) CRAM_INLINE_LAMBDA {
     using T = decltype(t);
-    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT { store_rounded(static_cast<T*>(out) + i, load(master + i, lanes), lanes); });
+    for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA { store_rounded(static_cast<T*>(out) + i, load(master + i, lanes), lanes); });
   });
 }
 
@@ -40,10 +40,10 @@ CRAM_INLINE F update_gradient(Usual usual, const Item& item, const Scales& scale
 }
 
 static void combine(Item item, int64_t begin, int64_t end, Scales scales) {
-  with_type(item.dtype, [&](auto t) CRAM_MELT {
+  with_type(item.dtype, [&](auto t) CRAM_INLINE_LAMBDA {
     using T = decltype(t);
-    with_usual(true, item, scales, [&](auto usual) CRAM_MELT {
-      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+    with_usual(true, item, scales, [&](auto usual) CRAM_INLINE_LAMBDA {
+      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
         store_rounded(static_cast<T*>(item.grad) + i, update_gradient<T>(usual, item, scales, i, lanes), lanes);
       });
     });
@@ -53,7 +53,7 @@ static void combine(Item item, int64_t begin, int64_t end, Scales scales) {
 // f(T{}, S{}): the types of the parameter and of its state and weights.
 template <class Function>
 CRAM_INLINE void with_types(const Item& item, Function f) {
-  with_type(item.dtype, [&](auto t) CRAM_MELT {
+  with_type(item.dtype, [&](auto t) CRAM_INLINE_LAMBDA {
     if (item.master != nullptr)
       f(t, float{});
     else
@@ -88,13 +88,13 @@ CRAM_INLINE void store_state(void* state, int64_t i, F x, Lanes lanes) {
 static void sgd(Item item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales scales, SgdOptions options) {
   void* buffer = options.momentum != 0 ? item.state[0] : nullptr;
   const bool plain = buffer != nullptr && !options.fresh && !options.nesterov && !options.maximize;
-  with_usual(plain, item, scales, [&](auto usual) CRAM_MELT {
+  with_usual(plain, item, scales, [&](auto usual) CRAM_INLINE_LAMBDA {
     SgdOptions o = options;
     if (usual) o.fresh = o.nesterov = o.maximize = false;
-    with_types(item, [&](auto t, auto s) CRAM_MELT {
+    with_types(item, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
       using T = decltype(t);
       using S = decltype(s);
-      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
         F w = load(static_cast<const S*>(weights) + i, lanes);
         F b = load_state<S>(o.fresh ? nullptr : buffer, i, lanes);
         sgd_step(w, b, update_gradient<T>(usual, item, scales, i, lanes), o);
@@ -107,13 +107,13 @@ static void sgd(Item item, const void* weights, bool past_cache, int64_t begin, 
 
 static void adam(Item item, const void* weights, bool past_cache, int64_t begin, int64_t end, Scales scales, AdamOptions options, bool decays) {
   void* maximum = options.amsgrad ? item.state[2] : nullptr;
-  with_usual(maximum == nullptr && !options.maximize, item, scales, [&](auto usual) CRAM_MELT {
+  with_usual(maximum == nullptr && !options.maximize, item, scales, [&](auto usual) CRAM_INLINE_LAMBDA {
     AdamOptions o = options;
     if (usual) o.amsgrad = o.maximize = false;
-    with_types(item, [&](auto t, auto s) CRAM_MELT {
+    with_types(item, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
       using T = decltype(t);
       using S = decltype(s);
-      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_MELT {
+      for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
         F w = load(static_cast<const S*>(weights) + i, lanes);
         F m = load_state<S>(item.state[0], i, lanes);
         F v = load_state<S>(item.state[1], i, lanes);

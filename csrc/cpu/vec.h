@@ -27,8 +27,8 @@ typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Bits;  // one bit a lane, 16 lanes
 
-// Lambdas that are the body of a loop must melt into it: called once a block, they would cost more than their work.
-#define CRAM_MELT __attribute__((always_inline))
+// For lambdas that are the body of a loop: a call for each block would cost more than the work in it.
+#define CRAM_INLINE_LAMBDA __attribute__((always_inline))
 
 #define CRAM_PARTS for (int part = 0; part < kParts; ++part)
 
