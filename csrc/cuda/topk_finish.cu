@@ -93,7 +93,7 @@ __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t numb
 
 struct Results {
   int32_t* thresholds;  // [num_sets]
-  int64_t* stats;       // [num_sets, 3]
+  int64_t* stats;       // [num_sets, 3]; optional
   int64_t num_sets;
 };
 
@@ -103,6 +103,7 @@ __device__ __forceinline__ void report(const TopkMemory& memory, const Results& 
     const Threshold threshold = threshold_of(state);
     if (threadIdx.x > 0) continue;
     results.thresholds[s] = threshold.key;
+    if (results.stats == nullptr) continue;  // topk_threshold reports none
     results.stats[3 * s] = threshold.key == kNanKey ? 0 : threshold.larger - static_cast<int64_t>(state.nans);
     results.stats[3 * s + 1] = static_cast<int64_t>(state.candidates);
     results.stats[3 * s + 2] = state.fallback;
