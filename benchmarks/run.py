@@ -92,7 +92,7 @@ def main(
         if setup.quick:
             print("quick: small shapes, not a measurement")
         if not chosen:
-            print(f"{name}: no case has {options.only!r} in its name")
+            print(f"{name}: no case has {options.only!r} in its name", file=sys.stderr)
         for i, case in enumerate(chosen):
             try:
                 with progress(f"{i + 1} of {len(chosen)}: {case.name}"):
@@ -110,7 +110,7 @@ def main(
             show(finish(record, options.out))
     if options.json:
         print(json.dumps(record, indent=1))
-    return RED if record["red"] or not chosen else OK
+    return RED if record["red"] else OK if chosen else CANNOT_RUN
 
 
 class NotHere(Exception):

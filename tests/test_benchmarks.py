@@ -118,7 +118,8 @@ def test_nothing_of_an_earlier_run_stays(what: str, tmp_path: Path, capsys: pyte
 
     if what != "none chosen":
         monkeypatch.setattr(ops, "grad_norm", refuse if what == "op refuses" else lambda grads: right(grads) * 2)
-    assert main("bench_norm", tmp_path, *(["--only", "no such case"] if what == "none chosen" else [])) == run.RED
+    ended = main("bench_norm", tmp_path, *(["--only", "no such case"] if what == "none chosen" else []))
+    assert ended == (run.CANNOT_RUN if what == "none chosen" else run.RED)
     printed = capsys.readouterr().out
     assert "median" not in printed and "GB/s" not in printed
     if what == "none chosen":
