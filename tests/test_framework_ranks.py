@@ -11,12 +11,12 @@ for package in ("lightning", "transformers", "accelerate"):
     pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[frameworks]'` brings it")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # seconds of work, and minutes where others use the machine
 def test_two_processes(tmp_path):
     script = Path(__file__).parent / "framework_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=870, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     passed = {path.name for path in tmp_path.glob("check_*")}
     checks = ("check_accelerate", "check_lightning", "check_lightning_split", "check_trainer")
