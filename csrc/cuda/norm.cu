@@ -105,7 +105,7 @@ void GradNorm::run(const cuda::Context& c) {
   double* const sums = static_cast<double*>(c.allocate(n * sizeof(double)));
   for (const NormTable& table : tables) {
     const int64_t chunks = tasks_in(table);
-    launch(kName, norm_kernel, (chunks + kWarps - 1) / kWarps, c.stream, table, inv_scale, sums);
+    if (chunks > 0) launch(kName, norm_kernel, (chunks + kWarps - 1) / kWarps, c.stream, table, inv_scale, sums);
   }
   int64_t size = 1;
   while (size < n) size *= 2;

@@ -24,7 +24,7 @@ __device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, const Ch
 }
 
 template <bool kCombine>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRestoreBlocks)
     restore_kernel(const __grid_constant__ UpdateTable table, const __grid_constant__ UpdateCall<NoSetting> call) {
   const bool perturbed = is_raised(call.update.perturbed), skipped = !kCombine || is_skipped(call.update);
   const Scales scales = scales_of(call.update);

@@ -25,7 +25,7 @@ struct RadixBins {
 };
 
 template <int kPass>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRadixBlocks)
     radix_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p, const bool from_saved) {
   if (*memory.any_fallback == 0) return;
   __shared__ RadixBins bins;

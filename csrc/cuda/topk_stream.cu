@@ -275,7 +275,7 @@ __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Co
 }
 
 template <bool kWrite>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kStreamBlocks)
     stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Shared shared;
   if (threadIdx.x < 4) shared.count[threadIdx.x] = 0;

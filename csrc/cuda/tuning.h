@@ -17,10 +17,14 @@ constexpr int kChunk = kItems * kThreads;  // weights of a chunk: what a block w
 // Blocks of a multiprocessor: the most for which no arch spills registers.
 constexpr int kNmBlocks = 3;
 constexpr int kSgdBlocks = 4;
+constexpr int kRestoreBlocks = 2;
+constexpr int kRadixBlocks = 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // nvcc 13 loads more ahead there
 constexpr int kAdamBlocks = 2;
+constexpr int kStreamBlocks = 2;
 #else
 constexpr int kAdamBlocks = 3;
+constexpr int kStreamBlocks = 3;
 #endif
 
 }  // namespace cuda
