@@ -62,4 +62,9 @@ def test_out_of_memory_changes_nothing(executed, monkeypatch: pytest.MonkeyPatch
 
 def test_the_norm_of_nothing(executed) -> None:
     """By a call below the public op, which takes no such list to a backend."""
-    assert CudaOps().grad_norm([], inv_scale=torch.tensor(0.5)).item() == 0
+    inv_scale = torch.tensor(0.5)
+    with executed.known([inv_scale]), executed.memory:
+        norm = CudaOps().grad_norm([], inv_scale=inv_scale)
+        executed.cudart.synchronize()
+    executed.memory.forget()
+    assert norm.item() == 0
