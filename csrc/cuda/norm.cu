@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(1024) norm_finish_kernel(double* sums, int64_t
 
 void GradNorm::run(const cuda::Context& c) {
   using namespace cuda;
+  if (items.empty()) return;  // the result is made of zeros
   const auto tables = make_tables<NormEntry>(
       items.size(), [&](size_t i) { return NormEntry{items[i].grad, items[i].numel, items[i].dtype}; },
       [&](size_t i) { return norm_chunks(items[i].numel); });
@@ -105,7 +106,7 @@ void GradNorm::run(const cuda::Context& c) {
   double* const sums = static_cast<double*>(c.allocate(n * sizeof(double)));
   for (const NormTable& table : tables) {
     const int64_t chunks = tasks_in(table);
-    if (chunks > 0) launch(kName, norm_kernel, (chunks + kWarps - 1) / kWarps, c.stream, table, inv_scale, sums);
+    launch(kName, norm_kernel, (chunks + kWarps - 1) / kWarps, c.stream, table, inv_scale, sums);
   }
   int64_t size = 1;
   while (size < n) size *= 2;
