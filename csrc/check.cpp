@@ -361,8 +361,7 @@ void Arguments::result(const char*, int64_t*& data, std::initializer_list<int64_
 }
 
 void Arguments::result(const char*, float*& data, std::initializer_list<int64_t> sizes) {
-  using namespace torch::stable;
-  results_.push_back(items_.empty() ? new_zeros(*like_, sizes, ScalarType::Float) : new_empty(*like_, sizes, ScalarType::Float));
+  results_.push_back(torch::stable::new_empty(*like_, sizes, ScalarType::Float));
   data = results_.back().mutable_data_ptr<float>();
 }
 

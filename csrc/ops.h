@@ -69,7 +69,7 @@ struct Selection {
   const int64_t* k = nullptr;  // [num_sets]
   int64_t num_sets = 0;
   int32_t* thresholds = nullptr;  // [num_sets]
-  int64_t* stats = nullptr;       // [num_sets, 3]: kept, candidates, whether the guess failed
+  int64_t* stats = nullptr;       // optional, [num_sets, 3]: kept, candidates, whether the guess failed
 
   void visit(Visitor& v) { v.sets("k", k, num_sets); }
   void results(Visitor& v) {

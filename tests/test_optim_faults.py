@@ -1188,3 +1188,13 @@ def test_a_loss_that_is_no_tensor_is_named():
     with pytest.raises(TypeError, match="loss must return a tensor, without calling backward on it, got NoneType"):
         train_step(CrAM(params, lr=0.1), lambda batch: None, torch.ones(2))
     assert_same_bits(params, before)
+
+
+def test_fewer_names_than_parameters_are_said_by_the_step_and_stop_no_copy():
+    params = fresh()
+    optimizer = CrAM([(f"p{i}", p) for i, p in enumerate(params[:2])], lr=0.1)
+    optimizer.param_groups[0]["params"].append(params[2])
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        with pytest.raises(ValueError, match="param_names of a group must name each of its params, in order, got 2 names of 3 parameters"):
+            each.perturb()

@@ -311,7 +311,7 @@ def test_corruptions_are_15_and_repeat():
 
 def test_a_corrupted_share_counts_images():
     """A network that always says 1, on images of which a known number are of class 1."""
-    pytest.importorskip("corrupt_tta")
+    pytest.importorskip("corrupt_tta", reason="corrupt-tta is missing; `pip install 'cram_kernels[examples]'` brings it")
     x, labels = image_sets.images(20, 3, 1)
     small = data.Memory(torch.from_numpy(x), torch.tensor(labels), (0.5,) * 3, (0.5,) * 3)
 

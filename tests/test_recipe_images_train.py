@@ -280,7 +280,7 @@ def test_fashion(tmp_path):
 @pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")
 def test_evaluation(cifar, tmp_path):
     """Two seeds, against pruning, statistics and counting in plain torch."""
-    pytest.importorskip("corrupt_tta")
+    pytest.importorskip("corrupt_tta", reason="corrupt-tta is missing; `pip install 'cram_kernels[examples]'` brings it")
     runs = []
     for seed in (0, 1):
         runs.append(tmp_path / f"run{seed}")

@@ -48,7 +48,7 @@ class Workspace:
                 names = group.get("param_names")
                 for j, param in enumerate(group["params"]):
                     slot = known.get(id(param)) or Slot(param, i, j)
-                    slot.group, slot.position, slot.name = i, j, names[j] if names else None
+                    slot.group, slot.position, slot.name = i, j, names[j] if names and j < len(names) else None
                     slots.append(slot)
             self.slots, self.sizes = slots, sizes
             self.plans.clear()

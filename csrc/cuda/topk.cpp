@@ -103,10 +103,7 @@ void topk(const std::vector<Item>& items, const Perturbation& p, TopkMode mode, 
 }  // namespace
 }  // namespace cuda
 
-void TopkThreshold::run(const cuda::Context& c) {
-  selection.stats = static_cast<int64_t*>(c.allocate(3 * selection.num_sets * sizeof(int64_t)));  // the kernels write them, nobody reads them
-  cuda::topk(items, {}, cuda::TopkMode::kThreshold, selection, c);
-}
+void TopkThreshold::run(const cuda::Context& c) { cuda::topk(items, {}, cuda::TopkMode::kThreshold, selection, c); }
 void PruneTopk::run(const cuda::Context& c) { cuda::topk(items, {}, cuda::TopkMode::kPrune, selection, c); }
 void PerturbTopk::run(const cuda::Context& c) { cuda::topk(items, cuda::perturbation_of(*this), cuda::TopkMode::kPerturb, selection, c); }
 
