@@ -74,6 +74,12 @@ class Model:
         for masks in self.masks.values():
             masks[i] = None
 
+    def touch(self, grads: Grads) -> None:
+        """The state of parameters with a gradient takes their dtype, also in a step that is skipped."""
+        for i, state in self.state.items():
+            if grads[i] is not None:
+                state.update({key: self.stored(t) for key, t in state.items() if key != "t"})
+
     # --- the first half ---
 
     def perturb(self, grads: Grads) -> list[Tensor]:

@@ -739,6 +739,18 @@ def test_a_converted_model_trains_on(convert):
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def test_a_converted_parameter_may_have_its_gradient_in_the_second_half_alone():
+    model = nn.Linear(8, 4)
+    optimizer = CrAM(model, lr=0.5)
+    two_halves(optimizer, list(model.parameters()), [torch.ones(4, 8), torch.ones(4)], [torch.ones(4, 8), torch.ones(4)])
+    model.bfloat16()
+    before = clones(model.parameters())
+    two_halves(
+        optimizer, list(model.parameters()), [torch.ones(4, 8).bfloat16(), None], [torch.zeros(4, 8).bfloat16(), torch.ones(4).bfloat16()]
+    )
+    assert_same_bits([model.bias], [before[1] - 0.5])
+
+
 def test_groups_that_are_made_anew_go_on_counting():
     """Schedules and the draw do not begin again."""
     params = fresh()

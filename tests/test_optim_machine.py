@@ -9,6 +9,8 @@ import gc
 import io
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -236,6 +238,7 @@ class Machine(RuleBasedStateMachine):
         assert self.scaler.get_scale() == scale / 2
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
         self.model.step_count += 1
+        self.model.touch(self.tensors(first))
         if self.model.mask_period > 1:  # which masks are left of it, no contract says: begin anew
             self.optimizer.load_state_dict({k: v for k, v in self.optimizer.state_dict().items() if k != "cram_masks"})
             self.model.masks.clear()
@@ -349,8 +352,7 @@ class Machine(RuleBasedStateMachine):
             self.patterns, self.own = self.patterns[::-1], self.own and self.own[::-1]
             self.model.patterns = self.lists()
         self.params = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in self.params]
-        for state in self.model.state.values():  # torch casts it to the dtype of the parameter
-            state.update({key: self.model.stored(t) for key, t in state.items() if key != "t"})
+        self.model.touch([p.detach() for p in self.params])  # torch casts all state to the dtype of its parameter
         self.net.weights = nn.ParameterList(self.params)
         self.optimizer = self.made(self.params)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
@@ -416,21 +418,27 @@ def _nothing(*_) -> None:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    """The tensors are small: a second thread would only wait."""
-    set_threads(1)
-
-
-@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
-def test_machine(examples):
-    """The same examples in every run, so that a run that was green stays green; `CRAM_KERNELS_FUZZ=5000` searches that many new ones."""
+def search(examples: int) -> None:
+    """The same examples in every run of a commit, unless CRAM_KERNELS_FUZZ says how many new ones to search."""
+    torch.set_num_threads(1)  # the tensors are small: a second thread would only wait
     wanted = int(os.environ.get("CRAM_KERNELS_FUZZ", 0))
     rules = settings(
         max_examples=wanted or examples,
         derandomize=not wanted,
         stateful_step_count=20,
         deadline=None,
+        database=None,
         suppress_health_check=QUIET,
     )
     run_state_machine_as_test(Machine, settings=rules)
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_machine(examples):
+    """In a process of its own: hypothesis draws numbers from the modules that are loaded, which the tests before this one decide."""
+    found = subprocess.run([sys.executable, __file__, str(examples)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+if __name__ == "__main__":
+    search(int(sys.argv[1]))

@@ -61,7 +61,7 @@ class Workspace:
             converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
         active = [s for s in self.slots if s.param.grad is not None]
-        if stale := self.stale(active if converted else self.slots):
+        if stale := self.stale(self.slots):  # also those without a gradient: they may have one in the second half
             if not converted:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
                 raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
