@@ -1,7 +1,6 @@
 """Train a pruned model further, with its zeros held."""
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 from weakref import ref
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .distributed import local_of
-from .params import check_unperturbed, perturbed
+from .params import check_unperturbed, excluded, perturbed
 
 
 class HeldZeros:
@@ -63,7 +62,7 @@ class HeldZeros:
 
 
 @torch.no_grad()
-def hold_zeros(model: nn.Module, exclude: Iterable[str] = ()) -> HeldZeros:
+def hold_zeros(model: nn.Module, exclude: Iterable[str] | None = ()) -> HeldZeros:
     """Keep what is zero now in the model's weights exactly zero, after every step of any torch optimizer: to fine-tune a pruned model.
 
     A hook after each optimizer step sets the held elements to zero, whatever momentum, weight decay or a scaler did to them (a mask on the
@@ -90,19 +89,14 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] = ()) -> HeldZeros:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"hold_zeros: model must be a torch.nn.Module, got {type(model).__name__}")
-    free: set[str] = set()
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for glob in [exclude] if isinstance(exclude, str) else exclude:
-        if not (matched := {name for name in names if fnmatchcase(name, glob)}):
-            raise ValueError(f"hold_zeros: exclude must match the name of a parameter, got {glob!r}")
-        free |= matched
-    excluded = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in free}
+    named = list(model.named_parameters(remove_duplicate=False))
+    free = {id(named[i][1]) for i in excluded("hold_zeros: ", exclude, [(name,) for name, _ in named])}
     masks = {}
     for name, p in model.named_parameters():
         if is_lazy(p):
             raise ValueError(f"hold_zeros: parameter {name!r} must be initialised, got a lazy one: run a forward pass first")
         check_unperturbed("hold_zeros", [(name, p)])
-        if p.dim() > 1 and p.is_floating_point() and id(p) not in excluded and bool((mask := local_of(p) == 0).any()):
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in free and bool((mask := local_of(p) == 0).any()):
             masks[name] = mask
     if not masks:
         raise ValueError("hold_zeros: model must have zeros in parameters of 2 or more dims, got none: prune it first")

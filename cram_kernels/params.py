@@ -1,6 +1,8 @@
 """What a parameter must be for the ops to work on it."""
 
 from collections.abc import Collection, Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 from weakref import WeakSet
 
@@ -121,6 +123,37 @@ def _part_of(prefix: str, name: str, kinds: str, remove: str) -> str:
 def _parametrizations(module: nn.Module) -> nn.Module:
     """By the name of a tensor, what torch.nn.utils.parametrize computes it from."""
     return module.parametrizations if is_parametrized(module) else nn.ModuleDict()  # type: ignore[return-value]
+
+
+def globs_of(where: str, exclude: Any) -> tuple[str, ...]:
+    """The option `exclude` as a tuple: a name, several, or None.
+
+    Raises:
+        ValueError: something in it is no string.
+    """
+    globs = () if exclude is None else exclude if isinstance(exclude, Iterable) and not isinstance(exclude, str) else (exclude,)
+    globs = tuple(globs)
+    if wrong := [glob for glob in globs if not isinstance(glob, str)]:
+        raise ValueError(f"{where}exclude must be names of parameters, got {wrong[0]!r}")
+    return globs
+
+
+def excluded(where: str, exclude: Any, names: Iterable[Sequence[str]], kind: str = "parameter") -> set[int]:
+    """Which of these parameters `exclude` matches, as in `fnmatch`; each has one name or, if it is tied, several.
+
+    Raises:
+        ValueError: a glob matches none: a misspelt one would change what was to be left alone.
+    """
+    all_names, found = list(names), set()
+    for glob in globs_of(where, exclude):
+        matched = {i for i, own in enumerate(all_names) if any(fnmatchcase(name, glob) for name in own)}
+        if not matched:
+            known = [name for own in all_names for name in own]
+            near = get_close_matches(glob, known, 3, 0.5) or known[:3]
+            what = f"{glob!r}, which matches none of {len(known)}" + ("; near are " + ", ".join(map(repr, near)) if near else "")
+            raise ValueError(f"{where}exclude must match the name of a {kind}, got {what}")
+        found |= matched
+    return found
 
 
 def listed(items: Sequence[str], most: int = 5) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .distributed import is_spread
-from .params import embedding_tables, is_plain, listed, outputs_on_axis_1, overlapping, perturbed, reparametrized, why_unfit
+from .params import embedding_tables, excluded, is_plain, listed, outputs_on_axis_1, overlapping, perturbed, reparametrized, why_unfit
 from .patterns import NM, Pattern, TopK
 from .report import Layer, Report
 from .warning import warn
@@ -68,7 +67,6 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = ()
         raise ValueError(f"prune: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
     if isinstance(pattern, TopK) and pattern.scope == "group":
         raise ValueError("prune: pattern must have scope 'model' or 'tensor', got 'group': a model has no parameter groups")
-    exclude = () if exclude is None else exclude
     from .inference.modules import SparseLayer  # which the package does not import by itself
 
     if sparse := [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]:
@@ -79,7 +77,7 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = ()
         return _prune(model, pattern, exclude, prune_embeddings)
 
 
-def _prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str], prune_embeddings: bool) -> Report:
+def _prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None, prune_embeddings: bool) -> Report:
     parameters = _tied_once(model)
     dense = _why_dense(model, parameters, pattern, exclude, prune_embeddings)
     pruned = [found for found in parameters if found.name not in dense]
@@ -146,33 +144,23 @@ def _tied_once(model: nn.Module) -> list[_Found]:
 
 
 def _why_dense(
-    model: nn.Module, parameters: list[_Found], pattern: Pattern, exclude: Iterable[str], prune_embeddings: bool
+    model: nn.Module, parameters: list[_Found], pattern: Pattern, exclude: Iterable[str] | None, prune_embeddings: bool
 ) -> dict[str, str]:
     """First name -> reason, for what stays dense."""
-    excluded = _excluded(parameters, exclude)
+    left_alone = excluded("prune: ", exclude, [found.names for found in parameters])
     told = {} if prune_embeddings else embedding_tables(model)
     if isinstance(pattern, NM):
         told = outputs_on_axis_1(model) | told
     dense = {}
-    for found in parameters:
+    for i, found in enumerate(parameters):
         reasons = [told[id(p)] for p in found.objects if id(p) in told]
-        if found.name in excluded:
+        if i in left_alone:
             dense[found.name] = "excluded"
         elif reasons:
             dense[found.name] = reasons[0]
         elif (reason := _why_unprunable(found, pattern)) is not None:
             dense[found.name] = reason
     return dense
-
-
-def _excluded(parameters: list[_Found], exclude: Iterable[str]) -> set[str]:
-    excluded = set()
-    for glob in [exclude] if isinstance(exclude, str) else exclude:
-        matched = {found.name for found in parameters if any(fnmatchcase(name, glob) for name in found.names)}
-        if not matched:
-            raise ValueError(f"prune: exclude must match the name of a parameter, got {glob!r}, which matches none of {len(parameters)}")
-        excluded |= matched
-    return excluded
 
 
 def _why_unprunable(found: _Found, pattern: Pattern) -> str | None:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..params import excluded
 from ..patterns import NM
 from .consumers import CONSUMERS, Facts, dtype_name
 from .report import NMReport, Row
@@ -18,7 +18,7 @@ NO_WEIGHTS = (torch.bool, torch.int64, torch.bits8)  # masks, indices, and text 
 
 
 @torch.no_grad()
-def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclude: Iterable[str] = ()) -> NMReport:
+def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclude: Iterable[str] | None = ()) -> NMReport:
     """Count, for every tensor, the groups of m input channels with more than n numbers that are not zero.
 
     Args:
@@ -42,19 +42,9 @@ def check_nm(model: nn.Module | Mapping[str, Any], n: int = 2, m: int = 4, exclu
     return check_weights(weights_of(model), NM(n, m), exclude)
 
 
-def check_weights(weights: list[Weight], pattern: NM, exclude: Iterable[str] = ()) -> NMReport:
-    excluded = _excluded(weights, exclude)
-    return NMReport(pattern, tuple(_row(weight, pattern, i in excluded) for i, weight in enumerate(weights)))
-
-
-def _excluded(weights: list[Weight], exclude: Iterable[str]) -> set[int]:
-    found: set[int] = set()
-    for glob in [exclude] if isinstance(exclude, str) else exclude:
-        matched = {i for i, w in enumerate(weights) if any(fnmatchcase(name, glob) for name in (w.name, *w.aliases))}
-        if not matched:
-            raise ValueError(f"exclude must match the name of a tensor, got {glob!r}, which matches none of {len(weights)}")
-        found |= matched
-    return found
+def check_weights(weights: list[Weight], pattern: NM, exclude: Iterable[str] | None = ()) -> NMReport:
+    left_alone = excluded("", exclude, [(weight.name, *weight.aliases) for weight in weights], "tensor")
+    return NMReport(pattern, tuple(_row(weight, pattern, i in left_alone) for i, weight in enumerate(weights)))
 
 
 def why_unread(t: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..atomic import replacing, target
-from ..params import DTYPES, check_unperturbed
+from ..params import DTYPES, check_unperturbed, globs_of
 from ..patterns import NM
 from ..warning import warn
 from . import bitmask, container, cutlass
@@ -126,7 +126,7 @@ def storable(op: str, model: nn.Module | Mapping[str, Any]) -> list[Weight]:
 
 def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prune: bool) -> NMReport:
     """The report of weights of which none violates the pattern; pruned in place where asked."""
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    exclude = globs_of("export: ", exclude)
     report = check_weights(weights, pattern, exclude)
     if prune and (names := {row.name for row in _violating(report)}):
         _prune_([weight for weight in weights if weight.name in names], pattern)

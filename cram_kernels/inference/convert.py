@@ -79,7 +79,8 @@ def sparsify(
 
     Every layer is timed beside its dense self, on inputs of the shapes that it gets when the model runs on `example_inputs`, with the
     present number of threads. It becomes a `SparseLinear` or `SparseConv2d` where it is at least `min_speedup` times as fast for all of
-    these shapes, and keeps its dense weight otherwise. Dense weights of sparse layers are freed.
+    these shapes, and keeps its dense weight otherwise. Dense weights of sparse layers are freed, unless something else holds them, such as
+    an optimizer.
 
     Args:
         model: in eval mode, on the CPU. Layers of type nn.Linear or nn.Conv2d (groups 1) in float32 take part; subclasses stay dense.
@@ -118,7 +119,11 @@ def sparsify(
 def to_dense(model: nn.Module) -> nn.Module:
     """Put every sparse layer of a model back on a dense weight, in place, with the same bits; returns the model.
 
-    A model that is a sparse layer itself is not changed; its dense layer is returned.
+    A Parameter that something still holds since `sparsify`, such as an optimizer or a tied layer, is the layer's again, so the same
+    optimizer goes on. All others are new ones. A model that is a sparse layer itself is not changed; its dense layer is returned.
+
+    Raises:
+        RuntimeError: an optimizer that holds such a Parameter is within a step. Nothing was changed.
 
     Example:
         sparsify(model.eval(), (images,))
@@ -126,7 +131,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, SparseLayer):
         return model.to_dense()
-    _replace(model, {module: module.to_dense() for module in model.modules() if isinstance(module, SparseLayer)})
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    check_unperturbed("to_dense", ((f"{name}.{own}", p) for name, m in sparse.items() for own, p in m.parameters_of_dense().items()))
+    _replace(model, {module: module.to_dense() for module in sparse.values()})
     return model
 
 

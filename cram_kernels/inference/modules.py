@@ -1,10 +1,13 @@
 """nn.Linear and nn.Conv2d on sparse weights, for inference on a CPU."""
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from ..params import check_unperturbed
+from ..warning import warn
 from . import ops
 from .weights import best_layout, check_weight, elements, from_bitmask, pack, to_bitmask, unpack
 
@@ -22,14 +25,30 @@ class SparseLayer(nn.Module):
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, dense: Any) -> None:
         super().__init__()
+        weight, bias = dense.weight, dense.bias
         check_weight(weight)
         self.weight_shape = tuple(weight.shape)
         self.register_buffer("packed", None, persistent=False)
         self._hold(weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.plan: list[int] = []
+        # For the way back. Weakly: the dense weight is freed unless something else holds it, whose memory is not ours to empty.
+        given = {name: p for name, p in (("weight", weight), ("bias", bias)) if isinstance(p, nn.Parameter)}
+        self._trained = {name: p.requires_grad for name, p in given.items()}
+        self._dense = {name: (ref(p), p._version) for name, p in given.items()}
+        self._hooks_of_dense = dense._state_dict_hooks  # of an optimizer that is attached to the model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has Parameters of its own."""
+        return {**self.__dict__, "_dense": {}, "_hooks_of_dense": {}}
+
+    def parameters_of_dense(self) -> dict[str, nn.Parameter]:
+        """The Parameters from which the layer was made, of those that an optimizer or another layer still holds."""
+        sizes = {"weight": self.weight_shape, "bias": self.weight_shape[:1]}
+        found = {name: p for name, (held, _) in self._dense.items() if (p := held()) is not None}
+        return {name: p for name, p in found.items() if (p.shape, p.dtype, p.is_cpu) == (sizes[name], torch.float32, True)}
 
     def _hold(self, weight: Tensor) -> None:
         layout = best_layout(weight)
@@ -56,7 +75,26 @@ class SparseLayer(nn.Module):
         return self.packed.nbytes
 
     def to_dense(self) -> nn.Module:
-        """The dense layer, with the same bits."""
+        """The dense layer, with the same bits, and with the Parameters that it had where something still holds them."""
+        dense, values = self._dense_layer(), {"weight": self.weight, "bias": self.bias}
+        if self._hooks_of_dense:
+            dense._state_dict_hooks = self._hooks_of_dense
+        held = self.parameters_of_dense()
+        check_unperturbed("to_dense", held.items())
+        for name, t in values.items():
+            if t is None:
+                continue
+            if name in held and held[name]._version != self._dense[name][1] and not torch.equal(held[name], t):
+                warn(f"to_dense: a {name} of shape {tuple(t.shape)} is a new Parameter: the old one was written to since, and stays as it is")
+                del held[name]
+            p = held[name] if name in held else nn.Parameter(torch.empty_like(t), self._trained.get(name, True))
+            with torch.no_grad():
+                p.copy_(t)
+            dense._parameters[name] = p
+        return dense.train(self.training)
+
+    def _dense_layer(self) -> nn.Module:
+        """On the meta device."""
         raise NotImplementedError
 
     def _refuse_gradient(self, input: Tensor) -> None:
@@ -109,7 +147,7 @@ class SparseLinear(SparseLayer):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.weight, linear.bias)
+        super().__init__(linear)
         self.out_features, self.in_features = self.weight_shape
 
     def forward(self, input: Tensor) -> Tensor:
@@ -118,10 +156,8 @@ class SparseLinear(SparseLayer):
         x = input if input.is_contiguous() else input.contiguous()
         return ops.sparse_linear(x, own["packed"], own["bias"], self._layout_numbers, self.plan)
 
-    def to_dense(self) -> nn.Linear:
-        """The dense layer, with the same bits."""
-        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None)
-        return _filled(linear, self)
+    def _dense_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
@@ -146,7 +182,7 @@ class SparseConv2d(SparseLayer):
     def __init__(self, conv: nn.Conv2d) -> None:
         if (why := why_no_convolution(conv)) is not None:
             raise ValueError(f"SparseConv2d: conv must {why}")
-        super().__init__(conv.weight, conv.bias)
+        super().__init__(conv)
         self.out_channels, self.in_channels, *kernel = self.weight_shape
         self.kernel_size, self.stride, self.dilation = kernel, list(conv.stride), list(conv.dilation)
         self.padding = _padding(conv)
@@ -158,11 +194,9 @@ class SparseConv2d(SparseLayer):
         output = ops.sparse_conv2d(batch.contiguous(), self.packed, self.bias, *sizes, self.plan)
         return output if input.dim() == 4 else output.squeeze(0)
 
-    def to_dense(self) -> nn.Conv2d:
-        """The dense layer, with the same bits."""
+    def _dense_layer(self) -> nn.Conv2d:
         pairs = {name: tuple(getattr(self, name)) for name in ("kernel_size", "stride", "padding", "dilation")}
-        conv = nn.utils.skip_init(nn.Conv2d, self.in_channels, self.out_channels, bias=self.bias is not None, **pairs)
-        return _filled(conv, self)
+        return nn.Conv2d(self.in_channels, self.out_channels, bias=self.bias is not None, device="meta", **pairs)
 
     def extra_repr(self) -> str:
         pairs = ", ".join(f"{name}={tuple(getattr(self, name))}" for name in ("kernel_size", "stride", "padding", "dilation"))
@@ -182,11 +216,3 @@ def why_no_convolution(conv: nn.Conv2d) -> str | None:
         return f"be padded with zeros, got padding_mode={conv.padding_mode!r}"
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     return None if (left, top) == (right, bottom) else f"be padded alike on both sides, got {(left, right, top, bottom)}"
-
-
-def _filled(dense: Any, sparse: SparseLayer) -> Any:
-    with torch.no_grad():
-        dense.weight.copy_(sparse.weight)
-        if sparse.bias is not None:
-            dense.bias.copy_(sparse.bias)
-    return dense.train(sparse.training)

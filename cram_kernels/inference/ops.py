@@ -46,7 +46,7 @@ def _(
 def refuse_autograd(op: str) -> None:
     raise RuntimeError(
         f"{op}: no argument must require a gradient, got one that does: sparse inference has no backward. "
-        "Call it under torch.inference_mode() or torch.no_grad(), or train the dense model (inference.to_dense) with a new optimizer"
+        "Call it under torch.inference_mode() or torch.no_grad(), or train the dense model: inference.to_dense(model)"
     )
 
 

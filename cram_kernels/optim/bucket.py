@@ -66,6 +66,11 @@ class Slot:
     def __str__(self) -> str:
         return f"parameter {self.position} of group {self.group}" if self.name is None else f"parameter {self.name!r}"
 
+    @property
+    def label(self) -> str:
+        """Its name, or "group.position"."""
+        return self.name or f"{self.group}.{self.position}"
+
     def state_dtype(self) -> torch.dtype:
         """The dtype of the base optimizer's state."""
         return self.dtype if self.master is self.nothing else torch.float32

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import schedule
 from ..coverage import CoverageTable, coverage_of, dense_in, why_dense
-from ..patterns import NM, Pattern, TopK
+from ..patterns import Pattern, TopK
 from ..warning import warn
 from . import halves, options
 from .base import Wrapper, base_of
@@ -122,7 +122,7 @@ class CrAM(Attachable, Wrapper):
         for index, group in enumerate(base.param_groups):
             options.check_new_group(group, group_options, base.defaults)
             options.check_params(base.param_groups, index)
-        options.check_exclude(base.param_groups, self.exclude)
+        self.exclude = options.check_exclude(base.param_groups, self.exclude, params)
         names = [(n, id(p)) for group in base.param_groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)]
         self._dense = dense_in(params, names, prune_embeddings) if isinstance(params, nn.Module) else ({}, {})
         if type(base) not in FUSED and isinstance(base, tuple(FUSED)):
@@ -280,20 +280,18 @@ class CrAM(Attachable, Wrapper):
         """None where the pattern prunes this parameter."""
         return why_dense(self.param_groups[slot.group], slot, pattern, self.exclude, *self._dense)
 
-    def coverage(self, pattern: Pattern) -> CoverageTable:
-        """What this pattern does to each parameter: pruned, or why it stays dense, and how many weights it would leave there now. Warns
-        where it leaves nothing of a parameter.
+    def coverage(self, pattern: Pattern | None = None) -> CoverageTable:
+        """What patterns do to each parameter: pruned, or why it stays dense, and how many weights would be left there now. Warns where
+        nothing is left of a parameter.
+
+        Args:
+            pattern: None: each that a group may draw in the next step. One that no group draws stands for the optimizer's `compression`.
 
         Example:
-            print(opt.coverage(TopK(sparsity=0.9)))
+            print(opt.coverage())
         """
-        if not isinstance(pattern, TopK | NM):
-            raise ValueError(f"CrAM.coverage: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
         options.check_groups(self.base_optimizer)
-        table = coverage_of(self._workspace, self.param_groups, pattern, self._why_dense)
-        if table.emptied:
-            warn(f"CrAM: {pattern} leaves no weight of {', '.join(table.emptied)}: exclude it, or rank by tensor (scope='tensor')")
-        return table
+        return coverage_of(self._workspace, self.param_groups, self.compression, pattern, self._why_dense)
 
     def _check_names(self) -> None:
         options.check_exclude(self.param_groups, self.exclude)

@@ -24,6 +24,7 @@ class ModelHooks:
 
     def __init__(self, model: nn.Module, optimizer: "Wrapper") -> None:
         self.model, self.optimizer = model, weakref.ref(optimizer)
+        optimizer._workspace.name_by(model)
         self.handles: list[Any] = []
         self.unsynced: dict[nn.Module, bool] = {}  # module -> whether DDP has left the gradients of its last pass to each rank
         self.sharded = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]  # by FSDP2

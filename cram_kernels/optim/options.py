@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed import local_of
-from ..params import overlapping, why_unfit
+from ..params import excluded, globs_of, overlapping, why_unfit
 from ..schedule import Groups, checked_compression, is_number, is_schedule
 
 GROUP_OPTIONS = ("rho", "plus", "sparse_grad", "prune", "compression")  # a group may have its own
@@ -46,12 +47,7 @@ def check_constructor_options(seed: Any, exclude: Any, prune_embeddings: Any) ->
     check_bool("prune_embeddings", prune_embeddings)
     if type(seed) is not int:
         raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
-    names: list[Any] = (
-        [] if exclude is None else [exclude] if isinstance(exclude, str) else list(exclude) if isinstance(exclude, Iterable) else [exclude]
-    )
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"CrAM: exclude must be names of parameters, got {wrong[0]!r}")
-    return tuple(names)
+    return globs_of("CrAM: ", exclude)
 
 
 def check_groups(base: Optimizer) -> None:
@@ -131,19 +127,25 @@ def _called(groups: Groups, group: int, position: int) -> str:
     return f"parameter {names[position]!r}" if names else f"parameter {position} of group {group}"
 
 
-def check_exclude(groups: Groups, globs: tuple[str, ...]) -> None:
-    """Each glob must match the name of a parameter: a misspelt one would prune what was to stay dense."""
+def check_exclude(groups: Groups, globs: tuple[str, ...], model: Any = None) -> tuple[str, ...]:
+    """Check that each glob matches the name of a parameter. Returns globs of first names: the groups do not know the others of a tied one.
+
+    Args:
+        model: what the optimizer was made over.
+    """
     if not globs:
-        return
+        return ()
     if any("param_names" not in group for group in groups):
         raise ValueError(
             f"CrAM: exclude needs named parameters, such as the model itself or model.named_parameters(), got {list(globs)} and no names"
         )
-    names = [name for group in groups for name in group["param_names"]]
-    some = ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"CrAM: exclude must match the name of a parameter, got {glob!r}, which matches none of {some}")
+    tied: dict[int, list[str]] = {}
+    for name, p in unwrapped(model).named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else ():
+        tied.setdefault(id(p), []).append(name)
+    named = [[name, *tied.get(id(p), ())] for g in groups for name, p in zip(g["param_names"], g["params"], strict=False)]
+    chosen = [named[i][0] for i in sorted(excluded("CrAM: ", globs, named))]
+    by_first = [glob for glob in globs if any(fnmatchcase(name, glob) for name in chosen)]
+    return (*by_first, *[escape(name) for name in chosen if not any(fnmatchcase(name, glob) for glob in by_first)])
 
 
 def check_unique(groups: Groups, special: set[str]) -> None:

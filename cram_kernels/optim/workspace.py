@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..patterns import Pattern, TopK
 from ..schedule import Groups, key_of
 from ..warning import warn
 from .bucket import STRIDED, Bucket, Slot, by_device, per_tensor
+from .options import unwrapped
 from .step_info import StepInfo
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Workspace:
         self.updating = False  # whether the base may step although a step is open
         self.plain_wanted = self.warned_plain = self.warned_written = False
         self.counters: dict[str, Any] = {}  # those of the groups, for groups that are made anew
+        self.names: Callable[[], dict[int, str]] = dict  # of the parameters of an attached model, by id
         self.slots: list[Slot] = []
         self.sizes: list[int] = []  # parameters of each group
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
@@ -42,17 +45,23 @@ class Workspace:
         sizes = [len(group["params"]) for group in groups]
         params = [p for group in groups for p in group["params"]]
         if sizes != self.sizes or not all(map(is_, params, [s.param for s in self.slots])):
-            known = {id(s.param): s for s in self.slots}
+            known, attached = {id(s.param): s for s in self.slots}, self.names()
             slots = []
             for i, group in enumerate(groups):
                 names = group.get("param_names")
                 for j, param in enumerate(group["params"]):
                     slot = known.get(id(param)) or Slot(param, i, j)
-                    slot.group, slot.position, slot.name = i, j, names[j] if names and j < len(names) else None
+                    slot.group, slot.position, slot.name = i, j, names[j] if names and j < len(names) else attached.get(id(param))
                     slots.append(slot)
             self.slots, self.sizes = slots, sizes
             self.plans.clear()
         return self.slots
+
+    def name_by(self, model: nn.Module) -> None:
+        """From now on messages have the names of this model for parameters that have none in their group."""
+        held = ref(unwrapped(model))
+        self.names = lambda: {} if (model := held()) is None else {id(p): name for name, p in model.named_parameters()}
+        self.sizes = []
 
     def gradients(self, converted: bool) -> tuple[list[Slot], list[Tensor]]:
         """The slots whose parameter has a gradient, and those gradients as the ops take them.
