@@ -61,6 +61,12 @@ def moved(batch: Any, device: torch.device) -> Any:
     return _mapped(batch, to_device)
 
 
+def check_loader(op: str, loader: Any) -> None:
+    """A batch, or a sample of one, can often be iterated, too: it is named before the model fails at a part of it."""
+    if isinstance(loader, Tensor | Mapping | str) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise ValueError(f"{op}: loader must give batches, as a DataLoader or a list [batch] does, got {type(loader).__name__}")
+
+
 def call(model: nn.Module, batch: Any) -> Any:
     """The model on x, on the first of (x, ...), or on a mapping of keyword arguments."""
     if isinstance(batch, Mapping):

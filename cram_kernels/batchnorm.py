@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase  # _
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import buffers
-from .batch import call, moved
+from .batch import call, check_loader, moved
 from .params import listed, perturbed
 from .warning import warn
 
@@ -84,6 +84,8 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"frozen_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.blocks: list[tuple[object, list[tuple[nn.Module, _Hold]]]] = []
 
@@ -154,9 +156,9 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
     Args:
         model: runs eagerly, on its own device, to which batches are moved.
         loader: gives x, (x, ...) or a mapping of keyword arguments, of any types: named tuples, dataclasses, PackedSequence and nested
-            containers stay what they are. Where it is shorter than `batches` it is started again; an iterator that cannot be gives what
-            it has.
-        batches: at least 1.
+            containers stay what they are.
+        batches: how many are used, at least 1. A loader that is shorter is started again as often as needed, so that its samples count
+            several times, in another order if it shuffles; a generator cannot be, and gives what it has.
 
     Returns:
         The number of norms tuned. 0: the model has none that track statistics, and nothing was done.
@@ -177,7 +179,10 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
 
     Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200, section 4: batch-norm tuning after one-shot pruning.
     """
-    if not isinstance(batches, int) or batches < 1:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"tune_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_loader("tune_batchnorm", loader)
+    if type(batches) is not int or batches < 1:
         raise ValueError(f"tune_batchnorm: batches must be an int of at least 1, got {batches!r}")
     if frozen := [name for name, m in model.named_modules() if m in _held]:
         raise RuntimeError(f"tune_batchnorm: batch norms must not be frozen (frozen_batchnorm, an open step), got {frozen[0]!r} frozen")

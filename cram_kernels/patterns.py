@@ -78,7 +78,7 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or not isinstance(self.m, int) or not 1 <= self.n < self.m <= 1024:
+        if type(self.n) is not int or type(self.m) is not int or not 1 <= self.n < self.m <= 1024:
             raise ValueError(f"NM: n and m must be ints with 1 <= n < m <= 1024, got n={self.n!r}, m={self.m!r}")
 
     def why_dense(self, shape: Sequence[int]) -> str | None:

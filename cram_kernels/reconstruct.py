@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .batch import moved
+from .batch import check_loader, moved
 from .batchnorm import _held
 from .distributed import is_spread
 from .layerwise.layers import LinearLayer, find_layers, trace
@@ -59,7 +59,8 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
         prune(model, TopK(0.9))
         print(reconstruct(model, dense, loader))
     """
-    if not isinstance(samples, int) or samples < 1:
+    check_loader("reconstruct", loader)
+    if type(samples) is not int or samples < 1:
         raise ValueError(f"reconstruct: samples must be an int of at least 1, got {samples!r}")
     _check_models(model, dense)
     layers, left = find_layers(model)

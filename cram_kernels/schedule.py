@@ -25,7 +25,7 @@ class SparsityWarmup:
         patterns: what the warm-up ends with. `TopK` patterns are scaled; an `NM` pattern has no sparsity to scale and stays as it is.
         steps: length of the warm-up in optimizer steps, >= 1.
         begin: the first step of the warm-up; `start` holds before it.
-        start: the sparsity to start from, in [0, 1).
+        start: the sparsity to start from, in [0, 1), at most that of each pattern.
         power: 3 is the cubic schedule of the paper and of `torch.ao.pruning.CubicSL`, 1 a straight line.
 
     Raises:
@@ -44,9 +44,11 @@ class SparsityWarmup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", checked_patterns("SparsityWarmup: patterns", self.patterns))
         _check_warmup(type(self).__name__, self.steps, self.begin)
-        if not isinstance(self.start, int | float) or not 0 <= self.start < 1:
+        if not is_number(self.start) or not 0 <= self.start < 1:
             raise ValueError(f"SparsityWarmup: start must be a number in [0, 1), got {self.start!r}")
-        if not isinstance(self.power, int | float) or not self.power > 0:
+        if above := [p for p in self.patterns if isinstance(p, TopK) and p.sparsity < self.start]:
+            raise ValueError(f"SparsityWarmup: start must be at most the sparsity of each pattern, got {self.start!r} above {above[0]!r}")
+        if not is_number(self.power) or not self.power > 0:
             raise ValueError(f"SparsityWarmup: power must be a number > 0, got {self.power!r}")
 
     def __call__(self, step: int) -> tuple[Pattern, ...]:
@@ -77,7 +79,7 @@ class RhoWarmup:
     def __post_init__(self) -> None:
         _check_warmup(type(self).__name__, self.steps, self.begin)
         for name in ("rho", "start"):
-            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < float("inf"):
+            if not is_number(value := getattr(self, name)) or not value >= 0:
                 raise ValueError(f"RhoWarmup: {name} must be a number >= 0, got {value!r}")
 
     def __call__(self, step: int) -> float:

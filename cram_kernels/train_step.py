@@ -30,7 +30,7 @@ def train_step(
         The loss of the first pass, detached.
 
     Raises:
-        TypeError: the loss is no tensor.
+        TypeError: an argument of another kind; nothing was changed. Or the loss is no tensor.
         ValueError: `second_pass` is another value, or the batch cannot be cut. Nothing was changed. Whatever else is raised within the
             step, the weights are the clean ones and the gradients are released.
 
@@ -42,6 +42,12 @@ def train_step(
     paper; docs/when-it-pays.md has what was measured.
     """
     check_second_pass("train_step", second_pass)
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "zero_grad")):
+        raise TypeError(f"train_step: optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if not callable(loss):
+        raise TypeError(f"train_step: loss must be a function that gives the loss of a batch, got {type(loss).__name__}")
+    if scaler is not None and not hasattr(scaler, "scale"):
+        raise TypeError(f"train_step: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
     cram = optimizer if isinstance(optimizer, CrAM) else None
     first, second = (batch, None) if cram is None else split_batch(batch, second_pass)
     optimizer.zero_grad()

@@ -68,7 +68,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
         reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if optimizer.mask_period > 1 else set()
         rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
         thresholds, stats = step.perturb(by_slot, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
-        numels = tuple([n for bucket in buckets for n in bucket.numels])
+        numels = tuple([n for bucket in buckets if bucket.pattern not in reused for n in bucket.numels])
         work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm)
         step.keep_gradients(by_slot, groups)
         for slot in active:
