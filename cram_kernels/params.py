@@ -149,8 +149,9 @@ def excluded(where: str, exclude: Any, names: Iterable[Sequence[str]], kind: str
         matched = {i for i, own in enumerate(all_names) if any(fnmatchcase(name, glob) for name in own)}
         if not matched:
             known = [name for own in all_names for name in own]
-            near = get_close_matches(glob, known, 3, 0.5) or known[:3]
-            what = f"{glob!r}, which matches none of {len(known)}" + ("; near are " + ", ".join(map(repr, near)) if near else "")
+            near = get_close_matches(glob, known, 3, 0.5)
+            some = f"similar: {listed([*map(repr, near)])}" if near else f"there are {listed([*map(repr, known)], 3)}"
+            what = f"{glob!r}, which matches none of {len(known)} names; {some}"
             raise ValueError(f"{where}exclude must match the name of a {kind}, got {what}")
         found |= matched
     return found

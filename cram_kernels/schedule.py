@@ -179,7 +179,7 @@ def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
         known: the keys of all patterns that can be drawn; counts of others are dropped.
     """
     uses = uses_of(groups)
-    for pattern in used:
+    for pattern in dict.fromkeys(used):  # weights on several devices share one
         uses[key_of(pattern)] = uses.get(key_of(pattern), 0) + 1
     kept = tuple((key, n) for key, n in uses.items() if key in known)
     step = groups[0]["cram_step"] + 1 if groups else 0

@@ -12,7 +12,7 @@ from optim_cases import assert_same_bits, clones, random_tensors, set_gradients,
 from torch import nn
 
 import cram_kernels
-from cram_kernels import NM, CrAM, CrAMWarning, RhoWarmup, SparsityWarmup, TopK, hold_zeros, prune, reconstruct, tune_batchnorm
+from cram_kernels import NM, CrAM, CrAMWarning, RhoWarmup, SparsityWarmup, TopK, hold_zeros, prune, reconstruct, schedule, tune_batchnorm
 from cram_kernels.export import check_nm
 from cram_kernels.inference import SparseLinear, sparsify, to_dense
 
@@ -75,7 +75,8 @@ def test_a_misspelt_name_is_refused_with_those_that_are_near(call):
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
     with torch.no_grad():
         model["body"].weight.zero_()
-    with pytest.raises(ValueError, match="exclude must match the name of a .*, got 'haed.weight', which matches none of 4; near are 'head.weight'"):
+    found = "exclude must match the name of a .*, got 'haed.weight', which matches none of 4 names; similar: 'head.weight'"
+    with pytest.raises(ValueError, match=found):
         call(model)
 
 
@@ -290,7 +291,7 @@ LINEAR = nn.Linear(4, 4)
     "call, words",
     [
         (lambda: tune_batchnorm([torch.ones(2, 4)], LINEAR), "tune_batchnorm: model must be a torch.nn.Module, got list"),
-        (lambda: tune_batchnorm(LINEAR, torch.ones(2, 4)), "tune_batchnorm: loader must give batches, as a DataLoader or a list .* got Tensor"),
+        (lambda: tune_batchnorm(LINEAR, torch.ones(2, 4)), "tune_batchnorm: loader must give batches, as a DataLoader .* got Tensor"),
         (lambda: tune_batchnorm(LINEAR, {"input": torch.ones(2, 4)}), "tune_batchnorm: loader must give batches, .* got dict"),
         (lambda: tune_batchnorm(LINEAR, None), "tune_batchnorm: loader must give batches, .* got NoneType"),
         (lambda: tune_batchnorm(LINEAR, [torch.ones(2, 4)], True), "tune_batchnorm: batches must be an int of at least 1, got True"),
@@ -355,6 +356,12 @@ def test_a_loader_that_is_too_short_is_started_again():
 
 
 # --- counts ---
+
+
+def test_a_pattern_of_weights_on_two_devices_counts_once():
+    groups = [{"cram_step": 3, "cram_mask_uses": (("2:4", 1),)}]
+    schedule.count(groups, [NM(2, 4), NM(2, 4)], {"2:4"})
+    assert groups == [{"cram_step": 4, "cram_mask_uses": (("2:4", 2),)}]
 
 
 def test_the_share_of_kept_weights_is_of_those_that_were_ranked():

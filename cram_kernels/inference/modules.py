@@ -85,7 +85,8 @@ class SparseLayer(nn.Module):
             if t is None:
                 continue
             if name in held and held[name]._version != self._dense[name][1] and not torch.equal(held[name], t):
-                warn(f"to_dense: a {name} of shape {tuple(t.shape)} is a new Parameter: the old one was written to since, and stays as it is")
+                shape = tuple(t.shape)
+                warn(f"to_dense: a {name} of shape {shape} is a new Parameter: the old one was written to since, and stays as it is")
                 del held[name]
             p = held[name] if name in held else nn.Parameter(torch.empty_like(t), self._trained.get(name, True))
             with torch.no_grad():
