@@ -40,19 +40,19 @@ def kept_share(tensors, sparsity: float) -> list[int]:
 # --- exclude ---
 
 
-@pytest.mark.parametrize("exclude", ["head.weight", "table.weight", ["head.*"], ["*.weight"]], ids=str)
+@pytest.mark.parametrize("exclude", ["head.weight", "table.weight", ["head.*"], ["table.*", "h*d.weight"]], ids=str)
 def test_a_tied_weight_is_excluded_by_any_of_its_names(exclude):
     model = tied_model()
-    optimizer = CrAM(model, lr=0.1, compression=[TopK(sparsity=0.5)], prune_embeddings=True, exclude=exclude)
+    optimizer = CrAM(model, lr=0.1, compression=[TopK(sparsity=0.5, scope="tensor")], prune_embeddings=True, exclude=exclude)
     [tied] = [c for c in optimizer.coverage() if c.name == "table.weight"]
     assert tied.why_dense.startswith("excluded by ")
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.perturb()
-    assert model["head"].weight.all() and int((model["body"].weight == 0).sum()) == (0 if exclude == ["*.weight"] else 33)
-    optimizer.step()
-    optimizer.add_param_group({"params": [("more.weight", nn.Parameter(torch.ones(8, 8)))]})  # the names are checked again
-    assert [c.why_dense is None for c in optimizer.coverage() if c.name == "more.weight"] == [exclude != ["*.weight"]]
+    assert model["head"].weight.all() and int((model["body"].weight == 0).sum()) == 33
+    optimizer.restore()
+    optimizer.add_param_group({"params": [("more.weight", nn.Parameter(torch.randn(8, 8)))]})  # the names are checked again
+    assert [c.why_dense for c in optimizer.coverage() if c.name == "more.weight"] == [None]
 
 
 def test_a_tied_weight_that_a_model_wraps_is_excluded_by_any_of_its_names():

@@ -142,7 +142,9 @@ def check_exclude(groups: Groups, globs: tuple[str, ...], model: Any = None) -> 
     tied: dict[int, list[str]] = {}
     for name, p in unwrapped(model).named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else ():
         tied.setdefault(id(p), []).append(name)
-    named = [[name, *tied.get(id(p), ())] for g in groups for name, p in zip(g["param_names"], g["params"], strict=False)]
+    named = [
+        list(dict.fromkeys([name, *tied.get(id(p), ())])) for g in groups for name, p in zip(g["param_names"], g["params"], strict=False)
+    ]
     chosen = [named[i][0] for i in sorted(excluded("CrAM: ", globs, named))]
     by_first = [glob for glob in globs if any(fnmatchcase(name, glob) for name in chosen)]
     return (*by_first, *[escape(name) for name in chosen if not any(fnmatchcase(name, glob) for glob in by_first)])
