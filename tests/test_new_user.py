@@ -164,7 +164,7 @@ def test_a_list_of_parameters_has_names_once_a_model_is_attached():
     optimizer.perturb()
     set_gradients(list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
     model[1].bias.data = model[1].bias.data.double()
-    with pytest.raises(RuntimeError, match="CrAM: parameter '1.bias' must keep its dtype"):
+    with pytest.raises(RuntimeError, match=r"CrAM: parameter '1\.bias' must keep its dtype"):
         optimizer.step()
     assert "param_names" not in optimizer.state_dict()["param_groups"][0]  # torch would refuse a group without
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
@@ -265,7 +265,7 @@ def test_no_weight_of_an_open_step_becomes_dense():
     model[0].weight.grad = torch.ones(16, 16)
     before, model[0] = model[0].weight.detach().clone(), SparseLinear(model[0])
     optimizer.perturb()
-    with pytest.raises(RuntimeError, match="to_dense: parameter '0.weight' must not be perturbed"):
+    with pytest.raises(RuntimeError, match=r"to_dense: parameter '0\.weight' must not be perturbed"):
         to_dense(model)
     optimizer.restore()
     assert torch.equal(to_dense(model)[0].weight, before)

@@ -196,7 +196,7 @@ class SparseConv2d(SparseLayer):
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _dense_layer(self) -> nn.Conv2d:
-        pairs = {name: tuple(getattr(self, name)) for name in ("kernel_size", "stride", "padding", "dilation")}
+        pairs: dict[str, Any] = {name: tuple(getattr(self, name)) for name in ("kernel_size", "stride", "padding", "dilation")}
         return nn.Conv2d(self.in_channels, self.out_channels, bias=self.bias is not None, device="meta", **pairs)
 
     def extra_repr(self) -> str:
