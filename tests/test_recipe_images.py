@@ -3,6 +3,8 @@
 import json
 import pickle
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import config as recipe  # noqa: E402
 import corruptions  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import fashion_mnist  # noqa: E402
 import image_sets  # noqa: E402
 import models  # noqa: E402
 
@@ -58,6 +61,36 @@ def test_fashion_is_read_as_written_gzipped_or_not(tmp_path):
     path = tmp_path / "plain"
     image_sets.write_idx(path, x[:, 0])
     assert torch.equal(data._idx(path), train.x[:, 0])
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is missing: Debian's packages are unpacked by it")
+def test_fashion_comes_from_the_package_of_debian(tmp_path, monkeypatch, capsys):
+    """A package of the same layout, as `apt-get download` leaves it."""
+    package = tmp_path / "package"
+    (package / "DEBIAN").mkdir(parents=True)
+    control = "Package: dataset-fashion-mnist\nVersion: 0\nArchitecture: all\nMaintainer: a <a@b.example>\nDescription: test\n"
+    (package / "DEBIAN" / "control").write_text(control)
+    image_sets.write_fashion(package / fashion_mnist.FOLDER)
+    deb = tmp_path / "dataset-fashion-mnist_0_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(package), str(deb)], check=True, capture_output=True)
+    run = fashion_mnist.called
+
+    def called(*command, folder):
+        if command[0] == "apt-get":
+            shutil.copy(deb, folder)
+        else:
+            run(*command, folder=folder)
+
+    monkeypatch.setattr(fashion_mnist, "called", called)
+    for name, options in (("fetched", []), ("given", ["--deb", str(deb)])):
+        monkeypatch.setattr(sys, "argv", ["fashion_mnist.py", "--out", str(tmp_path / name), *options])
+        fashion_mnist.main()
+        assert len(data.load("fashion_mnist", tmp_path / name)[0]) == 64
+        assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(SystemExit, match=r"fashion_mnist.py: dpkg-deb -x none .* failed: "):
+        run("dpkg-deb", "-x", "none", str(tmp_path), folder=tmp_path)
+    with pytest.raises(SystemExit, match="no-such-command is missing"):
+        run("no-such-command", folder=tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="must be an idx file of bytes"):
         data._idx(path)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
 for package in ("jsonargparse", "mlxtend", "matplotlib", "tqdm", "tensorboard"):
     pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[examples]'` brings it")
-sys.path.insert(0, str(IMAGES))
+sys.path[:0] = [str(IMAGES), str(IMAGES.parent)]
+import comparison  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
@@ -337,4 +338,5 @@ def test_the_study_trains_what_is_missing(cifar, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epochs | 1 |" in table
     assert times == [(tmp_path / f"{name}-0" / "last.pt").stat().st_mtime_ns for name in ("sgd-twice", "split")]
-    assert study.changed(Config(out=tmp_path), "sgd-twice", 1).epochs == 400
+    twice = comparison.changed(Config(out=tmp_path), "sgd-twice", study.METHODS["sgd-twice"], 1)
+    assert (twice.epochs, twice.warmup_epochs, twice.seed, twice.out) == (400, 10, 1, tmp_path / "sgd-twice-1")

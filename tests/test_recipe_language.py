@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ LANGUAGE = Path(__file__).parent.parent / "examples" / "language"
 for package in ("jsonargparse", "transformers", "accelerate", "tensorboard"):
     pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[examples,frameworks]'` brings it")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(LANGUAGE))
+sys.path[:0] = [str(LANGUAGE), str(LANGUAGE.parent)]
 import answer  # noqa: E402
 import bbc_news  # noqa: E402
 import classify  # noqa: E402
+import classify_study  # noqa: E402
+import comparison  # noqa: E402
 import recipe  # noqa: E402
 import squad  # noqa: E402
 import text_sets  # noqa: E402
@@ -124,6 +127,47 @@ def test_two_processes_are_one_with_larger_batches(given, tmp_path):
             assert (two[name] - t).norm() <= 0.05 * (t - start[name]).norm() + 1e-6, name
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     assert results[0]["training"]["steps"] == results[1]["training"]["steps"] == 4
+
+
+def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
+    """Two methods, two seeds; its table has the means of what each run has written. A second call runs the one that was taken away."""
+    small = options(given, tmp_path, epochs=1, patterns="[0.5]", reconstruct=64)
+    monkeypatch.setattr(sys, "argv", ["classify_study.py", *small, "--seeds", "2", "--methods", "adamw", "split-twice"])
+    classify_study.main()
+    runs = [tmp_path / f"{name}-{seed}" for name in ("adamw", "split-twice") for seed in (0, 1)]
+    found = [json.loads((folder / "results.json").read_text()) for folder in runs]
+    assert [r["training"]["steps"] for r in found] == [16, 16, 32, 32] and [r["settings"]["seed"] for r in found] == [0, 1, 0, 1]
+    assert [r["settings"]["second_pass"] for r in found] == ["all", "all", "split", "split"]
+    study = json.loads((tmp_path / "study.json").read_text())["runs"]
+    assert [r["dense"] for r in study] == [r["dense"]["accuracy"] for r in found]
+    assert study[3]["pruned"]["50 %"] == {
+        "as pruned": found[3]["pruned"]["50 %"]["accuracy"],
+        "reconstructed": found[3]["reconstructed"]["50 %"]["accuracy"],
+    }
+    mean = (found[2]["dense"]["accuracy"] + found[3]["dense"]["accuracy"]) / 2
+    table = (tmp_path / "table.md").read_text()
+    assert f"| CrAM+ {{50 %, 60 %, 70 %}}, second pass split, 2 epochs | 2 | {mean:.1f} ± " in table and "| AdamW, 1 epochs | 2 |" in table
+    shutil.rmtree(runs[1])
+    times = [(folder / "results.json").stat().st_mtime_ns for folder in runs if folder != runs[1]]
+    classify_study.main()
+    assert times == [(folder / "results.json").stat().st_mtime_ns for folder in runs if folder != runs[1]]
+    assert (tmp_path / "table.md").read_text() == table
+
+
+@pytest.mark.parametrize("name", classify_study.METHODS)
+def test_methods_of_the_study(name):
+    s = classify.Classify(epochs=3, out=Path("study"))
+    one = comparison.changed(s, name, classify_study.METHODS[name], 2)
+    assert (one.seed, one.out) == (2, Path("study") / f"{name}-2")
+    assert one.epochs == (6 if name.endswith("twice") else 3) and one.method == ("adamw" if name.startswith("adamw") else "cram+")
+    assert classify_study.label(recipe.plain(one)) == {
+        "adamw": "AdamW, 3 epochs",
+        "adamw-twice": "AdamW, 6 epochs",
+        "cram": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
+        "warmup": "CrAM+ {50 %, 60 %, 70 %}, sparsities rise over 50 %, 3 epochs",
+        "split": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 3 epochs",
+        "split-twice": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 6 epochs",
+    }[name]
 
 
 @pytest.mark.parametrize("version", ["v1.1", "v2.0"])

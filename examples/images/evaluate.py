@@ -8,7 +8,7 @@ and, from the pruned one anew, after `reconstruct` on the same images. Writes ev
 """
 
 import copy
-import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,9 @@ from tqdm.auto import tqdm
 from train import accuracy, data_of, versions, write_json
 
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
+
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import Summary, summarise, table  # noqa: E402
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed")
 
@@ -118,45 +121,7 @@ def corrupted(model: nn.Module, test: Images, names: list[str], given: Evaluatio
     }
 
 
-def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float, int]]]:
-    """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR"."""
-    columns: dict[str, dict[str, list[float]]] = {}
-    for r in results:
-        found = columns.setdefault(r["label"], {})
-        found.setdefault("dense", []).append(r["dense"])
-        for name, states in r["pruned"].items():
-            for what, value in states.items():
-                found.setdefault(f"{name}, {what}", []).append(value)
-        for name, by_corruption in r.get("corrupted", {}).items():
-            values = [v for severities in by_corruption.values() for v in severities.values()]
-            found.setdefault(f"{name}, corrupted", []).append(statistics.fmean(values))
-    return {
-        name: {c: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v)) for c, v in found.items()}
-        for name, found in columns.items()
-    }
-
-
-def table(summary: dict[str, dict[str, tuple[float, float, int]]], patterns: list[str], repairs: list[str]) -> str:
-    """Markdown: a line for each way of training and of repair."""
-
-    def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
-        if column not in found:
-            return ""
-        mean, spread, runs = found[column]
-        return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
-
-    lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
-    for name, found in summary.items():
-        for i, what in enumerate(repairs):
-            first = [name, str(found["dense"][2]), cell(found, "dense")] if i == 0 else ["", "", ""]
-            lines.append("| " + " | ".join([*first, what, *(cell(found, f"{p}, {what}") for p in patterns)]) + " |")
-        if f"{patterns[0]}, corrupted" in found or "dense, corrupted" in found:
-            values = [cell(found, f"{p}, corrupted") for p in patterns]
-            lines.append("| " + " | ".join(["", "", cell(found, "dense, corrupted"), "corrupted, batch norm tuned", *values]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(summary: dict[str, dict[str, tuple[float, float, int]]], given: Evaluation) -> None:
+def draw(summary: Summary, given: Evaluation) -> None:
     """Accuracy over sparsity: full lines after batch-norm tuning, broken ones after reconstruction."""
     import matplotlib
 

@@ -67,6 +67,7 @@ def vgg16(classes: int, channels: int) -> nn.Module:
 
 SMALL: dict[str, Callable[[int, int], nn.Module]] = {  # (classes, channels of an image)
     "resnet8": lambda classes, channels: ResNet(classes, channels, (1, 1, 1), (8, 16, 32), pool=True),
+    "resnet8_wide": lambda classes, channels: ResNet(classes, channels, (1, 1, 1), (16, 32, 64), pool=True),
     "resnet20": lambda classes, channels: ResNet(classes, channels, (3, 3, 3), (16, 32, 64)),
     "resnet32": lambda classes, channels: ResNet(classes, channels, (5, 5, 5), (16, 32, 64)),
     "resnet18_cifar": lambda classes, channels: ResNet(classes, channels, (2, 2, 2, 2), (64, 128, 256, 512)),

@@ -51,8 +51,8 @@ def read(path: Path, text_column: str, label_column: str) -> list[tuple[str, str
     return rows
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    s: Classify = recipe.parse(Classify, "Classify texts, and prune in one shot.", arguments)
+def classify(s: Classify) -> dict[str, Any]:
+    """Train, prune and judge; returns what results.json holds."""
     if s.threads:
         torch.set_num_threads(s.threads)
     training, test = (read(path, s.text_column, s.label_column) for path in (s.train, s.test))
@@ -90,6 +90,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for batch in inputs:
         batch.pop("labels")
     return recipe.run(model, tokenizer, train_rows, collate, judge, inputs, s)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    return classify(recipe.parse(Classify, "Classify texts, and prune in one shot.", arguments))
 
 
 if __name__ == "__main__":

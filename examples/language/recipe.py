@@ -205,11 +205,15 @@ def run(
             reconstruct(pruned, model, inputs, samples=s.reconstruct)
             results["reconstructed"][name] = judge(pruned)
     s.out.mkdir(parents=True, exist_ok=True)
-    partial = s.out / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(s.out / "results.json")
+    write_json(s.out / "results.json", results)
     print(table(results))
     return results
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def table(results: dict[str, Any]) -> str:

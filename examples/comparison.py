@@ -1,0 +1,83 @@
+"""What the recipes share: the runs of a comparison of methods, and mean and spread over seeds as a table."""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Summary = dict[str, dict[str, tuple[float, float, int]]]
+
+
+def arguments(description: str, methods: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
+    """--seeds and --methods, and the rest of the command line."""
+    parser = argparse.ArgumentParser(description=f"{description} Other options are those of a run.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    return parser.parse_known_args()
+
+
+def changed(settings: Any, name: str, changes: dict[str, Any], seed: int) -> Any:
+    """The settings of one run. Of numbers of epochs `changes` has factors."""
+    changes = {"seed": seed, "out": settings.out / f"{name}-{seed}", **changes}
+    for option in ("epochs", "warmup_epochs"):
+        if option in changes:
+            changes[option] *= getattr(settings, option)
+    return dataclasses.replace(settings, **changes)
+
+
+def runs_of(
+    settings: Any, methods: dict[str, dict[str, Any]], given: argparse.Namespace, started: Callable[[Path], bool], run: Callable[[Any], Any]
+) -> list[Any]:
+    """The settings of all runs, after those have been run that have no results.json; one that was interrupted is resumed.
+
+    Args:
+        methods: name -> what it changes, see `changed`.
+        started: whether a run has left something in its folder to go on from.
+    """
+    for seed in range(given.seeds):
+        for name in given.methods:
+            one = changed(settings, name, methods[name], seed)
+            if not (one.out / "results.json").is_file():
+                print(one.out, flush=True)
+                run(dataclasses.replace(one, resume=started(one.out)))
+    return [changed(settings, name, methods[name], seed) for name in given.methods for seed in range(given.seeds)]
+
+
+def summarise(results: list[dict[str, Any]]) -> Summary:
+    """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR"."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for r in results:
+        found = columns.setdefault(r["label"], {})
+        found.setdefault("dense", []).append(r["dense"])
+        for name, states in r["pruned"].items():
+            for what, value in states.items():
+                found.setdefault(f"{name}, {what}", []).append(value)
+        for name, by_corruption in r.get("corrupted", {}).items():
+            values = [v for severities in by_corruption.values() for v in severities.values()]
+            found.setdefault(f"{name}, corrupted", []).append(statistics.fmean(values))
+    return {
+        name: {c: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0, len(v)) for c, v in found.items()}
+        for name, found in columns.items()
+    }
+
+
+def table(summary: Summary, patterns: list[str], repairs: list[str]) -> str:
+    """Markdown: a line for each way of training and of repair."""
+
+    def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
+        if column not in found:
+            return ""
+        mean, spread, runs = found[column]
+        return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
+
+    lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
+    for name, found in summary.items():
+        for i, what in enumerate(repairs):
+            first = [name, str(found["dense"][2]), cell(found, "dense")] if i == 0 else ["", "", ""]
+            lines.append("| " + " | ".join([*first, what, *(cell(found, f"{p}, {what}") for p in patterns)]) + " |")
+        if f"{patterns[0]}, corrupted" in found or "dense, corrupted" in found:
+            values = [cell(found, f"{p}, corrupted") for p in patterns]
+            lines.append("| " + " | ".join(["", "", cell(found, "dense, corrupted"), "corrupted, batch norm tuned", *values]) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,64 @@
+"""Fine-tune with every method and every seed, prune all of them: a table of docs/results.md.
+
+    python examples/language/classify_study.py --config examples/language/configs/bbc_minilm.yaml --train bbc/train.tsv --test bbc/test.tsv --out study
+
+Runs that are finished (results.json is there) are not run again, an interrupted one goes on after its last checkpoint (--save_steps).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import recipe
+from classify import Classify, classify
+
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import arguments, runs_of, summarise, table  # noqa: E402
+
+METHODS = {  # name: what it changes in the settings; work in passes over a text, AdamW's being 1
+    "adamw": {"method": "adamw"},  # 1
+    "adamw-twice": {"method": "adamw", "epochs": 2},  # 2
+    "cram": {"method": "cram+"},  # 2
+    "warmup": {"method": "cram+", "sparsity_warmup": 0.5},  # 2
+    "split": {"method": "cram+", "second_pass": "split"},  # 1
+    "split-twice": {"method": "cram+", "second_pass": "split", "epochs": 2},  # 2
+}
+
+
+def label(settings: dict[str, Any]) -> str:
+    """What sets a run apart in the table."""
+    name = "AdamW"
+    if settings["method"] != "adamw":
+        name = {"cram": "CrAM", "cram+": "CrAM+"}[settings["method"]]
+        name += f" {{{', '.join(str(recipe.pattern(text)) for text in settings['compression'])}}}"
+        name += f", second pass {settings['second_pass']}" * (settings["second_pass"] != "all")
+        name += f", sparsities rise over {100 * settings['sparsity_warmup']:g} %" * (settings["sparsity_warmup"] > 0)
+    return f"{name}, {settings['epochs']:g} epochs"
+
+
+def row(folder: Path) -> dict[str, Any]:
+    """A finished run in the form of `comparison.summarise`."""
+    found = json.loads((folder / "results.json").read_text())
+    states = {"as pruned": found["pruned"], "reconstructed": found["reconstructed"]}
+    pruned = {
+        name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]
+    }
+    rest = {key: found[key] for key in ("settings", "versions", "training", "zeros")}
+    return {"label": label(found["settings"]), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
+
+
+def main() -> None:
+    given, options = arguments("Fine-tune with every method and every seed, and prune all of them.", METHODS)
+    s: Classify = recipe.parse(Classify, "Classify texts, and prune in one shot.", options)
+    runs = runs_of(s, METHODS, given, lambda folder: any(folder.glob("checkpoint-*")), classify)
+    results = [row(one.out) for one in runs]
+    patterns = list(results[0]["pruned"])
+    text = table(summarise(results), patterns, ["as pruned", "reconstructed"] if s.reconstruct else ["as pruned"])
+    recipe.write_json(s.out / "study.json", {"runs": results})
+    (s.out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
