@@ -160,14 +160,17 @@ def test_methods_of_the_study(name):
     one = comparison.changed(s, name, classify_study.METHODS[name], 2)
     assert (one.seed, one.out) == (2, Path("study") / f"{name}-2")
     assert one.epochs == (6 if name.endswith("twice") else 3) and one.method == ("adamw" if name.startswith("adamw") else "cram+")
-    assert classify_study.label(recipe.plain(one)) == {
-        "adamw": "AdamW, 3 epochs",
-        "adamw-twice": "AdamW, 6 epochs",
-        "cram": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
-        "warmup": "CrAM+ {50 %, 60 %, 70 %}, sparsities rise over 50 %, 3 epochs",
-        "split": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 3 epochs",
-        "split-twice": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 6 epochs",
-    }[name]
+    assert (
+        classify_study.label(recipe.plain(one))
+        == {
+            "adamw": "AdamW, 3 epochs",
+            "adamw-twice": "AdamW, 6 epochs",
+            "cram": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
+            "warmup": "CrAM+ {50 %, 60 %, 70 %}, sparsities rise over 50 %, 3 epochs",
+            "split": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 3 epochs",
+            "split-twice": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 6 epochs",
+        }[name]
+    )
 
 
 @pytest.mark.parametrize("version", ["v1.1", "v2.0"])

@@ -41,9 +41,7 @@ def row(folder: Path) -> dict[str, Any]:
     """A finished run in the form of `comparison.summarise`."""
     found = json.loads((folder / "results.json").read_text())
     states = {"as pruned": found["pruned"], "reconstructed": found["reconstructed"]}
-    pruned = {
-        name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]
-    }
+    pruned = {name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]}
     rest = {key: found[key] for key in ("settings", "versions", "training", "zeros")}
     return {"label": label(found["settings"]), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
 
