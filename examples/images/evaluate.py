@@ -25,7 +25,7 @@ from train import accuracy, data_of, versions, write_json
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, summarise, table  # noqa: E402
+from comparison import Summary, summarise, table
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed")
 

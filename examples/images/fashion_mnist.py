@@ -2,7 +2,7 @@
 
     python examples/images/fashion_mnist.py --out fashion
 
-Needs Debian or a descendant of it, such as Ubuntu, and `apt update` some time before. As root `apt install dataset-fashion-mnist` does the same.
+Needs Debian or a descendant of it, such as Ubuntu, and `apt update` some time before. `apt install dataset-fashion-mnist` is the same for root.
 """
 
 import argparse

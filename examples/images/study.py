@@ -14,7 +14,7 @@ from evaluate import Evaluation, evaluate
 from train import train
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, runs_of  # noqa: E402
+from comparison import arguments, runs_of
 
 METHODS = {  # name: what it changes in the configuration
     "sgd": {"method": "sgd"},

@@ -1,6 +1,7 @@
-"""Fine-tune with every method and every seed, prune all of them: a table of docs/results.md.
+r"""Fine-tune with every method and every seed, prune all of them: a table of docs/results.md.
 
-    python examples/language/classify_study.py --config examples/language/configs/bbc_minilm.yaml --train bbc/train.tsv --test bbc/test.tsv --out study
+    python examples/language/classify_study.py --config examples/language/configs/bbc_minilm.yaml \
+        --train bbc/train.tsv --test bbc/test.tsv --out study
 
 Runs that are finished (results.json is there) are not run again, an interrupted one goes on after its last checkpoint (--save_steps).
 """
@@ -14,7 +15,7 @@ import recipe
 from classify import Classify, classify
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, runs_of, summarise, table  # noqa: E402
+from comparison import arguments, runs_of, summarise, table
 
 METHODS = {  # name: what it changes in the settings; work in passes over a text, AdamW's being 1
     "adamw": {"method": "adamw"},  # 1
