@@ -53,9 +53,9 @@ class CrAMTrainer(TwoPassTrainer, transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer_of(folder, model, optimizer=None, **options):
-    """Four rows a micro-batch, enough for STEPS steps."""
-    optimizer = optimizer or CrAM(model.parameters(), torch.optim.AdamW, **OPTIONS)
+def trainer_of(folder, model, optimizer=None, kind=None, made_with=None, **options):
+    """Four rows a micro-batch, enough for STEPS steps. `made_with`: a class and options, of which Trainer makes the optimizer."""
+    optimizer = None if made_with else optimizer or CrAM(model.parameters(), torch.optim.AdamW, **OPTIONS)
     options = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "linear", **options}
     count = 4 * STEPS * options["gradient_accumulation_steps"]
     common = {
@@ -67,7 +67,8 @@ def trainer_of(folder, model, optimizer=None, **options):
         "save_strategy": "no",
     }
     args = transformers.TrainingArguments(folder, logging_strategy="no", **{**common, **options})
-    trainer = CrAMTrainer(model, args, train_dataset=rows(count), optimizers=(optimizer, None))
+    given = {"optimizers": (optimizer, None), "optimizer_cls_and_kwargs": made_with}
+    trainer = (kind or CrAMTrainer)(model, args, train_dataset=rows(count), **given)
     trainer.model_accepts_loss_kwargs = False  # BERT's classifier ignores num_items_in_batch: its losses are means, to be divided
     return trainer
 
@@ -103,6 +104,52 @@ def test_trainer_is_the_plain_loop(accumulate, tmp_path):
     clean = [loss for i, loss in enumerate(trainer.losses) if i // accumulate % 2 == 0]
     assert result.training_loss == pytest.approx(sum(clean) / len(clean))
     assert_same_bits(weights(model), weights(plain(accumulate)))
+
+
+def test_a_loss_that_is_a_mean_stays_one(tmp_path):
+    """Trainer believes that any forward with keyword arguments divides by the number of items. BERT's classifier does not."""
+    model = bert(dropout=0.1)
+    trainer = trainer_of(tmp_path, model, gradient_accumulation_steps=3)
+    trainer.model_accepts_loss_kwargs = True
+    trainer.train()
+    assert not trainer.model_accepts_loss_kwargs and len(trainer.losses) == 2 + 2 * STEPS * 3
+    judge = bert(dropout=0.1)
+    trainer_of(tmp_path, judge, gradient_accumulation_steps=3).train()
+    assert_same_bits(weights(model), weights(judge))
+
+
+def test_a_loss_without_labels_is_looked_at_again(tmp_path):
+    """The first micro-batch says nothing: no label counts."""
+    model = bert()
+    trainer = trainer_of(tmp_path, model, gradient_accumulation_steps=2)
+    trainer.model_accepts_loss_kwargs = True
+    of, trainer.compute_loss = trainer.compute_loss, lambda *args, **kw: (0.0 if len(trainer.losses) < 2 else 1.0) * of(*args, **kw)
+    trainer.train()
+    assert not trainer.model_accepts_loss_kwargs and len(trainer.losses) == 4 + 2 * STEPS * 2
+
+
+def test_a_loss_function_that_ignores_the_number_of_items_is_refused(tmp_path):
+    model, before = bert(), weights(bert())
+    trainer = trainer_of(tmp_path, model, gradient_accumulation_steps=3)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: torch.nn.functional.cross_entropy(outputs.logits, labels)
+    with pytest.raises(ValueError, match="TwoPassTrainer: compute_loss_func must divide by num_items_in_batch"):
+        trainer.train()
+    assert_same_bits(weights(model), before)
+
+
+def test_an_optimizer_that_knows_no_model_is_attached(tmp_path):
+    """Within a step a checkpoint of the model has its unperturbed weights."""
+    model, seen = bert(), []
+
+    class Looks(CrAMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            seen.append([t.clone() for t in model.state_dict().values()])
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = trainer_of(tmp_path, model)
+    trainer.__class__ = Looks
+    trainer.train()
+    assert_same_bits(seen[1], seen[0])
 
 
 def test_an_uneven_last_step(tmp_path):
@@ -172,9 +219,8 @@ def test_max_grad_norm_clips_each_pass(tmp_path):
 
 def test_optimizer_class_and_options(tmp_path):
     """Trainer makes the groups: weight decay for matrices alone. They share one threshold."""
-    trainer = trainer_of(tmp_path, bert(), object())
-    trainer.optimizer = None
-    trainer.optimizer_cls_and_kwargs = CrAM, {"base_optimizer": torch.optim.AdamW, **OPTIONS, "compression": TopK(0.5)}
+    options = {"base_optimizer": torch.optim.AdamW, **OPTIONS, "compression": TopK(0.5)}
+    trainer = trainer_of(tmp_path, bert(), made_with=(CrAM, options))
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert len(optimizer.param_groups) == 2 and optimizer.param_groups[0]["cram_step"] == STEPS

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..batch import check_second_pass, split_batch
@@ -11,7 +12,9 @@ from ..optim import CrAM
 class TwoPassTrainer:
     """`class CrAMTrainer(TwoPassTrainer, Trainer)`: each optimizer step takes a second gradient, of the same micro-batches.
 
-    The loss that is reported is the clean one, the gradient norm that of the second pass. `args.max_grad_norm` clips each pass.
+    The loss that is reported is the clean one, the gradient norm that of the second pass. `args.max_grad_norm` clips each pass. A loss that
+    is a mean, whatever `num_items_in_batch` is, stays one with several micro-batches or processes. An optimizer that knows no model is
+    attached to the trained one.
 
     Attributes:
         second_pass: the samples of the second pass, "all", "half" or "split" of each micro-batch, see `cram_kernels.split_batch`: set it
@@ -23,6 +26,7 @@ class TwoPassTrainer:
     """
 
     second_pass = "all"
+    _loss_is_known = False
 
     accelerator: Any
     args: Any
@@ -50,7 +54,8 @@ class TwoPassTrainer:
 
         Raises:
             TypeError: the optimizer is not CrAM, or hidden in a wrapper of DeepSpeed or the like.
-            ValueError: fp16 and `args.max_grad_norm`, which would unscale the first gradients.
+            ValueError: fp16 and `args.max_grad_norm`, which would unscale the first gradients; a `compute_loss_func` that ignores
+                `num_items_in_batch`, with several micro-batches or processes.
         """
         cram = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
         if not isinstance(cram, CrAM):
@@ -60,6 +65,10 @@ class TwoPassTrainer:
             raise ValueError(
                 f"TwoPassTrainer: args.max_grad_norm must be 0 with fp16, got {max_norm}: CrAM(max_grad_norm={max_norm}) clips"
             )
+        if cram._hooks is None:  # Trainer made it, of parameters
+            cram.attach(model)
+        if num_items_in_batch is not None and not self._loss_is_known:
+            self._learn_loss(model, inputs, num_items_in_batch)
         step = super().training_step  # type: ignore[misc]
         loss = step(model, inputs, num_items_in_batch)
         if not self.accelerator.sync_gradients:
@@ -78,3 +87,20 @@ class TwoPassTrainer:
             cram.zero_grad()
             raise
         return loss
+
+    def _learn_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> None:
+        """See whether the loss is divided by `num_items_in_batch`. Trainer (5.24) believes it of any model whose forward takes keyword
+        arguments, multiplies by the number of processes, and leaves micro-batches undivided: rho * g would be as many times as long."""
+        if self.accelerator.num_processes == self.args.gradient_accumulation_steps == 1 >= self.args.n_gpu:
+            return
+        loss_of, prepared = self.compute_loss, self._prepare_inputs  # type: ignore[attr-defined]
+        model.eval()  # draws no dropout; Trainer's step goes back to train()
+        with torch.no_grad():
+            losses = [loss_of(model, prepared(inputs), num_items_in_batch=n).mean() for n in (items, 2 * items)]
+        found = self.accelerator.gather(torch.stack(losses)[None])  # the ranks must agree
+        self._loss_is_known = bool(found.any())  # else look again: no label of this batch counts
+        if not self._loss_is_known or not torch.equal(found[:, 0], found[:, 1]):
+            return
+        if getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("TwoPassTrainer: compute_loss_func must divide by num_items_in_batch, got one that does not depend on it")
+        self.model_accepts_loss_kwargs = False  # as Trainer calls it

@@ -27,7 +27,7 @@ class ModelHooks:
         optimizer._workspace.name_by(model)
         self.handles: list[Any] = []
         self.unsynced: dict[nn.Module, bool] = {}  # module -> whether DDP has left the gradients of its last pass to each rank
-        self.sharded = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]  # by FSDP2
+        self.sharded: list[Any] | None = None  # the modules that FSDP2 has sharded by the first step
         for module in model.modules():
             self.handles.append(module.register_state_dict_post_hook(_Hook(self, "after_state_dict")))
             self.handles.append(module.register_load_state_dict_pre_hook(_Hook(self, "before_load")))
@@ -68,8 +68,10 @@ class ModelHooks:
 
     def reshard(self) -> None:
         """The root of an FSDP model keeps a whole copy of its weights after a forward pass: an old one after a change of the shards."""
+        if self.sharded is None:
+            self.sharded = [module for module in self.model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]
         for module in self.sharded:
-            module.reshard()  # type: ignore[operator]
+            module.reshard()
 
     def remove(self) -> None:
         for handle in self.handles:

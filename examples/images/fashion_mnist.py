@@ -2,7 +2,8 @@
 
     python examples/images/fashion_mnist.py --out fashion
 
-Needs Debian or a descendant of it, such as Ubuntu, and `apt update` some time before. `apt install dataset-fashion-mnist` is the same for root.
+Needs Debian or a descendant of it, such as Ubuntu, and `apt update` some time before. For root `apt install dataset-fashion-mnist` is
+the same.
 """
 
 import argparse
