@@ -1,5 +1,7 @@
 """CrAM under Hugging Face's Trainer and Accelerate: the weights of the plain loop, to the bit. The model is built from a configuration."""
 
+import types
+
 import pytest
 import torch
 from optim_cases import assert_same_bits, weights
@@ -231,6 +233,13 @@ def test_another_optimizer_is_refused(tmp_path):
     model = bert()
     with pytest.raises(TypeError, match="optimizer must be CrAM, got AdamW"):
         trainer_of(tmp_path, model, torch.optim.AdamW(model.parameters())).train()
+
+
+def test_fsdp1_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, bert())
+    trainer.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
+    with pytest.raises(ValueError, match="TwoPassTrainer: fsdp_version must be 2, got 1"):
+        trainer.train()
 
 
 def test_an_error_in_the_second_pass_leaves_the_clean_weights(tmp_path):

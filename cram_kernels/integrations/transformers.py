@@ -54,12 +54,15 @@ class TwoPassTrainer:
 
         Raises:
             TypeError: the optimizer is not CrAM, or hidden in a wrapper of DeepSpeed or the like.
-            ValueError: fp16 and `args.max_grad_norm`, which would unscale the first gradients; a `compute_loss_func` that ignores
+            ValueError: FSDP1; fp16 and `args.max_grad_norm`, which would unscale the first gradients; a `compute_loss_func` that ignores
                 `num_items_in_batch`, with several micro-batches or processes.
         """
         cram = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
         if not isinstance(cram, CrAM):
             raise TypeError(f"TwoPassTrainer: optimizer must be CrAM, got {type(cram).__name__}")
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.fsdp_version != 2:
+            raise ValueError(f"TwoPassTrainer: fsdp_version must be 2, got {fsdp.fsdp_version}: FSDP1's flat parameters can't be pruned")
         scaler, max_norm = self.accelerator.scaler, self.args.max_grad_norm
         if scaler is not None and max_norm > 0:
             raise ValueError(
