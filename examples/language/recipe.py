@@ -151,7 +151,7 @@ def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torc
     options = {"lr": s.lr, "weight_decay": s.weight_decay}
     kind: type[Trainer] = Trainer
     if s.method == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), **options)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     else:
         patterns = [pattern(text) for text in s.compression]
         compression = SparsityWarmup(patterns, steps=max(1, round(s.sparsity_warmup * steps))) if s.sparsity_warmup else patterns
