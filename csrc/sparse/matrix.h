@@ -57,7 +57,7 @@ struct SparseKernels {
   const char* name;
 
   // to[row] = from[row] or bias[row], plus the row times x, where x[block] is 0 and x has 256 elements.
-  void (*dot)(const Piece&, const float* x, const Sums&);
+  void (*dot)(const Piece&, int64_t block, const float* x, const Sums&);
 
   // to[row][tile] = from[row][tile] or bias[row], plus the row times the panel, [block + 1][tile].
   void (*accumulate)(int tile, const Piece&, const float* panel, const Sums&);

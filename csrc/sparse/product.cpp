@@ -124,7 +124,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
       validate(kernels, a, piece);
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
-        kernels.dot(piece, spread + i * length + block * (a.block + 1),
+        kernels.dot(piece, a.block, spread + i * length + block * (a.block + 1),
                     Sums{start.data() + row, block == 0, to, 1, to, 1, false});
       }
     }
