@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cram_kernels import NM, TopK, prune
 from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify
-from cram_kernels.inference.trial import low, rounds_of, try_layer
+from cram_kernels.inference.trial import FEW_ROWS, low, rounds_of, try_layer
 
 from .onnx_dense import session_of
 from .resnet import CONVOLUTIONS, resnet50
@@ -71,9 +71,8 @@ def linears(options: argparse.Namespace, rows: tuple[int, ...] = ROWS) -> Iterat
     for sparsity in options.sparsity:
         for out_features, in_features in list(MATRICES)[: 1 if options.quick else None]:
             dense = pruned(nn.Linear(in_features, out_features).eval(), sparsity)
-            sparse = SparseLinear(dense)
             for n in rows[:1] if options.quick else rows:
-                yield layer_row(dense, sparse, (n, in_features), sparsity, options.rounds)
+                yield layer_row(dense, SparseLinear(dense, n <= FEW_ROWS), (n, in_features), sparsity, options.rounds)
 
 
 def berts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

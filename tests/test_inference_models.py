@@ -1,5 +1,6 @@
 """Sparse layers as modules, and sparsify: what it replaces, what it leaves alone and says so, files, compiling, exporting."""
 
+import copy
 import io
 from typing import Any
 
@@ -75,13 +76,32 @@ def test_sparsify_and_back(always: list[tuple[int, ...]]) -> None:
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("few_rows", [False, True])
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.1, 0.05])
 @pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (128, 128)])
-def test_memory(shape: tuple[int, int], density: float) -> None:
+def test_memory(shape: tuple[int, int], density: float, few_rows: bool) -> None:
     """At most 6.1 bytes a non-zero, and all that the layer holds."""
-    layer = SparseLinear(_linear(pruned(*shape, density=density)))
+    layer = SparseLinear(_linear(pruned(*shape, density=density)), few_rows)
     assert layer.weight_bytes <= 6.1 * layer.nonzeros, layer.weight_bytes / layer.nonzeros
     assert sum(t.nbytes for t in layer.buffers()) == layer.weight_bytes
+
+
+def test_a_layer_that_only_sees_single_rows_is_packed_for_them() -> None:
+    """Through `sparsify`, a state dict and back, with the same bits; a weight that is an inference tensor, too."""
+    with torch.inference_mode():
+        model = nn.Sequential(_linear(pruned(256, 512, density=0.1)), nn.ReLU(), _linear(pruned(64, 256, density=0.1))).eval()
+        expected = [model[0].weight.clone(), model[2].weight.clone()]
+        blocks = {}
+        for rows in (1, 32):
+            twin = copy.deepcopy(model)
+            sparsify(twin, (torch.randn(rows, 512),), min_speedup=1)
+            layers = [m for m in twin.modules() if isinstance(m, SparseLinear)] or [SparseLinear(model[0], rows == 1)]
+            blocks[rows] = layers[0].layout.block
+            twin.load_state_dict(twin.state_dict())
+            assert layers[0].layout.block == blocks[rows]
+            to_dense(twin)
+            assert torch.equal(twin[0].weight, expected[0]) and torch.equal(twin[2].weight, expected[1])
+    assert blocks == {1: 64, 32: 171}
 
 
 def _linear(weight: Tensor, bias: bool = False) -> nn.Linear:

@@ -60,7 +60,7 @@ def test_linear(level: str, tile: int) -> None:
         bias = torch.randn(out_features) if out_features % 2 else None
         for n in (1, 2, 7, 8, 13, 31, 64, 100, 129):
             x = torch.randn(n, in_features)
-            for block, section in ((255, 384), (32, 64), (7, 16)):
+            for block, section in ((255, 384), (128, 384), (129, 16), (64, 384), (65, 32), (32, 64), (7, 16)):
                 check(linear(x, weight, bias, [10**6, tile], block, section), functional.linear, x, weight, bias)
 
 
@@ -129,12 +129,14 @@ def test_large_outputs(level: str, tile: int) -> None:
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_nan_and_inf(level: str, tile: int) -> None:
-    """They go where a stored weight takes them, and nowhere else: 0 * Inf is skipped."""
-    weight, x = pruned(20, 40, density=0.3, seed=1), torch.randn(9, 40)
+@pytest.mark.parametrize("block", (16, 64, 100, 128, 129, 255))
+def test_nan_and_inf(level: str, tile: int, block: int) -> None:
+    """They go where a stored weight takes them, and nowhere else: 0 * Inf is skipped, also at the first and last column of a block."""
+    weight, x = pruned(20, 300, density=0.1, seed=1), torch.randn(9, 300)
     weight[2, 5], weight[4, 6] = torch.nan, torch.inf
     x[1, 7], x[3, 8], x[5, 9] = torch.inf, -torch.inf, torch.nan
-    y = linear(x, weight, None, [10**6, tile], 16, 16)
+    x[6, ::block], x[7, block - 1 :: block] = torch.inf, torch.nan
+    y = linear(x, weight, None, [10**6, tile], block, 16)
     stored = weight != 0
     products = torch.where(stored[None], x[:, None, :] * torch.where(stored, weight, 1.0)[None], 0.0)  # [n, out, in]
     expected = products.sum(-1)

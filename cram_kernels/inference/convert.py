@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..params import check_unperturbed
 from ..schedule import is_number
 from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
-from .trial import Trial, plan_from, try_layer
+from .trial import FEW_ROWS, Trial, plan_from, try_layer
 
 Shapes = dict[nn.Module, set[tuple[int, ...]]]  # the input shapes of each layer
 
@@ -211,7 +211,8 @@ def _decide(
         if not shapes:
             why = "no example input reached it" if seen is not None else "without example_inputs the size of its input is unknown"
         else:
-            layer = SparseLinear(module) if isinstance(module, nn.Linear) else SparseConv2d(module)
+            few = all(torch.Size(shape[:-1]).numel() <= FEW_ROWS for shape in shapes)
+            layer = SparseLinear(module, few) if isinstance(module, nn.Linear) else SparseConv2d(module)
             layer.train(module.training)
             trials = [try_layer(module, layer, shape) for shape in shapes]
             layer.plan = plan_from(trials)

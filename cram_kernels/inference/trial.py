@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .modules import SparseLayer, SparseLinear
 
 Run = Callable[[], Tensor]
+FEW_ROWS = 4  # of input, up to which a Linear multiplies row by row
 LAST = 2**62  # the largest number of columns of the last entry of a plan
 
 
@@ -53,7 +54,7 @@ def low(times: list[float]) -> float:
 def candidates(layer: SparseLayer, columns: int) -> list[int]:
     """Tiles that may be fastest for so many columns."""
     tiles = [tile for tile in (8, 16, 32, 64, 128) if tile < 2 * columns or tile == 8]
-    return ([1] if isinstance(layer, SparseLinear) and columns <= 4 else []) + tiles[-3:]
+    return ([1] if isinstance(layer, SparseLinear) and columns <= FEW_ROWS else []) + tiles[-3:]
 
 
 def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...], rounds: int = 15) -> Trial:
@@ -102,6 +103,6 @@ def plan_from(trials: list[Trial]) -> list[int]:
     for columns, following in zip(order, [*order[1:], None], strict=True):
         last = LAST if following is None else max(columns, int((columns * following) ** 0.5))
         if columns == 1 and by_columns[1].tile == 1:
-            last = min(last, 4)  # a dot product for each row of the input
+            last = min(last, FEW_ROWS)  # a dot product for each row of the input
         plan += [last, by_columns[columns].tile]
     return plan

@@ -16,6 +16,9 @@ MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands f
 # Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache.
 # Where less is stored larger blocks pay more, since each costs the loading and storing of sums.
 DENSE_BLOCK, DENSER = 128, 0.15
+# Columns of a block of a weight that is multiplied with single rows of input: 64 elements of one are held in 4 registers. Where FEW_ROWS_DENSER or
+# less is stored, the places of the rows would take a byte for each non-zero.
+FEW_ROWS_BLOCK, FEW_ROWS_DENSER = 64, 0.07
 SECTION = 384  # rows of a section, about
 
 
@@ -36,10 +39,12 @@ class Layout:
         return [self.rows, self.columns, self.block, self.section]
 
 
-def best_layout(weight: Tensor) -> Layout:
-    """The one that was fastest for weights of such a density."""
+def best_layout(weight: Tensor, few_rows: bool = False) -> Layout:
+    """The one that was fastest for weights of such a density, and for up to 4 rows of input or for more."""
     density = weight.count_nonzero().item() / max(1, weight.numel())
-    return layout_of(tuple(weight.shape), DENSE_BLOCK if density > DENSER else MAX_BLOCK)
+    if few_rows and density > FEW_ROWS_DENSER:
+        return layout_of(tuple(weight.shape), FEW_ROWS_BLOCK)
+    return layout_of(tuple(weight.shape), DENSE_BLOCK if few_rows or density > DENSER else MAX_BLOCK)
 
 
 def layout_of(shape: tuple[int, ...], block: int = MAX_BLOCK, section: int = SECTION) -> Layout:

@@ -139,12 +139,13 @@ CRAM_INLINE_KERNEL __m512 look_up(const __m512* x, __m128i column) {
   const auto of_64 = [&](const __m512* from) {
     return _mm512_mask_blend_ps(bit5, _mm512_permutex2var_ps(from[0], at, from[1]), _mm512_permutex2var_ps(from[2], at, from[3]));
   };
+  if constexpr (registers == 4) return of_64(x);
   const __m512 low = _mm512_mask_blend_ps(bit6, of_64(x), of_64(x + 4));
   if constexpr (registers == 8) return low;
   return _mm512_mask_blend_ps(_mm_movepi8_mask(column), low, _mm512_mask_blend_ps(bit6, of_64(x + 8), of_64(x + 12)));
 }
 
-// In blocks of up to 128 columns a filler's bit 7 may be set, which keeps it out of the sum.
+// `registers` hold `block` columns at least. A filler, in column `block`, may be beyond them: it is kept out of the sum.
 template <int registers>
 void dot_slices(const Piece& piece, const float* from, const Sums& s) {
   __m512 x[registers];
@@ -158,8 +159,8 @@ void dot_slices(const Piece& piece, const float* from, const Sums& s) {
     const auto step = [&](int i) {
       const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(column));
       const __m512 found = look_up<registers>(x, c), value = _mm512_loadu_ps(values);
-      sum[i] = registers == 8 ? _mm512_mask3_fmadd_ps(value, found, sum[i], static_cast<__mmask16>(~_mm_movepi8_mask(c)))
-                              : _mm512_fmadd_ps(value, found, sum[i]);
+      sum[i] = registers == 16 ? _mm512_fmadd_ps(value, found, sum[i])
+                               : _mm512_mask3_fmadd_ps(value, found, sum[i], _mm_testn_epi8_mask(c, _mm_set1_epi8(static_cast<char>(registers * 16))));
       values += kLanes, column += kLanes;
     };
     int64_t left = piece.steps_of[first / kLanes];
@@ -174,6 +175,7 @@ void dot_slices(const Piece& piece, const float* from, const Sums& s) {
 }
 
 void dot(const Piece& piece, int64_t block, const float* x, const Sums& s) {
+  if (block <= 64) return dot_slices<4>(piece, x, s);
   if (block <= 128) return dot_slices<8>(piece, x, s);
   dot_slices<16>(piece, x, s);
 }
