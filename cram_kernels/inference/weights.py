@@ -16,8 +16,8 @@ MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands f
 # Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache.
 # Where less is stored larger blocks pay more, since each costs the loading and storing of sums.
 DENSE_BLOCK, DENSER = 128, 0.15
-# Columns of a block of a weight that is multiplied with single rows of input: 64 elements of one are held in 4 registers. Where FEW_ROWS_DENSER or
-# less is stored, the places of the rows would take a byte for each non-zero.
+# Columns of a block of a weight that is multiplied with single rows of input: 64 elements of one are held in 4 registers. Where
+# FEW_ROWS_DENSER or less is stored, the places of the rows would take a byte for each non-zero.
 FEW_ROWS_BLOCK, FEW_ROWS_DENSER = 64, 0.07
 SECTION = 384  # rows of a section, about
 
