@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# The tests' oracles serve here too: `published`, the published optimizers restated, and `compare`, bitwise comparison with the reference.
+# The tests' oracles serve here too: `published`, our port of the published optimizers; `compare`, bitwise comparison with the reference.
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -14,7 +14,7 @@ from cram_kernels.patterns import TopK
 from . import gate, inputs, run
 from .eager import against_eager
 from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
-from .measure import Contest, Contestant, Setup
+from .measure import ROUNDS, Contest, Contestant, Setup
 from .partition import Partition, features_above_avx2
 from .shapes import MODELS, Shape
 
@@ -48,7 +48,7 @@ def prune(model: str, setup: Setup) -> Contest:
 
     op = inputs.prune_run(setup, "prune_topk_", setup.shapes(model), arguments)
     pruned = GlobalUnstructured(op.arguments["weights"], 0.9)
-    contest = op.contest(Contestant("torch.nn.utils.prune", pruned.run, pruned.reset), rounds=5)
+    contest = op.contest(Contestant("torch.nn.utils.prune", pruned.run, pruned.reset), rounds=ROUNDS)
     contest.checks.append(partial(pruned.check, op.arguments["weights"]))
     return contest
 
@@ -88,7 +88,7 @@ def threshold(model: str, sparsity: float, setup: Setup) -> Contest:
 
     op = OpRun(setup, "topk_threshold", setup.shapes(model), arguments, {"weights": 1})
     peers = list(threshold_peers(op))
-    contest = op.contest(*peers, rounds=5)
+    contest = op.contest(*peers, rounds=ROUNDS)
     contest.checks += [partial(same_threshold, op, peer) for peer in peers]
     return contest
 

@@ -1,12 +1,14 @@
 """Is one run of a benchmark slower than another, or is it noise? `python -m benchmarks.compare A.json B.json`.
 
-What is compared is a contestant's time over that of the copy in the same round (where there is one), so that a machine that is slower as a
-whole in one run is not taken for slower code. A difference counts where the exact two-sided Mann-Whitney test of the rounds, corrected for
-the number of comparisons (Holm), rejects chance at 5 %, and the medians differ by more than --least.
+What is compared is a contestant's time over that of the copy in the same round, or of plain SGD where a training step is timed. So a
+machine that is slower as a whole in one run is not taken for slower code. A difference counts where the exact two-sided Mann-Whitney test
+of the rounds, corrected for the number of comparisons (Holm), rejects chance at 5 %, and the medians differ by more than --least. A case of
+so few rounds that no times whatever could pass that test is left out of it (Tarone, Biometrics 46, 1990); its verdict is "cannot tell".
 """
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -16,24 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from cram_kernels.report import table
-from cram_kernels.terminal import show
+from cram_kernels.terminal import Help, show
 
 LEVEL, RESAMPLES = 0.05, 2000
 OK, SLOWER, CANNOT = 0, 1, 2
+UNITS = ("copy_", "streaming copy", "SGD")
+VERDICTS = ("slower", "faster", "within noise", "cannot tell")
 Samples = dict[tuple[str, str], list[float]]
 
 
 def samples(record: dict[str, Any], all_rows: bool) -> Samples:
-    """(case, contestant) -> of each round the time over the copy's, or in ms."""
+    """(case, contestant) -> of each round the time over the unit's (the faster copy), or in ms."""
     found: Samples = {}
     for result in record["results"]:
         timed = [row for row in result["rows"] if len(row.get("rounds_ms", ())) > 1]
-        copy = min((row for row in timed if row["name"] in ("copy_", "streaming copy")), key=lambda row: row["median_ms"], default=None)
+        unit = min((row for row in timed if row["name"] in UNITS), key=lambda row: row["median_ms"], default=None)
         for row in timed:
-            if (row["ours"] or all_rows) and row is not copy:
-                units = copy["rounds_ms"] if copy else [1.0] * len(row["rounds_ms"])
+            if (row["ours"] or all_rows) and row is not unit:
+                units = unit["rounds_ms"] if unit else [1.0] * len(row["rounds_ms"])
                 case = f"{result['case']}, {result['weights']:,} weights" if "weights" in result else result["case"]
-                found[case, row["name"]] = [t / unit for t, unit in zip(row["rounds_ms"], units, strict=True)]
+                found[case, row["name"]] = [t / u for t, u in zip(row["rounds_ms"], units, strict=False)]  # peers may stop earlier
     return found
 
 
@@ -62,6 +66,25 @@ def holm(p: list[float]) -> list[float]:
     return adjusted
 
 
+def least_p(rounds: int, others: int) -> float:
+    """The p-value where every time of one run is above every time of the other: there is no lower one."""
+    return 2 / math.comb(rounds + others, rounds)
+
+
+def able(sizes: list[tuple[int, int]]) -> list[bool]:
+    """Which comparisons of so many rounds can pass the corrected test at all; the correction is for their number alone."""
+    for family in range(1, len(sizes) + 1):
+        found = [family * least_p(*both) < LEVEL for both in sizes]
+        if sum(found) <= family:
+            return found
+    return []
+
+
+def rounds_for(comparisons: int) -> int:
+    """How many rounds of both runs can tell in so many comparisons."""
+    return next(n for n in range(2, 100) if comparisons * least_p(n, n) < LEVEL)
+
+
 def interval(a: list[float], b: list[float]) -> tuple[float, float]:
     """95 % of the ratio of the medians, b over a, by the bootstrap."""
     draw = random.Random(0).choices
@@ -71,27 +94,40 @@ def interval(a: list[float], b: list[float]) -> tuple[float, float]:
 
 def compared(a: Samples, b: Samples, least: float) -> list[dict[str, Any]]:
     common = [key for key in a if key in b]
-    adjusted = holm([p_value(a[key], b[key]) for key in common])
+    told = [key for key, can in zip(common, able([(len(a[key]), len(b[key])) for key in common]), strict=True) if can]
+    adjusted = dict(zip(told, holm([p_value(a[key], b[key]) for key in told]), strict=True))
     rows = []
-    for key, p in zip(common, adjusted, strict=True):
-        ratio = statistics.median(b[key]) / statistics.median(a[key])
-        real = p < LEVEL and abs(ratio - 1) > least
+    for key in common:
+        ratio, p = statistics.median(b[key]) / statistics.median(a[key]), adjusted.get(key)
         low, high = interval(a[key], b[key])
-        verdict = ("slower" if ratio > 1 else "faster") if real else "noise"
-        rows.append({"case": key[0], "name": key[1], "ratio": ratio, "low": low, "high": high, "p": p, "verdict": verdict})
+        slower, faster, noise, cannot = VERDICTS
+        verdict = cannot if p is None else noise if p >= LEVEL or abs(ratio - 1) <= least else slower if ratio > 1 else faster
+        rounds = [len(a[key]), len(b[key])]
+        rows.append(
+            {"case": key[0], "name": key[1], "rounds": rounds, "ratio": ratio, "low": low, "high": high, "p": p, "verdict": verdict}
+        )
     return rows
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compare") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Tell what is slower or faster in B than in A from noise. Exit status: 0; "
-        "1, something of ours is slower; 2, a file cannot be read, or nothing is in both.",
+        description="Tell what became slower or faster from A to B from noise. What has too few rounds for that is said to be so.\n\n"
+        "Exit status: 0, nothing that can be told is slower; 1, something is; 2, a file cannot be read, nothing is in both, or nothing can "
+        "be told.",
+        epilog=f"Example:\n  {prog} before/suite.json after/suite.json --least 0.05",
+        formatter_class=Help,
     )
     parser.add_argument("a", type=Path, metavar="A.json")
     parser.add_argument("b", type=Path, metavar="B.json")
-    parser.add_argument("--least", type=float, default=0.03, metavar="0.03", help="differences of the medians that are too small to matter")
-    parser.add_argument("--all", action="store_true", help="peers too")
+    parser.add_argument(
+        "--least",
+        type=float,
+        default=0.03,
+        metavar="0.03",
+        help="share by which medians must differ to matter; 0.03 if absent",
+    )
+    parser.add_argument("--all", action="store_true", help="judge the peers too, not our code alone")
     parser.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(argv)
     try:
@@ -103,11 +139,15 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     if not found:
         print("compare: both files must have a case in common, with the rounds of its times, got none", file=sys.stderr)
         return CANNOT
+    verdicts = Counter(row["verdict"] for row in found)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
         show(Comparison(before["environment"], after["environment"], found))
-    return SLOWER if any(row["verdict"] == "slower" for row in found) else OK
+    if verdicts["cannot tell"] == len(found):
+        print(f"compare: a case must have {rounds_for(len(found))} rounds in both files to be told from noise, got fewer", file=sys.stderr)
+        return CANNOT
+    return SLOWER if verdicts["slower"] else OK
 
 
 class Comparison:
@@ -116,14 +156,26 @@ class Comparison:
 
     def __str__(self) -> str:
         names = dict.fromkeys(chain(self.before, self.after))
-        changed = [f"{n}: {self.before.get(n)} -> {self.after.get(n)}" for n in names if self.before.get(n) != self.after.get(n)]
+        changed = [f"differs: {n}: {self.before.get(n)} -> {self.after.get(n)}" for n in names if self.before.get(n) != self.after.get(n)]
+        if self.before.get("CPU") != self.after.get("CPU"):
+            changed.append("The CPUs differ, so this compares machines rather than code.")
         cells = [
-            (row["case"], row["name"], f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{row['p']:.2g}", row["verdict"])
+            (
+                row["case"],
+                row["name"],
+                "{} and {}".format(*row["rounds"]),
+                f"{row['ratio']:.3f}",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+                "" if row["p"] is None else f"{row['p']:.2g}",
+                row["verdict"],
+            )
             for row in self.rows
         ]
         counts = Counter(row["verdict"] for row in self.rows)
-        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("slower", "faster", "noise"))
-        return "\n".join([*changed, table(("case", "", "B / A", "95 %", "p", "verdict"), cells, "<<>>><"), told])
+        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+        few = f". To tell all of them, measure both with --rounds {rounds_for(len(self.rows))}" if counts["cannot tell"] else ""
+        head = ("case", "contestant", "rounds", "time, B over A", "95 % of it", "p, corrected", "verdict")
+        return "\n".join([*changed, table(head, cells, "<<>>>><"), f"B compared with A: {told}{few}."])
 
 
 if __name__ == "__main__":

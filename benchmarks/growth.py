@@ -97,7 +97,7 @@ class Overhead:
             Contestant("CrAM.step()", self.optimizer.step, self.between),
             Contestant("torch.optim.SGD(fused=True).step()", self.fused.step, lambda: self.give(self.fused_params)),
         ]
-        times = interleave(contestants, 2 if setup.quick else setup.rounds or 15, setup.device)
+        times = interleave(contestants, setup.how_often(15), setup.device)
         times["its checks alone: the difference"] = [c - h for c, h in zip(times[CHECKED], times[HANDED], strict=True)]
         rows: list[Row] = []
         for name, values in times.items():

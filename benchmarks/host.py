@@ -95,7 +95,7 @@ class Host:
             f"torch.optim.{self.base}(fused=True).step()": self.fused_step,
         }
         contestants = [Contestant(name, partial(repeated, part)) for name, part in names.items()]
-        times = interleave(contestants, 2 if setup.quick else setup.rounds or 60, setup.device, warmup=3)
+        times = interleave(contestants, setup.how_often(60), setup.device, warmup=3)
         calls = self.calls()
         counted = [calls["perturb()"] + calls["step()"], calls["fused"]]
         rows: list[Row] = []

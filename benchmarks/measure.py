@@ -16,6 +16,7 @@ from cram_kernels import _native
 from .shapes import BILLION, MODELS, Shape, billion, shrink
 
 Row = dict[str, Any]
+ROUNDS = 7  # at least, of a case of `make bench`: two runs of so many can be told apart in up to 85 comparisons (compare.py)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Setup:
 
     backend: str = "cpu"
     quick: bool = False
-    rounds: int | None = None  # None: as many as the contest wants
+    rounds: int | None = None  # None: as many as the contest wants, two with `quick`
+
+    def how_often(self, wanted: int) -> int:
+        return self.rounds or (2 if self.quick else wanted)
 
     @property
     def device(self) -> str:
@@ -72,7 +76,7 @@ class Contest:
         """One row a contestant; times in ms, ratios are medians of the ratios within each round."""
         copies = copy_contestants(self.copied, self.device)
         contestants = [*self.contestants, *copies]
-        times = interleave(contestants, 2 if setup.quick else setup.rounds or self.rounds, self.device)
+        times = interleave(contestants, setup.how_often(self.rounds), self.device)
         fastest = min(copies, key=lambda c: statistics.median(times[c.name]))
         fastest.bound = (self.copy_bound, math.inf)
         return [self._row(c, times, fastest.name) for c in contestants]

@@ -1,5 +1,5 @@
-"""The whole CrAM+ step of the optimizer, both halves without forward and backward: ours, the published algorithm, eager torch, the same
-under torch.compile, and torch's fused step alone, which is the lower bound."""
+"""The whole CrAM+ step of the optimizer, both halves without forward and backward: ours, the published algorithm in our own port, eager
+torch, the same under torch.compile, and torch's fused step alone, which is the lower bound."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ from cram_kernels.patterns import NM, Pattern, TopK
 from . import gate, inputs, run
 from .eager import Eager
 from .inputs import RHO
-from .measure import Contest, Contestant, Setup
+from .measure import ROUNDS, Contest, Contestant, Setup
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
@@ -184,7 +184,7 @@ def step(model: str, pattern: Pattern, base: str, setup: Setup, dtype: str = "fp
     weights = sum(p.numel() for p in lists[0])
     perturb, update = ((b - 0.125) * lists[0][0].element_size() / 4 + 0.125 for b in (PERTURB_BYTES, BYTES[base] - PERTURB_BYTES))
     formula = f"{perturb + update} a weight: perturb {perturb} + update {update}"
-    return Contest(contestants, int((perturb + update) * weights), formula, weights, setup.device, [check], rounds=7)
+    return Contest(contestants, int((perturb + update) * weights), formula, weights, setup.device, [check], rounds=ROUNDS)
 
 
 def cases() -> Iterator[run.Case]:

@@ -3,7 +3,6 @@
 The cases are those of the other programs of this folder, as many as ten minutes on two cores allow.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -11,9 +10,10 @@ from pathlib import Path
 
 from cram_kernels.patterns import NM, TopK
 from cram_kernels.report import table as aligned
+from cram_kernels.terminal import Help
 
 from . import bench_adam, bench_nm, bench_sgd, bench_topk, charts, compare, end_to_end, growth, report, run
-from .measure import Row, Setup
+from .measure import ROUNDS, Row, Setup
 from .run import Case
 from .shapes import BILLION, MODELS
 from .step import step
@@ -22,18 +22,19 @@ EPILOG = """Examples:
   cram-kernels bench --quick
   cram-kernels bench compare before/suite.json after/suite.json
 
-Exit status: 0; 1, a result is wrong, or (compare) slower; 2, it cannot run here.
+Exit status: 0; 1, a result is wrong; 2, it cannot run here, or no case has the text of --only in its name. For those of compare see
+`bench compare --help`.
 """
 GIB = 2**30
 
 
 def plain_topk(setup: Setup):
     """Without a peer, which would need more memory than the list."""
-    return bench_topk.perturb_run(setup.shapes(BILLION), TopK(0.9), "fp32", setup).contest(rounds=5)
+    return bench_topk.perturb_run(setup.shapes(BILLION), TopK(0.9), "fp32", setup).contest(rounds=ROUNDS)
 
 
 def plain_sgd(setup: Setup):
-    return bench_sgd.sgd_run(setup.shapes(BILLION), "fp32", setup).contest(rounds=5)
+    return bench_sgd.sgd_run(setup.shapes(BILLION), "fp32", setup).contest(rounds=ROUNDS)
 
 
 def cases() -> Iterator[Case]:
@@ -97,9 +98,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.suite"
     if argv[:1] == ["compare"]:
         return compare.main(argv[1:], prog=f"{prog} compare")
     about = "Measure ops, whole steps and training steps beside their peers: ten minutes on two cores, one with --quick."
-    return run.main(
-        "suite", cases(), argv, prog, finish, description=about, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    usage = f"{prog} [option ...]\n       {prog} compare A.json B.json [option ...]"
+    return run.main("suite", cases(), argv, prog, finish, usage=usage, description=about, epilog=EPILOG, formatter_class=Help)
 
 
 if __name__ == "__main__":
