@@ -1,6 +1,7 @@
 """The program `cram-kernels`, also `python -m cram_kernels`: info, check, prune, export, bench."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import platform
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ Exit status:
      that is needed is missing
   3  check only: something that may be a weight could not be checked
   130  interrupted by Ctrl-C; no file was changed
+  141  the reader of the output closed it, as `head` does
 
 Colours only on a terminal, and not where NO_COLOR is set.
 """
@@ -114,20 +117,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status, see STATUSES."""
     argv = sys.argv[1:] if argv is None else argv
-    command, before = argv[0] if argv else "", warnings.showwarning
+    command, before = argv[0] if argv and not argv[0].startswith("-") else "cram-kernels", warnings.showwarning
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        if command == "bench":
-            return bench(argv[1:])
-        options = parser().parse_args(argv)
-        status = options.run(options)
-        sys.stdout.flush()
-        return status
+        with _written_output():
+            if command == "bench":
+                return bench(argv[1:])
+            options = parser().parse_args(argv)
+            return options.run(options)
     except BrokenPipeError:  # the reader, `head` for one, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at exit does not fail
         return CLOSED
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
+        _say(f"{command}: interrupted")
         return INTERRUPTED
     except Exception as error:
         return _cannot(command, error)
@@ -135,17 +136,39 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = before
 
 
+@contextlib.contextmanager
+def _written_output() -> Iterator[None]:
+    """What was printed is written when the block ends, help texts too; an OSError where it cannot be. Python itself would find that out at
+    its exit, with a status of its own."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, which Python writes at its exit
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise OSError(f"standard output must take what is printed, got {error.strerror}") from error
+
+
 def _cannot(command: str, error: Exception) -> int:
     """Whatever it was: Python's own exit status for an exception, 1, would say that a tensor violates the pattern."""
     if not isinstance(error, OSError | ValueError | ImportError | TypeError):
         traceback.print_exception(error)
-    print(f"{command}: {str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
+    _say(f"{command}: {str(error).removeprefix(f'{command}: ')}")
     return CANNOT
+
+
+def _say(text: str) -> None:
+    """On standard error; where that is full or closed, the exit status has to do."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:
     """Without the line of our code, which tells a user of the program nothing."""
-    print(f"warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
 
 
 if __name__ == "__main__":

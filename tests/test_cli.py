@@ -19,12 +19,14 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils import prune as masks
 
 from cram_kernels import TopK, __version__, cli
+from cram_kernels.export import cli as export_cli
 from cram_kernels.export import prune_file as module
 from cram_kernels.export.files import read
 from cram_kernels.export.prune_file import prune_file
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 COMMANDS = ("info", "check", "prune", "export")
+BENCH = ("bench", "bench compare")
 ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 NAMES = ("encoder.a_rather_long_name_for_a_layer.attention.output.dense.weight", "head.weight", "stem.conv.weight", "norm.weight")
 
@@ -77,17 +79,17 @@ def largest(tensors: list[Tensor], sparsity: float) -> list[Tensor]:
     return [torch.where(t.abs() > threshold, t, 0.0) for t in tensors]
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *BENCH])
 def test_help_fits_80_columns_and_has_an_example(command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"] if command else ["--help"])
+        cli.main([*command.split(), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    assert f"Example:\n  cram-kernels {command} " in text if command else all(f"\n    {name} " in text for name in (*COMMANDS, "bench"))
+    assert f":\n  cram-kernels {command} " in text if command else all(f"\n    {name} " in text for name in (*COMMANDS, "bench"))
     assert "Exit status" in text or command == "info"
-    if command:  # the example is a command line that the parser takes
+    if command not in ("", *BENCH):  # the example is a command line that the parser takes
         example = text.partition("Example:\n")[2].replace("\\\n", " ").splitlines()[0].replace("'", "").split()
         assert example[0] == "cram-kernels" and cli.parser().parse_args(example[1:]).command == command
 
@@ -126,6 +128,28 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait(120) == cli.CLOSED
     child.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("--help",), ("prune", "--help"), ("bench", "compare", "--help")], ids=" ".join)
+def test_output_that_nobody_takes(arguments: tuple[str, ...]) -> None:
+    """Of a full disk and of a reader that is gone: an exit status of ours and one sentence, not Python's 0, 1 or 120."""
+    name = "cram-kernels" if arguments[0] == "--help" else arguments[0]
+    command, env = program(*arguments, PYTHONUNBUFFERED="")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.stderr == f"{name}: standard output must take what is printed, got No space left on device\n"
+    assert done.returncode == cli.CANNOT
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (cli.CLOSED, "")
+
+
+def test_a_message_that_nobody_takes_keeps_the_exit_status(tmp_path: Path) -> None:
+    command, env = program("check", tmp_path / "none.pt")
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=full, timeout=120).returncode == cli.CANNOT
 
 
 @pytest.mark.parametrize("suffixes", [(".pt", ".pt"), (".pt", ".safetensors"), (".safetensors", ".safetensors"), (".safetensors", ".pth")])
@@ -181,6 +205,21 @@ def test_tables_and_what_is_tied_to_them_stay_dense(tmp_path: Path) -> None:
     found = read(tmp_path / "p.safetensors")
     expected, _ = largest([model["embed_tokens"].weight.detach(), model["embed_proj"].weight.detach()], 0.5)
     assert torch.equal(found["head.weight"], expected) and torch.equal(found["embed_tokens.weight"], expected)
+
+
+def test_the_report_names_options_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same facts as `prune_file` gives, in the words that the reader of this report can use."""
+    state = {"embed_tokens.weight": torch.randn(50, 16), "large.weight": torch.randn(32, 16), "small.weight": 1e-6 * torch.randn(8, 8)}
+    torch.save(state, tmp_path / "m.pt")
+    told = prune_file(tmp_path / "m.pt", tmp_path / "p.pt", TopK(sparsity=0.5))
+    for shape in ([], ["--json"]):
+        assert cli.main(["prune", str(tmp_path / "m.pt"), str(tmp_path / "p.pt"), "--sparsity", "0.5", *shape]) == cli.OK
+        text = capsys.readouterr().out
+        assert (
+            "--prune-embeddings prunes it" in text and "; --scope tensor ranks each layer on its own, --exclude keeps a layer dense" in text
+        )
+        assert not any(argument in text for argument in export_cli.OPTIONS)
+    assert all(argument in str(told) for argument in export_cli.OPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["masks", "weight norm", "weight norm of old", "parametrization"])

@@ -1,6 +1,7 @@
 """The commands `check`, `prune` and `export`."""
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..patterns import NM, TopK
+from ..report import Report
 from ..terminal import Help, progress, show
 from .check import check_weights
 from .files import read, weights_in
@@ -19,6 +21,7 @@ from .weights import weights_of
 from .write import FORMATS, export
 
 OK, VIOLATED, UNCHECKED = 0, 1, 3
+OPTIONS = {"prune_embeddings=True": "--prune-embeddings", "scope='tensor'": "--scope tensor", "exclude=": "--exclude"}
 FILES = "safetensors, torch checkpoint (loaded with weights_only), index.json of a model in parts"
 
 
@@ -119,9 +122,21 @@ def run_prune(options: argparse.Namespace) -> int:
         raise ValueError("--scope must be absent for --pattern, which ranks within groups")
     pattern = options.pattern or TopK(sparsity=options.sparsity, scope=options.scope or "model")
     more = {"key": options.key, "prune_embeddings": options.prune_embeddings, "progress": progress}
-    report = prune_file(options.file, options.out, pattern, options.exclude, **more)
+    report = _in_options(prune_file(options.file, options.out, pattern, options.exclude, **more))
     show(report, f"{options.out}: {options.out.stat().st_size:,} bytes", as_json=options.json)
     return OK
+
+
+def _in_options(report: Report) -> Report:
+    """With the names that arguments of `prune` have on the command line."""
+
+    def said(text: str) -> str:
+        for argument, option in OPTIONS.items():
+            text = text.replace(argument, option)
+        return text
+
+    layers = tuple(dataclasses.replace(layer, why_dense=layer.why_dense and said(layer.why_dense)) for layer in report.layers)
+    return dataclasses.replace(report, layers=layers, remarks=tuple(map(said, report.remarks)))
 
 
 def run_export(options: argparse.Namespace) -> int:
