@@ -1,8 +1,10 @@
 """Every argument wrong in turn: RuntimeError with op and argument, and nothing is changed. The same words from every backend."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import messages
 import pytest
 import torch
 from compare import MUTATED, compare_all, named_tensors
@@ -109,6 +111,8 @@ def assert_refused(op: str, argument: str, arguments: dict[str, Any]) -> None:
         getattr(ops, op)(**arguments)
     message = str(refusal.value)
     assert message.startswith(f"{op}: ") and argument in message and " must " in message and ", got " in message, message
+    dtype = re.fullmatch(r".* must be (float32|bfloat16|float16|int32|int64|uint8), got .*", message)
+    assert dtype or messages.listed(message), f"tests/messages.py does not find this in the source: {message}"
     for name, t, before in watched:
         old, new = (x.to_dense() if x.is_sparse else x for x in (before, t))
         assert bool(((new == old) | (old != old)).all()), f"{op} changed {name} and then raised: {message}"
