@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as a site in build/site, which needs no server. Warnings (a dead link, a page that the menu lacks) are errors.
+# The documentation as a site in build/site, to be read from the disk; its search needs a server: python3 -m http.server -d build/site. Warnings (a dead link, a page that the menu lacks) are errors.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 

@@ -1,10 +1,12 @@
 """README and guides: every code block runs, every command exists, every link leads somewhere. A Python block is executed, each page from
-top to bottom in a namespace of its own (doc_names.py); one that cannot run here is preceded by `<!-- skip: next "needs ..." -->`."""
+top to bottom in a namespace of its own (doc_names.py); one that cannot run here is preceded by `<!-- skip: next "needs ..." -->`.
+Notebooks are run by test_tutorial.py."""
 
 import contextlib
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -18,7 +20,10 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from cram_kernels import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from sentences import PAGES, text_of  # noqa: E402
+
 LANGUAGES = {"python", "sh", "text", "json", "mermaid"}
 MAKE = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 EXTRAS = set(re.findall(r"^(\w+) = \[\"", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
@@ -73,7 +78,11 @@ def check_command(words: list[str]) -> None:
 def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    document = Document.parse(str(page), SkipParser(), PythonCodeBlockParser(), CodeBlockParser("sh", check_commands))
+    parsers: list[Any] = [SkipParser(), CodeBlockParser("sh", check_commands)]
+    if page.suffix == ".md":
+        parsers.append(PythonCodeBlockParser())
+    (tmp_path / "page.md").write_text(text_of(page))
+    document = Document.parse(str(page if page.suffix == ".md" else tmp_path / "page.md"), *parsers)
     document.namespace.update(names())
     for example in document.examples():
         try:
@@ -86,21 +95,21 @@ def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_has_a_language(page: Path) -> None:
     """So that none escapes the test above."""
-    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    fences = re.findall(r"^ *```(.*)$", text_of(page), re.MULTILINE)
     assert len(fences) % 2 == 0
     assert {fence.split()[0] if fence else "" for fence in fences[::2]} <= LANGUAGES
 
 
 def anchors(page: Path) -> set[str]:
     """The anchors of the headings, as GitHub and mkdocs make them."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    text: Any = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text: Any = re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     for link in found:
         if link.startswith("https://"):

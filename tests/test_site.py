@@ -85,6 +85,8 @@ def test_a_browser_loads_nothing_from_the_network(site: dict[str, Page]) -> None
 
 def test_the_reference_has_every_public_name(site: dict[str, Page]) -> None:
     assert [name for name in PUBLIC if name not in site["api.html"].ids] == []
+    modules = [name for name in PUBLIC if f"{name}.{name.rpartition('.')[2]}" in site["api.html"].ids]
+    assert modules == [], "the page shows a module in place of the function of its name"
 
 
 CONSTANTS = {"cram_kernels.__version__", "cram_kernels.Pattern", "cram_kernels.export.FORMATS"}

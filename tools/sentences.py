@@ -1,7 +1,8 @@
 """Words a sentence, for every page of the documentation: python tools/sentences.py [PAGE ...].
 
 Counted are paragraphs and list items, and those cells of tables that have 12 words or more. A sentence ends at . ? ! or at the end of its
-paragraph, item or cell. Inline code is one word. Code blocks, formulas (indented), headings, and what has fewer than 4 words are left out.
+paragraph, item or cell. Inline code is one word. Code blocks, formulas (indented, but for what belongs to a list item, a tab or a note),
+headings, tags, and what has fewer than 4 words are left out.
 """
 
 import re
@@ -10,24 +11,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+sys.path.insert(0, str(ROOT / "tools" / "site"))
+
+import notebooks  # noqa: E402
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted(path for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".md", ".ipynb")),
+]
 LIMIT = 20  # on average, on every page
+CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")  # as many backticks at its end as at its beginning
+CELL = re.compile(r"(?<!\\)\|")
+ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|vs|cf|approx|incl|resp|no|nos|fig|figs|sec|eq|p|pp|ch|dr|st)\.(?=\s)", re.IGNORECASE)
 
 
 def blocks(text: str) -> Iterator[str]:
     """Each paragraph, list item and long cell of a table, without its markup."""
-    text = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^( *)(```+|~~~+).*?^\1\2", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = CODE.sub("CODE", text)
+    text = re.sub(r"</?[a-zA-Z][^>\n]*>|<https?:[^>]*>", " ", text)
     paragraph: list[str] = []
+    inside = False  # a list item, a tab or a note: what is indented below it belongs to it
     for line in [*text.splitlines(), ""]:
         new = not line.strip() or re.match(r"\s*([-*+]|\d+\.|#+|\||>|:::|===|!!!)( |$)|\|", line)
         if new and paragraph:
             yield " ".join(paragraph)
             paragraph = []
-        if not line.strip() or line.startswith(("    ", "#", ":::", "===", "!!!", "![", "[![")):
+        if line.strip() and not line.startswith(" "):
+            inside = re.match(r"([-*+]|\d+\.|===|!!!|\?\?\?) ", line) is not None
+        formula = line.startswith("    ") and not inside
+        if formula or not line.strip() or line.lstrip().startswith(("#", ":::", "===", "!!!", "???", "![", "[![")):
             continue
         if line.lstrip().startswith("|"):
-            yield from (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1] if len(cell.split()) >= 12)
+            yield from (cell.strip() for cell in CELL.split(line.strip().strip("|")) if len(cell.split()) >= 12)
         else:
             paragraph.append(re.sub(r"^\s*([-*+]|\d+\.|#+|>) ", "", line).strip())
 
@@ -36,14 +53,18 @@ def sentences(text: str) -> list[str]:
     """The sentences of a page of Markdown."""
     found = []
     for block in blocks(text):
-        plain = re.sub(r"`[^`]+`", "code", block)
-        plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", plain)
+        plain = re.sub(r"!?\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])", r"\1", block)
         plain = re.sub(r"[*_#]", "", plain)
-        plain = re.sub(r"\b(e\.g|i\.e|et al|vs|approx)\.", r"\1", plain)
-        for sentence in re.split(r"(?<=[.?!])\s+(?=[\"'(]?[A-Z0-9c])|(?<=[.?!])[\"')]\s+", plain):
+        plain = ABBREVIATIONS.sub(r"\1", plain)
+        for sentence in re.split(r"(?<=[.?!])\s+(?=[\"'(]?[A-Z0-9])|(?<=[.?!])[\"')]+\s+(?=[\"'(]?[A-Z0-9])", plain):
             if len(words(sentence)) >= 4:
                 found.append(sentence)
     return found
+
+
+def text_of(page: Path) -> str:
+    """Markdown, of a notebook too."""
+    return notebooks.markdown(page) if page.suffix == ".ipynb" else page.read_text()
 
 
 def words(sentence: str) -> list[str]:
@@ -60,7 +81,7 @@ def main(given: list[str]) -> int:
     print(f"{'page':28} {'sentences':>9} {'words each':>10}  longest")
     failed = False
     for page in pages:
-        text = page.read_text()
+        text = text_of(page)
         found = sentences(text)
         longest = max((len(words(s)) for s in found), default=0)
         print(f"{page.name:28} {len(found):9} {average(text):10.1f}  {longest:7}{'  above ' + str(LIMIT) if average(text) > LIMIT else ''}")

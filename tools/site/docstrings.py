@@ -1,4 +1,5 @@
-"""The package's docstrings, as mkdocstrings wants them: what stands under `Example:` is code."""
+"""The package's docstrings, as mkdocstrings wants them: what stands under `Example:` is code, and `cram_kernels.prune` is the function, not
+the module of that name."""
 
 from typing import Any
 
@@ -23,6 +24,11 @@ def fenced(text: str) -> str:
 
 
 class Examples(griffe.Extension):
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for name, member in list(pkg.members.items()):
+            if isinstance(member, griffe.Module) and pkg.imports.get(name) == f"{pkg.path}.{name}.{name}":
+                pkg.members[name] = griffe.Alias(name, member.members[name], parent=pkg)
+
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)

@@ -1,0 +1,108 @@
+"""What README and docs/performance.md show of docs/data/bench.json, a record of `make bench`: python tools/site/bench_tables.py writes the
+tables, between their marks, and the charts. All figures of a table are of one run on one machine, which a line of its own names."""
+
+import json
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RECORD, PAGES = ROOT / "docs" / "data" / "bench.json", (ROOT / "README.md", ROOT / "docs" / "performance.md")
+METHODS = {"SGD": "SGD", "published": "CrAM, published algorithm", "cram_kernels": "CrAM, cram_kernels"}
+Row = dict[str, Any]
+
+
+def machine(record: Row) -> str:
+    of = record["environment"]
+    facts = (
+        of["CPU"],
+        of["SIMD level"],
+        f"{of['threads']} threads",
+        f"torch {of['torch']}",
+        f"cram_kernels {of['cram_kernels']}",
+        of["date"],
+        f"load average {of['load average']:.1f} at the start",
+    )
+    return f"*{', '.join(facts)}.*"
+
+
+def rows(record: Row, case: str) -> dict[str, Row]:
+    (found,) = (result["rows"] for result in record["results"] if result["case"] == case)
+    return {row["name"]: row for row in found}
+
+
+def cost(record: Row) -> str:
+    """The optimizer's part of a step of ResNet-50."""
+    found = [rows(record, f"step ResNet-50 SGD {sparsity} fp32") for sparsity in ("50 %", "90 %")]
+    ours, fused, published = ([step[name] for step in found] for name in ("cram_kernels", "torch.optim.SGD(fused=True)", "published"))
+    lines = {
+        "`cram_kernels`": [f"{row['median_ms']:.0f} ms" for row in ours],
+        "`cram_kernels`, over torch's fused SGD (a plain step)": [f"{1 / row['x_ours']:.1f} x" for row in fused],
+        "the published algorithm, over `cram_kernels`": [f"{row['x_ours']:.0f} x" for row in published],
+    }
+    head = "| the optimizer's part of a step | at 50 % | at 90 % |\n|---|---|---|"
+    return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())])
+
+
+def training(record: Row) -> str:
+    lines = ["| a training step | forward, s | backward, s | optimizer, s | whole, s (spread) | over SGD |", "|" + "---|" * 6]
+    rounds: dict[str, int] = {}
+    for result in record["results"]:
+        if not result["case"].startswith("training step "):
+            continue
+        found = {row["name"]: row for row in result["rows"]}
+        for name, label in METHODS.items():
+            row = found[name]
+            within = [a / b for a, b in zip(row["rounds_ms"], found["SGD"]["rounds_ms"], strict=False)]
+            parts = " | ".join(f"{row[f'{part}_ms'] / 1e3:.2f}" for part in ("forward", "backward", "optimizer", "median"))
+            network, batch = result["case"].removeprefix("training step "), result["batch"].split("x")[0]
+            over, rounds[label] = f"{statistics.median(within):.2f}", len(within)
+            lines.append(f"| {network}, batch {batch}: {label} | {parts} ({row['spread']:.0%}) | {over} |")
+    return "\n".join([*lines, "", f"Rounds: {', '.join(f'{label} {n}' for label, n in rounds.items())}."])
+
+
+def ops(record: Row) -> str:
+    lines = ["| | ms | spread | of a copy | rivals, in times of ours |", "|---|---|---|---|---|"]
+    for result in record["results"]:
+        case = result["case"].replace(", dtypes", "").replace("1 B list", f"list of {result.get('weights', 0) / 1e6:.0f} M")
+        if case.startswith("training") or "by weights" in case:
+            continue
+        peers = [row for row in result["rows"] if not row["ours"] and "copy" not in row["name"]]
+        told = ", ".join(f"{peer['name'].removeprefix('torch.optim.')} {peer['x_ours']:.3g}" for peer in peers)
+        for row in (row for row in result["rows"] if row["ours"]):
+            name = re.sub(r"^(\w+_|topk_threshold) ", r"`\1` ", case if row["name"] == "cram_kernels" else f"{case}, {row['name']}")
+            lines.append(f"| {name} | {row['median_ms']:.3g} | {row['spread']:.0%} | {row['share_of_copy']:.0%} | {told} |")
+    return "\n".join(lines)
+
+
+MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops}
+
+
+def filled(text: str, record: Row) -> str:
+    """With what stands between `<!-- bench: NAME -->` and `<!-- end -->` made anew."""
+    return re.sub(
+        r"(<!-- bench: (\w+) -->\n)(?:.*?\n)??(?=<!-- end -->)",
+        lambda found: f"{found[1]}\n{MADE[found[2]](record)}\n\n",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    record = json.loads(RECORD.read_text())
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), record))
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import charts
+
+    with tempfile.TemporaryDirectory() as folder:
+        charts.draw(record, Path(folder))
+        for chart in Path(folder).glob("*.svg"):
+            (ROOT / "docs" / "images" / f"bench-{chart.name}").write_text(chart.read_text())
+
+
+if __name__ == "__main__":
+    main()
