@@ -1,6 +1,7 @@
 """The published optimizers, restated plainly in torch: the oracle for our drop-in names.
 
-Written anew from what the method (Peste et al., CrAM, ICLR 2023, arXiv 2207.14200) and the code published with it do. Where that code is
+Written anew from what the method (Peste et al., CrAM, ICLR 2023, arXiv 2207.14200) and the code published with it do
+(github.com/IST-DASLab/CrAM, commit b89d9ff, optimization/custom_optimizers.py). Where that code is
 wrong this oracle is wrong in the same way: docs/migrating.md lists those places, test_published.py asserts them. Two things are handed in
 and not drawn or taken here: the compression level of each step (`levels`) and the normalized rho (`scale`). Nothing is printed.
 """

@@ -1,7 +1,8 @@
-"""The pictures that tools/site/figures.py draws are up to date, every picture is on a page, and README quotes the same numbers."""
+"""The pictures that tools/site/figures.py draws are up to date, every picture is on a page, and the pages quote what was measured."""
 
 import json
 import re
+import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "site"))
 
+import bench_tables  # noqa: E402
 import figures  # noqa: E402
 
 
@@ -35,6 +37,51 @@ def test_the_table_of_the_readme_is_what_was_measured() -> None:
         found = [method["summary"]["tuned"][row] for method in methods]
         cells = " | ".join(f"{of['mean']:.1f} ± {of['std']:.1f}" for of in found)
         assert f"| {row} | {cells} |" in table
+
+
+def test_tables_of_bench_are_those_of_the_record() -> None:
+    record = json.loads(bench_tables.RECORD.read_text())
+    assert record["quick"] is False and record["red"] == []
+    for page in bench_tables.PAGES:
+        text = page.read_text()
+        assert bench_tables.filled(text, record) == text, f"run python tools/site/bench_tables.py: {page.name}"
+        assert bench_tables.machine(record) in text and re.findall(r"bench: (\w+) -->\n(?=<!-- end)", text) == []
+    charts = [(figures.IMAGES / f"bench-{name}.svg").read_text() for name in ("parts", "growth", "roofline")]
+    assert all(record["environment"]["CPU"] in chart and "quick" not in chart for chart in charts)
+    (step,) = (result for result in record["results"] if result["case"] == "step ResNet-50 SGD 90 % fp32")  # one cell by hand
+    ours, other = (next(row["rounds_ms"] for row in step["rows"] if row["name"] == name) for name in ("cram_kernels", "published"))
+    times = statistics.median(b / a for a, b in zip(ours, other, strict=True))
+    (cells,) = re.findall(r"^\| the published algorithm, over `cram_kernels` \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert cells.split("|")[1].strip() == f"{times:.0f} x"
+
+
+def measured_accuracies() -> set[str]:
+    """Mean and sample standard deviation of every method, pattern and repair, as pages write them."""
+    found = set()
+    for method in json.loads((figures.DATA / "mnist.json").read_text())["methods"].values():
+        found |= {
+            f"{of['mean']:.1f} ± {of['std']:.1f}" for rows in method["summary"].values() for of in rows.values() if of["std"] is not None
+        }
+    values: dict[tuple[str, ...], list[float]] = {}
+    for run in json.loads((figures.DATA / "mnist5k-study.json").read_text())["runs"]:
+        values.setdefault((run["label"],), []).append(run["dense"])
+        for pattern, states in run["pruned"].items():
+            for state, value in states.items():
+                values.setdefault((run["label"], pattern, state), []).append(value)
+    assert {len(of) for of in values.values()} == {3}
+    return found | {f"{statistics.fmean(of):.1f} ± {statistics.stdev(of):.1f}" for of in values.values()}
+
+
+def test_accuracies_have_a_spread_and_were_measured() -> None:
+    """On the pages that give advice no mean stands alone, and the number of seeds is said; what they quote is in docs/data/."""
+    known = measured_accuracies()
+    for name in ("README.md", "CHANGELOG.md", "docs/when-it-pays.md", "docs/results.md", "docs/pruning.md"):
+        text = (ROOT / name).read_text().replace("**", "")
+        quoted = re.findall(r"\d+\.\d ± \d+\.\d", text)
+        assert quoted and [value for value in quoted if value not in known] == [], name
+        alone = re.findall(r"\b[1-9]\d\.\d\b", re.sub(r"\d+\.\d ± \d+\.\d", "", text))
+        assert name in ("README.md", "docs/results.md") or alone == [], (name, alone)
+        assert re.search(r"3 seeds|three seeds", text), name
 
 
 def test_the_curve_is_at_the_measured_heights() -> None:

@@ -22,18 +22,25 @@ pytestmark = pytest.mark.skipif(not (ROOT / "CITATION.cff").exists(), reason="no
 def test_version_is_the_same_everywhere() -> None:
     newest = re.search(r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert newest is not None and newest[1] == cram_kernels.__version__
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cram_kernels.__version__
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], str(cited["date-released"])) == (cram_kernels.__version__, newest[2])
 
 
 def test_changelog_has_the_form_of_keep_a_changelog() -> None:
-    headings = re.findall(r"^(#+) (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert headings[0] == ("#", "Changelog")
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^(#+) (.+)$", text, re.M)
+    assert headings[:2] == [("#", "Changelog"), ("##", "[Unreleased]")]
+    versions = [heading for mark, heading in headings if mark == "##"]
+    dates = [heading.rpartition(" ")[2] for heading in versions[1:]]
+    assert dates == sorted(dates, reverse=True) and len({*dates}) == len(dates)
+    links = {heading: re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in versions}  # as GitHub makes anchors
+    assert re.findall(r"^(\[.+\]): #(.+)$", text, re.M) == [(heading.partition(" ")[0], link) for heading, link in links.items()]
     kinds = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
-    for (mark, text), (before, _) in zip(headings[1:], headings, strict=False):
+    for (mark, heading), (before, _) in zip(headings[1:], headings, strict=False):
         if mark == "##":
-            assert text == "[Unreleased]" or re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", text), text
+            assert heading == "[Unreleased]" or re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", heading), heading
         else:
-            assert mark == "###" and text in kinds and before != "#", text
+            assert mark == "###" and heading in kinds and before != "#", heading
 
 
 def test_citation_names_the_paper() -> None:
@@ -43,6 +50,15 @@ def test_citation_names_the_paper() -> None:
     paper = cited["preferred-citation"]
     assert [author["family-names"] for author in paper["authors"]] == ["Peste", "Vladu", "Kurtic", "Lampert", "Alistarh"]
     assert paper["url"].endswith("2207.14200") and paper["year"] == 2023 and paper["type"] == "conference-paper"
+
+
+def test_every_setting_is_on_the_page_that_says_what_it_can_do() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    sources = [ROOT / "native_build.py", ROOT / "setup.py", *(ROOT / "cram_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]
+    read = r'(?:environ(?:\.get\(|\[)|getenv\(|ENVIRONMENT = )"(\w+)"'
+    found = {name for path in sources if path.suffix in (".py", ".h", ".cpp", ".cu") for name in re.findall(read, path.read_text())}
+    assert {"CRAM_KERNELS_BACKEND", "CRAM_KERNELS_SIMD", "CRAM_KERNELS_LIBRARIES", "CXX"} <= found
+    assert [name for name in found if f"`{name}`" not in page] == []
 
 
 def test_targets_of_make_that_the_guide_names_exist() -> None:
