@@ -61,7 +61,7 @@ def training(record: Row) -> str:
             network, batch = result["case"].removeprefix("training step "), result["batch"].split("x")[0]
             over, rounds[label] = f"{statistics.median(within):.2f}", len(within)
             lines.append(f"| {network}, batch {batch}: {label} | {parts} ({row['spread']:.0%}) | {over} |")
-    return "\n".join([*lines, "", f"Rounds: {', '.join(f'{label} {n}' for label, n in rounds.items())}."])
+    return "\n".join([*lines, "", f"Rounds: {'; '.join(f'{label} {n}' for label, n in rounds.items())}."])
 
 
 def ops(record: Row) -> str:
