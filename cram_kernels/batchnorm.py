@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import buffers
 from .batch import call, check_loader, moved
-from .params import listed, perturbed
+from .params import check_module, listed, perturbed
 from .warning import warn
 
 _UNTRACKED = (_BatchNorm.forward, SyncBatchNorm.forward)  # those that leave everything alone where track_running_stats is False
@@ -84,8 +84,7 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"frozen_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("frozen_batchnorm", model)
         self.model = model
         self.blocks: list[tuple[object, list[tuple[nn.Module, _Hold]]]] = []
 
@@ -179,8 +178,7 @@ def tune_batchnorm(model: nn.Module, loader: Iterable[Any], batches: int = 100) 
 
     Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200, section 4: batch-norm tuning after one-shot pruning.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"tune_batchnorm: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("tune_batchnorm", model)
     check_loader("tune_batchnorm", loader)
     if type(batches) is not int or batches < 1:
         raise ValueError(f"tune_batchnorm: batches must be an int of at least 1, got {batches!r}")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .optim.bucket import Slot
 from .optim.cram import CrAM
+from .optim.options import check_bool
 from .optim.precision import given_by_scaler
 from .patterns import NM, Pattern, TopK
 
@@ -88,10 +89,11 @@ class TopkCrAM(SAM):
         **kwargs: Any,
     ) -> None:
         options = {"plus": plus_version, "sparse_grad": sparse_grad, "normalize_grad": grad_norm}
+        check_bool("unif_prune", unif_prune)
         self.unif_prune = unif_prune
         if isinstance(sparsities, str) or not isinstance(sparsities, Iterable):
             raise ValueError(f"{type(self).__name__}: sparsities must be a list of numbers in [0, 1), got {sparsities!r}")
-        patterns = [TopK(float(s), "tensor" if unif_prune else "group") for s in sparsities]
+        patterns = [TopK(s, "tensor" if unif_prune else "group") for s in sparsities]
         super().__init__(params, base_optimizer, rho, compression=patterns, **options, **kwargs)
 
     _copied = (*CrAM._copied, "unif_prune")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .distributed import local_of
-from .params import check_unperturbed, excluded, perturbed
+from .params import check_module, check_unperturbed, excluded, perturbed
 
 
 class HeldZeros:
@@ -87,8 +87,7 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] | None = ()) -> HeldZero
         with hold_zeros(model):
             fine_tune(model)
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"hold_zeros: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("hold_zeros", model)
     named = list(model.named_parameters(remove_duplicate=False))
     free = {id(named[i][1]) for i in excluded("hold_zeros: ", exclude, [(name,) for name, _ in named])}
     masks = {}

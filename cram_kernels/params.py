@@ -46,6 +46,11 @@ def check_unperturbed(op: str, named: Iterable[tuple[str, Tensor]]) -> None:
             raise RuntimeError(f"{op}: parameter {name!r} must not be perturbed, got one within a step: step() or restore() first")
 
 
+def check_module(op: str, model: Any, name: str = "model") -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{op}: {name} must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def is_plain(t: Tensor) -> bool:
     """Whether its memory holds its elements, which subclasses with operations of their own (DTensor, FakeTensor) do not promise."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and not t.is_nested

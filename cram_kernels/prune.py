@@ -11,7 +11,18 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .distributed import is_spread
-from .params import embedding_tables, excluded, is_plain, listed, outputs_on_axis_1, overlapping, perturbed, reparametrized, why_unfit
+from .params import (
+    check_module,
+    embedding_tables,
+    excluded,
+    is_plain,
+    listed,
+    outputs_on_axis_1,
+    overlapping,
+    perturbed,
+    reparametrized,
+    why_unfit,
+)
 from .patterns import NM, Pattern, TopK
 from .report import Layer, Report
 from .warning import warn
@@ -61,8 +72,7 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = ()
 
     Source: "CrAM: A Compression-Aware Minimizer", arXiv 2207.14200, section 4: one-shot pruning, then batch-norm tuning.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"prune: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("prune", model)
     if not isinstance(pattern, TopK | NM):
         raise ValueError(f"prune: pattern must be TopK(sparsity=...) or NM(n, m), got {pattern!r}")
     if isinstance(pattern, TopK) and pattern.scope == "group":

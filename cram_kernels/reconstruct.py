@@ -18,7 +18,7 @@ from .distributed import is_spread
 from .layerwise.layers import LinearLayer, find_layers, trace
 from .layerwise.problems import Network, Problem, accumulate, fit, groups, owners
 from .layerwise.report import LayerError, Reconstruction
-from .params import check_unperturbed, overlapping, why_unfit
+from .params import check_module, check_unperturbed, overlapping, why_unfit
 from .warning import warn
 
 
@@ -92,8 +92,7 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
 
 def _check_models(model: nn.Module, dense: nn.Module) -> None:
     for name, given in (("model", model), ("dense", dense)):
-        if not isinstance(given, nn.Module):
-            raise ValueError(f"reconstruct: {name} must be a torch.nn.Module, got {type(given).__name__}")
+        check_module("reconstruct", given, name)
     ours, theirs = dict(model.named_parameters()), dict(dense.named_parameters())
     if differing := [
         name for name in {**ours, **theirs} if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape

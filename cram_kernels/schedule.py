@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .patterns import NM, Pattern, TopK
 
@@ -104,8 +104,8 @@ def is_number(value: Any) -> bool:
 
 
 def is_schedule(value: Any) -> bool:
-    """Whether it can be asked for the value of a step. A class is one that somebody forgot to call."""
-    return callable(value) and not isinstance(value, type)
+    """Whether it can be asked for the value of a step. A class is one that somebody forgot to call; a model is in the wrong place."""
+    return callable(value) and not isinstance(value, type | nn.Module)
 
 
 def checked_patterns(where: str, value: Any) -> tuple[Pattern, ...]:

@@ -55,6 +55,8 @@ def train_step(
         value = loss(first)
         if not isinstance(value, Tensor):
             raise TypeError(f"train_step: loss must return a tensor, without calling backward on it, got {type(value).__name__}")
+        if value.numel() != 1:
+            raise TypeError(f"train_step: loss must return a tensor of one number, got shape {tuple(value.shape)}")
         (value if scaler is None else scaler.scale(value)).backward()
         if cram is not None:
             cram.perturb(scaler)

@@ -13,8 +13,8 @@ from torch import nn
 
 import cram_kernels
 from cram_kernels import NM, CrAM, CrAMWarning, RhoWarmup, SparsityWarmup, TopK, hold_zeros, prune, reconstruct, schedule, tune_batchnorm
-from cram_kernels.export import check_nm
-from cram_kernels.inference import SparseLinear, sparsify, to_dense
+from cram_kernels.export import check_nm, export, load_sparse
+from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify, to_dense
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3)]
 
@@ -303,6 +303,20 @@ LINEAR = nn.Linear(4, 4)
         (lambda: sparsify(LINEAR.eval(), min_speedup="2"), "sparsify: min_speedup must be at least 1, got '2'"),
         (lambda: sparsify(LINEAR.eval(), min_speedup=float("nan")), "sparsify: min_speedup must be at least 1, got nan"),
         (lambda: to_dense(None), "to_dense: model must be a torch.nn.Module, got NoneType"),
+        (lambda: CrAM(3, lr=0.1), "CrAM: params must be a model, or parameters or groups as in torch, got int"),
+        (lambda: CrAM(LINEAR, LINEAR, lr=0.1), "CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance"),
+        (lambda: CrAM(LINEAR, TopK, lr=0.1), "CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance"),
+        (lambda: CrAM(LINEAR, lr=0.1, compression=LINEAR), "CrAM: compression must be a list of patterns"),
+        (lambda: CrAM(LINEAR, lr=0.1, rho=LINEAR), "CrAM: rho must be a number >= 0, a tensor of one, or a schedule"),
+        (lambda: cram_kernels.TopkCrAM(LINEAR, torch.optim.SGD, lr=0.1, unif_prune="no"), "CrAM: unif_prune must be True or False"),
+        (lambda: cram_kernels.TopkCrAM(LINEAR, torch.optim.SGD, lr=0.1, sparsities=["x"]), "TopK: sparsity must be a number in"),
+        (lambda: CrAM(LINEAR, lr=0.1).load_state_dict(LINEAR.state_dict()), "state_dict must be what .* got OrderedDict of another kind"),
+        (lambda: CrAM(LINEAR, lr=0.1).add_param_group([LINEAR.weight]), "param_group must be a dict with params, got list"),
+        (lambda: export(LINEAR, "a.safetensors", pattern=TopK(sparsity=0.5)), r"export: pattern must be NM\(n, m\), got TopK"),
+        (lambda: export(LINEAR, "a.safetensors", prune="no"), "export: prune must be True or False, got 'no'"),
+        (lambda: load_sparse({}, "a.safetensors"), "load_sparse: model must be a torch.nn.Module, got dict"),
+        (lambda: SparseLinear(LINEAR.weight), "SparseLinear: linear must be an nn.Linear, got Parameter"),
+        (lambda: SparseConv2d(LINEAR), "SparseConv2d: conv must be an nn.Conv2d, got Linear"),
         (lambda: NM(True, 4), "NM: n and m must be ints"),
         (lambda: SparsityWarmup([TopK(sparsity=0.5)], steps=True), "steps must be an int of at least 1, got True"),
         (lambda: SparsityWarmup([TopK(sparsity=0.5)], steps=4, start=True), "start must be a number"),
@@ -335,6 +349,12 @@ def test_arguments_of_another_kind_are_refused(call, words):
             lambda: cram_kernels.train_step(torch.optim.SGD(LINEAR.parameters(), lr=0.1), LINEAR, torch.ones(2, 4), scaler=2.0),
             "train_step: scaler must be a torch.amp.GradScaler, got float",
         ),
+        (
+            lambda: cram_kernels.train_step(torch.optim.SGD(LINEAR.parameters(), lr=0.1), LINEAR, torch.ones(2, 4)),
+            r"train_step: loss must return a tensor of one number, got shape \(2, 4\)",
+        ),
+        (lambda: CrAM(LINEAR, lr=0.1).step(LINEAR), "CrAM: closure must be a function that computes the loss"),
+        (lambda: CrAM(LINEAR, lr=0.1).plain_step(CrAM(LINEAR, lr=0.1)), "scaler must be a torch.amp.GradScaler, got CrAM"),
         (lambda: cram_kernels.save("a.pt", {}), "save: path must be a path, and follow what is saved, got dict"),
     ],
     ids=str,

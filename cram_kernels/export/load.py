@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
+from ..params import check_module
 from ..patterns import NM
 from ..report import table
 from . import container, cutlass
@@ -87,6 +88,7 @@ def load_sparse(model: nn.Module, path: str | Path, backend: Backend = "auto", k
     Example:
         print(load_sparse(model, "model.safetensors"))
     """
+    check_module("load_sparse", model)
     if backend not in BACKENDS:
         raise ValueError(f"load_sparse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if sparse := [name for name, p in model.named_parameters() if isinstance(p, SparseSemiStructuredTensor)]:

@@ -73,6 +73,10 @@ def export(
         export(model, "model.safetensors")
     """
     path = Path(path)
+    if not isinstance(pattern, NM):
+        raise ValueError(f"export: pattern must be NM(n, m), got {pattern!r}")
+    if not isinstance(prune, bool):
+        raise ValueError(f"export: prune must be True or False, got {prune!r}")
     if format not in FORMATS:
         raise ValueError(f"export: format must be one of {', '.join(FORMATS)}, got {format!r}")
     suffix = ".onnx" if format == "onnx" else ".safetensors"

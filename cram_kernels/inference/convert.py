@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..params import check_unperturbed
+from ..params import check_module, check_unperturbed
 from ..schedule import is_number
 from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
 from .trial import FEW_ROWS, Trial, plan_from, try_layer
@@ -98,7 +98,7 @@ def sparsify(
         >>> prune(model, TopK(0.9))
         >>> print(sparsify(model.eval(), (images,)))
     """
-    _check_model("sparsify", model)
+    check_module("sparsify", model)
     if not is_number(min_speedup) or min_speedup < 1:
         raise ValueError(f"sparsify: min_speedup must be at least 1, got {min_speedup!r}")
     if model.training:
@@ -131,18 +131,13 @@ def to_dense(model: nn.Module) -> nn.Module:
         sparsify(model.eval(), (images,))
         to_dense(model)
     """
-    _check_model("to_dense", model)
+    check_module("to_dense", model)
     if isinstance(model, SparseLayer):
         return model.to_dense()
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     check_unperturbed("to_dense", ((f"{name}.{own}", p) for name, m in sparse.items() for own, p in m.parameters_of_dense().items()))
     _replace(model, {module: module.to_dense() for module in sparse.values()})
     return model
-
-
-def _check_model(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

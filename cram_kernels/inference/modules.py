@@ -150,6 +150,8 @@ class SparseLinear(SparseLayer):
     """
 
     def __init__(self, linear: nn.Linear, few_rows: bool = False) -> None:
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"SparseLinear: linear must be an nn.Linear, got {type(linear).__name__}")
         super().__init__(linear, few_rows)
         self.out_features, self.in_features = self.weight_shape
 
@@ -183,6 +185,8 @@ class SparseConv2d(SparseLayer):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
+        if not isinstance(conv, nn.Conv2d):
+            raise ValueError(f"SparseConv2d: conv must be an nn.Conv2d, got {type(conv).__name__}")
         if (why := why_no_convolution(conv)) is not None:
             raise ValueError(f"SparseConv2d: conv must {why}")
         super().__init__(conv)

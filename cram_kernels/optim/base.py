@@ -153,6 +153,8 @@ class Wrapper(Optimizer):
         Raises:
             ValueError: as the constructor. Nothing was changed.
         """
+        if not (isinstance(param_group, dict) and "params" in param_group):
+            raise ValueError(f"CrAM: param_group must be a dict with params, got {type(param_group).__name__}")
         ours = {key: self.defaults[key] for key in options.GROUP_OPTIONS}
         options.check_new_group(param_group, ours, self.base_optimizer.defaults)
         self._note_counters()
@@ -190,6 +192,10 @@ class Wrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Ours, or one of the base optimizer: options that it lacks keep their values, and so do patterns and schedules; masks that it
         lacks are computed anew. Where a step is open, it is given up: the next `step()` raises."""
+        if not (isinstance(state_dict, dict) and "param_groups" in state_dict) and not self._optimizer_load_state_dict_pre_hooks:
+            raise ValueError(
+                f"CrAM: state_dict must be what state_dict() of an optimizer gave, got {type(state_dict).__name__} of another kind"
+            )
         super().load_state_dict(state_dict)
         if getattr(self, "master_weights", False):
             reload_float32(self.state, self.param_groups, state_dict)
@@ -250,10 +256,12 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
             raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
         if params is not None:
             _name(base, params)
-    elif not callable(base_optimizer):
+    elif not schedule.is_schedule(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
     elif params is None:
         raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
+    elif not isinstance(params, Iterable):
+        raise ValueError(f"CrAM: params must be a model, or parameters or groups as in torch, got {type(params).__name__}")
     else:
         base = base_optimizer(params, **base_options)
     if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):

@@ -196,7 +196,7 @@ class CrAM(Attachable, Wrapper):
                 ones, nothing is updated.
         """
         if closure is not None:
-            if not callable(closure):
+            if not schedule.is_schedule(closure):
                 raise TypeError(f"CrAM: closure must be a function that computes the loss and calls backward, got {type(closure).__name__}")
             given_by_scaler(self, with_closure=True)
             self._abandon()
@@ -217,7 +217,7 @@ class CrAM(Attachable, Wrapper):
     def plain_step(self, scaler: GradScaler | None = None) -> None:
         """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's.
         It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
-        if scaler is not None and not hasattr(scaler, "step"):
+        if not isinstance(scaler, GradScaler | None):
             raise TypeError(f"CrAM.plain_step: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._abandon()
         self._workspace.plain_wanted = True
