@@ -34,7 +34,7 @@ class CrAM(Attachable, Wrapper):
 
     in one of three forms:
 
-        loss = opt.step(closure)                                               # the closure is run twice; the clean loss is returned
+        loss = opt.step(closure)  # the closure is run twice; the clean loss is returned
         loss(model).backward(); opt.perturb(); loss(model).backward(); opt.step()
         loss(model).backward()
         with opt.perturbed(): loss(model).backward()

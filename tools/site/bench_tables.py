@@ -78,7 +78,21 @@ def ops(record: Row) -> str:
     return "\n".join(lines)
 
 
-MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops}
+def missed(record: Row) -> str:
+    """What was set beforehand and not reached, of time over ours or per byte."""
+    lines = ["| missed target | of | wanted | measured |", "|---|---|---|---|"]
+    judged = [(result["case"].replace(", dtypes", ""), row) for result in record["results"] for row in result["rows"] if "met" in row]
+    lines += [f"| {case} | {row['name']} | {row['target']} | {row['x_ours']:.3g} |" for case, row in judged if not row["met"]]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{sum(row['met'] for _, row in judged)} of {len(judged)} targets are met. All are of time over ours; of dtypes, per byte.",
+        ]
+    )
+
+
+MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "missed": missed}
 
 
 def filled(text: str, record: Row) -> str:
