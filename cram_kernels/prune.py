@@ -247,16 +247,8 @@ def _layers(parameters: list[_Found], pattern: Pattern, dense: dict[str, str], z
     layers = []
     for found in parameters:
         reason = dense.get(found.name)
-        layers.append(
-            Layer(
-                found.name,
-                found.shape,
-                str(pattern) if reason is None else None,
-                found.numel,
-                next(after) if reason is None else _zeros(found),
-                reason,
-            )
-        )
+        how, left = (str(pattern), next(after)) if reason is None else (None, _zeros(found))
+        layers.append(Layer(found.name, found.shape, how, found.numel, left, reason))
     return tuple(layers)
 
 

@@ -19,36 +19,24 @@ std::string show(torch::headeronly::IntHeaderOnlyArrayRef values) {
 }
 
 std::string show(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2:
-      return "float8_e5m2";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    default:
-      return "dtype number " + std::to_string(static_cast<int>(t));
-  }
+  static constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Float, "float32"},
+      {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Half, "float16"},
+      {ScalarType::Double, "float64"},
+      {ScalarType::Byte, "uint8"},
+      {ScalarType::Bool, "bool"},
+      {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},
+      {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},
+      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
+      {ScalarType::Float8_e5m2, "float8_e5m2"},
+      {ScalarType::ComplexFloat, "complex64"},
+  };
+  for (const auto& [type, name] : kNames)
+    if (type == t) return name;
+  return "dtype number " + std::to_string(static_cast<int>(t));
 }
 
 namespace {

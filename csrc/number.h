@@ -101,6 +101,13 @@ CRAM_INLINE uint16_t half_bits(float x) {
 #endif
 }
 
+CRAM_INLINE uint64_t scramble(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 // x rounded to the type of the second argument, to nearest even, as a float; NaN becomes canonical.
 CRAM_INLINE float rounded(float x, float) { return canonical(x); }
 CRAM_INLINE float rounded(float x, BFloat16) {

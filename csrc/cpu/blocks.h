@@ -141,11 +141,11 @@ CRAM_INLINE void for_u(const Source& source, int64_t begin, int64_t end, bool* n
   if (bad != 0 && nonfinite != nullptr) *nonfinite = true;
 }
 
-// f(T{}, W{}): the types of a source's parameter and of its weights.
+// f(T{}, W{}): the types of a parameter, and of its weights and states, which are float32 where there is a master weight.
 template <class Function>
-CRAM_INLINE void with_source(const Source& source, DType dtype, Function f) {
+CRAM_INLINE void with_types(DType dtype, bool master, Function f) {
   with_type(dtype, [&](auto t) CRAM_INLINE_LAMBDA {
-    if (source.master)
+    if (master)
       f(t, float{});
     else
       f(t, t);
@@ -155,7 +155,7 @@ CRAM_INLINE void with_source(const Source& source, DType dtype, Function f) {
 // for_u with the types of a source.
 template <class Function>
 CRAM_INLINE void with_u(const Source& source, DType dtype, int64_t begin, int64_t end, bool* nonfinite, Function f) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
+  with_types(dtype, source.master, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
     for_u<decltype(t), decltype(w)>(source, begin, end, nonfinite, [&](int64_t i, auto lanes, F u) CRAM_INLINE_LAMBDA { f(t, i, lanes, u); });
   });
 }

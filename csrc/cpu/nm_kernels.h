@@ -186,7 +186,7 @@ CRAM_INLINE void nm_as(const Source& source, int64_t begin, int64_t end, int64_t
 
 static void nm(Source source, DType dtype, int64_t begin, int64_t end, int64_t inner, int n, int m, void* out, void* saved, uint8_t* mask,
                char* scratch, bool* nonfinite) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
+  with_types(dtype, source.master, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
     using T = decltype(t);
     nm_as<T, decltype(w)>(source, begin, end, inner, n, m, static_cast<T*>(out), static_cast<T*>(saved), mask, scratch, nonfinite);
   });

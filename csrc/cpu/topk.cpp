@@ -219,15 +219,17 @@ std::vector<Range> ranges_of(const std::vector<Item>& items, const Sets& sets, c
   return cut(items, [&](const Item& item) { return item.set >= 0 && (only == nullptr || sets[item.set].get() == only) ? kChunk : 0; });
 }
 
-int64_t apply(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Sets& sets, const std::vector<Range>& ranges,
-              bool from_saved) {
-  std::atomic<int64_t> kept{0};
+// Prunes the ranges by the thresholds of their sets, and counts what is kept.
+void apply(const Context& c, const std::vector<Item>& items, const Perturbation& p, const Sets& sets, const std::vector<Range>& ranges,
+           bool from_saved) {
+  std::vector<std::atomic<int64_t>> kept(sets.size());
   for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
     const Range& r = ranges[task];
     const Item& item = items[r.item];
-    kept += c.kernels.topk_apply(source_of(item, p, from_saved), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
+    kept[item.set] +=
+        c.kernels.topk_apply(source_of(item, p, from_saved), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
   });
-  return kept;
+  for (const Range& r : ranges) sets[items[r.item].set]->kept = kept[items[r.item].set];
 }
 
 // The threshold of every set; with `write`, the perturbed and pruned weights too.
@@ -242,7 +244,7 @@ Sets solve(const Context& c, const std::vector<Item>& items, const Perturbation&
     if (!set->fallback && !(write && set->rewrite)) continue;
     const std::vector<Range> ranges = ranges_of(items, sets, set.get());
     if (set->fallback) set->threshold = radix_select(c, items, p, *set, ranges, write);
-    if (write) set->kept = apply(c, items, p, sets, ranges, write);
+    if (write) apply(c, items, p, sets, ranges, write);
   }
   return sets;
 }
@@ -264,14 +266,7 @@ void TopkThreshold::run(const Context& c) { report(solve(c, items, {}, selection
 void PruneTopk::run(const Context& c) {
   const Sets sets = solve(c, items, {}, selection, false);
   for (auto& set : sets) set->kept = 0;
-  const std::vector<Range> ranges = ranges_of(items, sets, nullptr);
-  std::vector<std::atomic<int64_t>> kept(sets.size());
-  for_tasks(c.pool, ranges.size(), [&](int, int64_t task) {
-    const Range& r = ranges[task];
-    const Item& item = items[r.item];
-    kept[item.set] += c.kernels.topk_apply(source_of(item, {}, false), item.dtype, r.begin, r.end, sets[item.set]->threshold, item.param, item.mask);
-  });
-  for (size_t s = 0; s < sets.size(); ++s) sets[s]->kept = kept[s];
+  apply(c, items, {}, sets, ranges_of(items, sets, nullptr), false);
   report(sets, selection);
 }
 

@@ -102,7 +102,7 @@ CRAM_INLINE void topk_stream_as(const Source& source, int64_t begin, int64_t end
 
 static void topk_stream(Source source, DType dtype, int64_t begin, int64_t end, const Bracket& bracket, void* out, void* saved, uint8_t* mask,
                         Candidates found, Counts& counts) {
-  with_source(source, dtype, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
+  with_types(dtype, source.master, [&](auto t, auto w) CRAM_INLINE_LAMBDA {
     topk_stream_as<decltype(t), decltype(w)>(source, begin, end, bracket, out, saved, mask, found, counts);
   });
 }

@@ -35,13 +35,6 @@ int32_t key_at(const Source& source, DType dtype, int64_t i) {
   }
 }
 
-uint64_t scramble(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 // Keys of runs [begin, end) of `runs`, kRun each: one run at a hashed place of each of `runs` equal strata of the set. Each place is a cache
 // miss, so that a batch of them is on its way before the first is read.
 void sample_keys(const std::vector<Item>& items, const Set& set, const Perturbation& p, int64_t runs, int64_t begin, int64_t end, int32_t* keys) {

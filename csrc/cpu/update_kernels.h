@@ -50,17 +50,6 @@ static void combine(Item item, int64_t begin, int64_t end, Scales scales) {
   });
 }
 
-// f(T{}, S{}): the types of the parameter and of its state and weights.
-template <class Function>
-CRAM_INLINE void with_types(const Item& item, Function f) {
-  with_type(item.dtype, [&](auto t) CRAM_INLINE_LAMBDA {
-    if (item.master != nullptr)
-      f(t, float{});
-    else
-      f(t, t);
-  });
-}
-
 // The parameter's old value is not needed: where the list is larger than the caches, its lines are not read first.
 template <class T, class Lanes>
 CRAM_INLINE void store_weight(const Item& item, bool past_cache, int64_t i, F w, Lanes lanes) {
@@ -91,7 +80,7 @@ static void sgd(Item item, const void* weights, bool past_cache, int64_t begin, 
   with_usual(plain, item, scales, [&](auto usual) CRAM_INLINE_LAMBDA {
     SgdOptions o = options;
     if (usual) o.fresh = o.nesterov = o.maximize = false;
-    with_types(item, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
+    with_types(item.dtype, item.master != nullptr, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
       using T = decltype(t);
       using S = decltype(s);
       for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {
@@ -110,7 +99,7 @@ static void adam(Item item, const void* weights, bool past_cache, int64_t begin,
   with_usual(maximum == nullptr && !options.maximize, item, scales, [&](auto usual) CRAM_INLINE_LAMBDA {
     AdamOptions o = options;
     if (usual) o.amsgrad = o.maximize = false;
-    with_types(item, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
+    with_types(item.dtype, item.master != nullptr, [&](auto t, auto s) CRAM_INLINE_LAMBDA {
       using T = decltype(t);
       using S = decltype(s);
       for_blocks(begin, end, [&](int64_t i, auto lanes) CRAM_INLINE_LAMBDA {

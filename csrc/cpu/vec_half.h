@@ -140,7 +140,10 @@ CRAM_INLINE Bits greater_bits(H a, H b) {
 }
 CRAM_INLINE H keep(H a, Bits bits) {
   const HalfVec lane = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768};
-  CRAM_PARTS a.v[part] &= (lane & (HalfVec{} + (int16_t)(bits >> (16 * part)))) == lane;
+  CRAM_PARTS {
+    const int16_t own = (int16_t)(bits >> (16 * part));  // by itself: g++ 12 refuses the cast within the sum where it checks shifts (UBSan)
+    a.v[part] &= (lane & (HalfVec{} + own)) == lane;
+  }
   return a;
 }
 CRAM_INLINE I permute(I a, I index) {
@@ -180,7 +183,10 @@ CRAM_INLINE Bits greater_bits(H a, H b) {
 }
 CRAM_INLINE H keep(H a, Bits bits) {
   const HalfVec lane = {1, 2, 4, 8, 16, 32, 64, 128};
-  CRAM_PARTS a.v[part] &= (lane & (HalfVec{} + (int16_t)((bits >> (2 * kWidth * part)) & 0xff))) == lane;
+  CRAM_PARTS {
+    const int16_t own = (int16_t)((bits >> (2 * kWidth * part)) & 0xff);
+    a.v[part] &= (lane & (HalfVec{} + own)) == lane;
+  }
   return a;
 }
 CRAM_INLINE I permute(I a, I index) {

@@ -69,17 +69,9 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   for (uint32_t task = blockIdx.x * kWarps + threadIdx.x / 32; task < tasks_in(table); task += gridDim.x * kWarps) {
     const Task found = find(table, task);
     const NormEntry& entry = table.entries[found.entry];
-    double sum;
-    switch (entry.dtype) {
-      case DType::kBFloat16:
-        sum = chunk_sum(static_cast<const BFloat16*>(entry.grad), entry.numel, found.number, factor, scaled);
-        break;
-      case DType::kFloat16:
-        sum = chunk_sum(static_cast<const Float16*>(entry.grad), entry.numel, found.number, factor, scaled);
-        break;
-      default:
-        sum = chunk_sum(static_cast<const float*>(entry.grad), entry.numel, found.number, factor, scaled);
-    }
+    const double sum = with_number_types(entry.dtype, false, [&](auto t, auto) {
+      return chunk_sum(static_cast<const decltype(t)*>(entry.grad), entry.numel, found.number, factor, scaled);
+    });
     if (threadIdx.x % 32 == 0) sums[table.tasks_before + task] = sum;
   }
 }

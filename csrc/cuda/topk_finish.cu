@@ -113,8 +113,9 @@ __device__ __forceinline__ void report(const TopkMemory& memory, const Results& 
 // Two modes. provisional (perturb_topk_): `stream` has written every weight, pruned at `cut`. A set whose guess held needs only its candidates
 // between cut and threshold, a warp a chunk (fix_up); a set whose guess failed is written anew, a block a chunk (rewrite). Not provisional
 // (prune_topk_): nothing has been written yet, and every set is (rewrite).
-__global__ void __launch_bounds__(kThreads, 4) finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory,
-                                                             const Perturbation p, const bool provisional, const Results results) {
+__global__ void __launch_bounds__(kThreads, kFinishBlocks)
+    finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p, const bool provisional,
+                  const Results results) {
   __shared__ Flips flips;
   __shared__ MaskStage mask;
   report(memory, results);

@@ -55,13 +55,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ uint64_t scramble(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 struct Brackets {
   RankedBins<kSampleBins, uint32_t> sampled;
   Ranked ends[3];

@@ -38,7 +38,7 @@ __device__ Ranked last_digit(SetState& state, const TopkMemory& memory, int32_t 
   return find_rank<kDigitBins>(state.digits, rank);
 }
 
-__global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_constant__ SetTable table, const TopkMemory memory) {
+__global__ void __launch_bounds__(kThreads, kSelectBlocks) select_kernel(const __grid_constant__ SetTable table, const TopkMemory memory) {
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     SetState& state = memory.sets[table.entries[found.entry].index];
@@ -67,13 +67,12 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(const __grid_consta
     const int shift = state.shift, second_shift = max(shift - 11, 0);
     uint32_t* const digits = state.digits;
     const int64_t begin = found.number * kSliceSize, end = min(begin + kSliceSize, static_cast<int64_t>(state.candidates));
-    constexpr int kAhead = 8;  // loads before the first is waited for
-    for (int64_t i = begin + threadIdx.x; i - threadIdx.x < end; i += kAhead * kThreads) {
-      int32_t keys[kAhead];
+    for (int64_t i = begin + threadIdx.x; i - threadIdx.x < end; i += kSelectAhead * kThreads) {
+      int32_t keys[kSelectAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) keys[j] = i + j * kThreads < end ? candidate(state, memory, i + j * kThreads) : -1;
+      for (int j = 0; j < kSelectAhead; ++j) keys[j] = i + j * kThreads < end ? candidate(state, memory, i + j * kThreads) : -1;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int j = 0; j < kSelectAhead; ++j) {
         const bool in_bin = keys[j] >= 0 && keys[j] >> shift == first.bin;
         tally(digits + kDigitBins, (keys[j] & ((1 << shift) - 1)) >> second_shift, in_bin);
       }

@@ -84,8 +84,6 @@ struct Levels {
   }
 };
 
-constexpr int kStaged = 512;  // room for the candidates of a chunk, of which there are some 27
-
 struct Shared {
   Guess guess;
   MaskStage mask;

@@ -27,7 +27,7 @@ __device__ __forceinline__ T from_bits_of(uint32_t bits, T) {
 
 // Calls f(T{}, W{}) with the number type of a parameter, and that of its weights and states: float where it has a master weight, else the same.
 template <class Function>
-__device__ __forceinline__ void with_number_types(DType dtype, bool has_master, Function f) {
+__device__ __forceinline__ auto with_number_types(DType dtype, bool has_master, Function f) {
   switch (dtype) {
     case DType::kBFloat16:
       return has_master ? f(BFloat16{}, float{}) : f(BFloat16{}, BFloat16{});
@@ -191,19 +191,6 @@ __device__ __forceinline__ Lanes<kLanes> load_floats(const T* p, const Span<kLan
     for (int i = 0; i < kPart; ++i) x[part * kPart + i] = widen(raw.get(i));
   }
   return x;
-}
-
-// x, numbers that T holds.
-template <class T, int kLanes>
-__device__ __forceinline__ void store_floats(T* p, const Lanes<kLanes>& x, const Span<kLanes>& span) {
-  constexpr int kPart = Vector<T>::kLanes;
-#pragma unroll
-  for (int part = 0; part < kLanes / kPart; ++part) {
-    Vector<T> raw = {};
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) raw.set(i, narrowed(x[part * kPart + i], T{}));
-    store(p, raw, part_of<kPart>(span, part));
-  }
 }
 
 // Mask bits of a span, bit i for lane i; bits of lanes that do not exist are 0.
