@@ -4,6 +4,7 @@ is counted by hand, or is the same run without the feature."""
 import copy
 import gc
 import math
+import pickle
 import weakref
 
 import pytest
@@ -12,7 +13,20 @@ from optim_cases import assert_same_bits, clones, random_tensors, set_gradients,
 from torch import nn
 
 import cram_kernels
-from cram_kernels import NM, CrAM, CrAMWarning, RhoWarmup, SparsityWarmup, TopK, hold_zeros, prune, reconstruct, schedule, tune_batchnorm
+from cram_kernels import (
+    NM,
+    CrAM,
+    CrAMWarning,
+    RhoWarmup,
+    SparsityWarmup,
+    StepInfo,
+    TopK,
+    hold_zeros,
+    prune,
+    reconstruct,
+    schedule,
+    tune_batchnorm,
+)
 from cram_kernels.export import check_nm, export, load_sparse
 from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify, to_dense
 
@@ -148,6 +162,28 @@ def test_coverage_follows_a_warm_up():
     assert {c.pattern for c in optimizer.coverage()} == {TopK(sparsity=0.0)}
     two_halves(optimizer, params, random_tensors(SHAPES, 1), random_tensors(SHAPES, 2))
     assert {c.pattern for c in optimizer.coverage()} == {TopK(sparsity=0.4)}
+
+
+def test_last_names_what_a_step_empties():
+    """Two groups: one under a threshold of its own, that leaves something everywhere; the other without a weight in its small tensor."""
+    big, small, own = (nn.Parameter(t) for t in random_tensors([(8, 8), (4, 4), (4, 4)], 0))
+    with torch.no_grad():
+        small.mul_(0.01)
+    groups = [{"params": [("own", own)], "compression": [TopK(sparsity=0.5)]}, {"params": [("big", big), ("small", small)]}]
+    optimizer = CrAM(groups, lr=1e-3, compression=[TopK(sparsity=0.4)], rho=0.0)
+    for p in (big, small, own):
+        p.grad = torch.zeros_like(p)
+    optimizer.perturb()
+    assert [int(p.count_nonzero()) for p in (own, big, small)] == [7, 47, 0] and optimizer.last.emptied == ("small",)
+    for p in (big, small, own):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.last.emptied == ("small",)
+    assert pickle.loads(pickle.dumps(optimizer.last)).emptied == () and StepInfo().emptied == ()
+    last, held = optimizer.last, [weakref.ref(p) for p in (big, small, own)]
+    del optimizer, groups, big, small, own, p
+    gc.collect()
+    assert last.emptied == () and [p() for p in held] == [None] * 3
 
 
 # --- names ---

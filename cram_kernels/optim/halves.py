@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -68,8 +69,9 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
         reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if optimizer.mask_period > 1 else set()
         rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
         thresholds, stats = step.perturb(by_slot, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
-        numels = tuple([n for bucket in buckets if bucket.pattern not in reused for n in bucket.numels])
-        work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm)
+        ranked = [bucket for bucket in buckets if bucket.numels and bucket.pattern not in reused]
+        numels = tuple([n for bucket in ranked for n in bucket.numels])
+        work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))
         step.keep_gradients(by_slot, groups)
         for slot in active:
             slot.param.grad = None

@@ -1,12 +1,14 @@
 """What the last step did. Its tensors stay on the device and cost nothing until somebody reads them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..patterns import Pattern
+from .bucket import Bucket
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class StepInfo:
         thresholds: int32 [sets], magnitude keys as `ops.topk_threshold` gives them.
         stats: int64 [sets, 3], see `ops.prune_topk_`.
         numels: how many weights each set has on this rank.
+        ranked: for `emptied`.
         first_grad_norm, second_grad_norm: float32 [], the norm of the gradients of each pass, unscaled and before clipping; None where no
             option needed it and `grad_norms` is False.
 
@@ -36,6 +39,24 @@ class StepInfo:
     numels: tuple[int, ...] = ()
     first_grad_norm: Tensor | None = None
     second_grad_norm: Tensor | None = None
+    ranked: tuple[Callable[[], Bucket | None], ...] = field(default=(), repr=False, compare=False)  # weakly: a log keeps no weights alive
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ranked": ()}
+
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """The parameters of which the thresholds of the step leave nothing, as their weights are now. Waits for the device, and reads all
+        ranked weights; sharded ones are left out, and so are all once the parameters or their groups have changed."""
+        found: list[str] = []
+        buckets = [bucket for held in self.ranked if (bucket := held()) is not None]  # all of a step, or none
+        limits = [] if self.magnitudes is None else self.magnitudes.tolist()
+        for bucket in buckets:
+            own, limits = limits[: len(bucket.numels)], limits[len(bucket.numels) :]
+            for slot, i in zip(bucket.slots, bucket.sets, strict=True):
+                if i >= 0 and slot.local.numel() > 0 and not slot.spread and not bool((slot.local.float().abs() > own[i]).any()):
+                    found.append(slot.label)
+        return tuple(found)
 
     @property
     def pattern(self) -> Pattern | None:
