@@ -105,6 +105,11 @@ class Bucket:
         self.params = [s.local for s in slots]
         self.saved: list[Tensor] = []  # where the op puts the weights
         self.masters: list[Tensor] = []
+        self.masks: tuple[list[bool], list[Tensor]] | None = None  # of the last step that kept none for later: its `sparse_grad`, and they
+
+    def versions(self) -> list[int]:
+        """Of the parameters, see `Slot.versions`."""
+        return [s.versions() for s in self.slots] if self.spread else [p._version for p in self.params]
 
     def prepare(self, masters: bool) -> None:
         """Gather what may have changed since the last step. The memory for the weights is made here, for those that have no master.
@@ -148,16 +153,23 @@ class Columns:
         flag: int32 [], whether they are perturbed.
     """
 
-    def __init__(self, slots: list[Slot], grads: list[Tensor], flag: Tensor, saved: Any = (), first: Any = (), masks: Any = ()) -> None:
+    def __init__(
+        self,
+        slots: list[Slot],
+        grads: list[Tensor],
+        flag: Tensor,
+        saved: Any = (),
+        first: Any = (),
+        masks: Any = (),
+        masters: list[Tensor] | None = None,
+    ) -> None:
         self.slots, self.grads, self.flag, self.saved, self.first, self.masks = slots, grads, flag, saved, first, masks
         self.device, self.params = slots[0].device, [s.local for s in slots]
+        self.masters = present([s.master for s in slots], slots) if masters is None else masters
 
     def common(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """The arguments with which every restoring op begins: params ... perturbed."""
         return self.params, self.saved, self.grads, self.first, self.masks, self.flag
-
-    def masters(self) -> list[Tensor]:
-        return present([s.master for s in self.slots], self.slots)
 
 
 def per_tensor(values: list[Any], slots: list[Slot]) -> list[Any]:

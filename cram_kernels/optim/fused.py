@@ -29,11 +29,12 @@ class Update:
         first: the factor of the first gradients.
         second: the factor of the second gradients, or of those of a plain step.
         perturbed: whether the update ends an open step.
+        careful: look whether each tensor of the state has the strides and the dtype that the op wants, and make it so.
     """
 
-    def __init__(self, base: Optimizer, workspace: Workspace, first: Factor, second: Factor, perturbed: bool) -> None:
+    def __init__(self, base: Optimizer, workspace: Workspace, first: Factor, second: Factor, perturbed: bool, careful: bool) -> None:
         self.base, self.workspace, self.first, self.second, self.perturbed = base, workspace, first, second, perturbed
-        self.groups = base.param_groups
+        self.groups, self.careful = base.param_groups, careful
 
     def run(self, parts: list[Columns], pre_hooks: Hooks, post_hooks: Hooks) -> None:
         """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined
@@ -79,7 +80,7 @@ class Update:
             "inv_scale": on(self.second.inv_scale, part.device),
             "first_inv_scale": on(self.first.inv_scale, part.device),
             "found_inf": on(self.second.found_inf, part.device),
-            "masters": part.masters(),
+            "masters": part.masters,
         }
 
     def numbers(self, part: Columns, *names: str, kind: Callable[[Any], Any] = float) -> dict[str, Any]:
@@ -89,33 +90,30 @@ class Update:
     def lr(self, part: Columns) -> Tensor:
         return self.workspace.option("lr", [group["lr"] for group in self.groups], part.slots, part.device)
 
+    def column(self, slots: list[Slot], states: list[dict[str, Any]], key: str) -> list[Tensor]:
+        """One tensor of the state of each slot, as the op takes it."""
+        if self.careful:
+            return [kept_state(state, slot, key) for slot, state in zip(slots, states, strict=True)]
+        return [state[key] for state in states]
+
     def sgd(self, part: Columns) -> None:
         """One step of torch.optim.SGD."""
         used = [group["momentum"] != 0 for group in self.groups]
-        buffers: list[Tensor] = []
-        new: list[Slot] = []
-        for slot in part.slots:
-            if slot.master is not slot.nothing:
-                hang_master(self.base.state[slot.param], slot)
-            if not used[slot.group]:
-                buffers += (slot.nothing,)
-                continue
-            state = self.base.state[slot.param]
-            buffer = state["momentum_buffer"] if "momentum_buffer" in state else None
-            if buffer is None:
-                buffer = state["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
-                new.append(slot)
-            if (
-                slot.spread
-                or buffer.stride() != slot.strides
-                or buffer.dtype is not (slot.dtype if slot.master is slot.nothing else torch.float32)
-            ):
-                buffer = kept_state(state, slot, "momentum_buffer")
-            buffers += (buffer,)
+        for slot in part.slots if part.masters else ():
+            hang_master(self.base.state[slot.param], slot)
+        slots = part.slots if all(used) else [slot for slot in part.slots if used[slot.group]]
+        states = self.workspace.state_of(self.base.state, slots)
+        new = [slot for slot, state in zip(slots, states, strict=True) if state.get("momentum_buffer") is None]
+        for slot in new:
+            self.base.state[slot.param]["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+        buffers = self.column(slots, states, "momentum_buffer")
+        if 0 < len(slots) < len(part.slots):
+            by_slot = dict(zip(slots, buffers, strict=True))
+            buffers = [by_slot.get(slot, slot.nothing) for slot in part.slots]
         try:
             ops.restore_sgd_(
                 *part.common(),
-                buffers if any(used) else [],
+                buffers,
                 [int(slot in new) for slot in part.slots] if new else [0],
                 self.lr(part),
                 **self.numbers(part, "momentum", "dampening", "weight_decay"),
@@ -139,13 +137,17 @@ class Update:
         if any(decoupled) and not all(decoupled):
             raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
         slots = part.slots
-        states = [self._adam_state(slot) for slot in slots]
         amsgrad = [group["amsgrad"] for group in self.groups]
+        states = self.workspace.state_of(self.base.state, slots)
+        if self.careful or any(amsgrad) or not all(["step" in state for state in states]):
+            states = [self._adam_state(slot) for slot in slots]
         ops.restore_adam_(
             *part.common(),
-            [kept_state(state, slot, "exp_avg") for state, slot in zip(states, slots, strict=True)],
-            [kept_state(state, slot, "exp_avg_sq") for state, slot in zip(states, slots, strict=True)],
-            [kept_state(t, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for t, s in zip(states, slots, strict=True)],
+            self.column(slots, states, "exp_avg"),
+            self.column(slots, states, "exp_avg_sq"),
+            [kept_state(t, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for t, s in zip(states, slots, strict=True)]
+            if any(amsgrad)
+            else [],
             [state["step"] for state in states],
             self.lr(part),
             beta1=per_tensor([float(group["betas"][0]) for group in self.groups], slots),

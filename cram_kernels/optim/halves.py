@@ -46,7 +46,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     work, groups = optimizer._workspace, optimizer.param_groups
     options.check_optimizer_options(optimizer)
     options.check_groups(optimizer.base_optimizer)
-    factor = first_factor(scaler, optimizer)
+    unclipped = first_factor(scaler, optimizer)
     lists = schedule.choices(groups, optimizer.compression)
     levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
     patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
@@ -56,25 +56,32 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
         )
     optimizer._heal_others()
     work.follow(groups)
-    active, grads = work.gradients(converted=True)
-    if not active:
-        warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
+    rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
     try:
-        if optimizer.master_weights:
-            prepare_masters(optimizer.base_optimizer, active)
-        factor, divisor, norm = _clipped(optimizer, active, grads, factor)
-        buckets = work.buckets(patterns, active, groups, optimizer._why_dense)
-        step = work.open = OpenStep(buckets, work.slots, optimizer._hooks, factor, scaler)
-        by_slot = dict(zip(active, grads, strict=True))
-        reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if optimizer.mask_period > 1 else set()
-        rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
-        thresholds, stats = step.perturb(by_slot, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
+        for again in (False, True):
+            active, grads, looked_at = work.gradients(converted=True, careful=again)
+            if not active:
+                warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
+            try:
+                if optimizer.master_weights:
+                    prepare_masters(optimizer.base_optimizer, active)
+                factor, divisor, norm = _clipped(optimizer, active, grads, unclipped)
+                buckets = work.buckets(patterns, active, groups, optimizer._why_dense)
+                step = work.open = OpenStep(buckets, work.slots, optimizer._hooks, factor, scaler)
+                parts = _by_bucket(buckets, active, grads)
+                reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if keep else set()
+                thresholds, stats = step.perturb(parts, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
+                break
+            except Exception:
+                if looked_at:
+                    raise
+                optimizer.restore()
         ranked = [bucket for bucket in buckets if bucket.numels and bucket.pattern not in reused]
         numels = tuple([n for bucket in ranked for n in bucket.numels])
         work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))
-        step.keep_gradients(by_slot, groups)
-        for slot in active:
-            slot.param.grad = None
+        step.keep_gradients(parts, groups, fitted=looked_at)
+        for param in work.params:
+            param.grad = None
         if optimizer._hooks is not None:
             optimizer._hooks.reshard()
             optimizer._hooks.unsynced.clear()
@@ -82,6 +89,14 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     except BaseException:
         optimizer.restore()
         raise
+
+
+def _by_bucket(buckets: list[Bucket], active: list[Slot], grads: list[Tensor]) -> list[list[Tensor]]:
+    """The gradients of `active` as each bucket has its slots."""
+    if len(buckets) == 1:
+        return [grads]
+    by_slot = dict(zip(active, grads, strict=True))
+    return [[by_slot[s] for s in bucket.slots] for bucket in buckets]
 
 
 def _reused(optimizer: "CrAM", buckets: list[Bucket], known: set[Pattern]) -> set[Pattern | None]:
@@ -117,14 +132,9 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         options.check_groups(base)
         optimizer._heal_others()
         work.follow(optimizer.param_groups)
-        active, grads = work.gradients(converted=step is None)
-        columns: list[Columns] = []
-        rest = active
         if step is not None:
             if step.slots is not work.slots:
                 raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")
-            if not active:
-                warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
             if optimizer._hooks is not None:
                 optimizer._hooks.check_synced("second", True)
             if optimizer._hooks is None and not work.warned_written and (written := step.written_to()):
@@ -134,16 +144,26 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
                     "attach(model) where a checkpoint was loaded"
                 )
             step.check_first()
-            columns, rest = step.columns(active, grads)
-        if optimizer.master_weights:
-            prepare_masters(base, rest)
-        by_slot = dict(zip(active, grads, strict=True)) if rest else {}
-        columns += [Columns(slots, [by_slot[s] for s in slots], work.flag(device, 0)) for device, slots in by_device(rest)]
         first = Factor() if step is None else step.factor
-        factor = second_factor(given, first, None if step is None else step.scaler, optimizer)
-        factor, _, norm = _clipped(optimizer, active, grads, factor)
+        unclipped = second_factor(given, first, None if step is None else step.scaler, optimizer)
         pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if not isinstance(hook, Guard)]
-        Update(base, work, first, factor, step is not None).run(columns, pre_hooks, list(base._optimizer_step_post_hooks.values()))
+        for again in (step is None, True):
+            active, grads, looked_at = work.gradients(converted=step is None, careful=again)
+            if step is not None and not active:
+                warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
+            try:
+                columns, rest = ([], active) if step is None else step.columns(active, grads)
+                if optimizer.master_weights:
+                    prepare_masters(base, rest)
+                by_slot = dict(zip(active, grads, strict=True)) if rest else {}
+                columns += [Columns(slots, [by_slot[s] for s in slots], work.flag(device, 0)) for device, slots in by_device(rest)]
+                factor, _, norm = _clipped(optimizer, active, grads, unclipped)
+                update = Update(base, work, first, factor, step is not None, looked_at)
+                update.run(columns, pre_hooks, list(base._optimizer_step_post_hooks.values()))
+                break
+            except Exception:
+                if looked_at or step is None or not step.is_untouched():
+                    raise
         for part in columns if optimizer.master_weights else ():
             note_versions(part.slots)
         if step is not None and step.renewed and skipped(factor):  # waits for the device, where masks are kept under a GradScaler
@@ -153,8 +173,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         raise
     finally:
         work.updating = False
-    for slot in work.slots:
-        slot.param.grad = None
+    for param in work.params:
+        param.grad = None
     if optimizer._hooks is not None:
         optimizer._hooks.unsynced.clear()
     if step is None:

@@ -43,8 +43,8 @@ class OpenStep:
         self.buckets, self.slots, self.hooks, self.factor, self.scaler = buckets, slots, hooks, factor, scaler
         self.masks: list[list[Tensor]] = [[] for _ in buckets]  # of the second gradients
         self.first: list[list[Tensor]] = [[] for _ in buckets]  # the first gradients, where they are part of the update
-        self.owners: list[list[Tensor]] = [[] for _ in buckets]  # what they are the local part of
-        self.versions: list[list[int]] = [[] for _ in buckets]  # of both
+        self.watched: list[list[Tensor]] = [[] for _ in buckets]  # they, and what they were made of
+        self.versions: list[list[int]] = [[] for _ in buckets]  # of the watched
         self.weight_versions: list[list[int]] = [[] for _ in buckets]  # of the perturbed weights; empty: not known yet
         self.renewed: list[tuple[Slot, Pattern]] = []  # masks that this step has computed, to be kept
         self.kept_patterns: list[Pattern] = []
@@ -57,7 +57,7 @@ class OpenStep:
 
     def perturb(
         self,
-        grads: dict[Slot, Tensor],
+        grads: list[list[Tensor]],
         groups: Groups,
         workspace: Workspace,
         rhos: list[Any],
@@ -69,7 +69,7 @@ class OpenStep:
         """Save the weights, move them uphill and prune them. Returns thresholds and statistics, for a `StepInfo`.
 
         Args:
-            grads: the gradient of each slot.
+            grads: the gradients of each bucket.
             rhos: one a group.
             norm: float32 []: divides rho.
             reused: patterns whose masks of an earlier step are taken.
@@ -84,24 +84,22 @@ class OpenStep:
             self.frozen = self.hooks.frozen_batchnorm()
             self.frozen.__enter__()
         results = []
+        sparse = [group["sparse_grad"] for group in groups]
         for i, bucket in enumerate(self.buckets):
             rho = workspace.option("rho", rhos, bucket.slots, bucket.device)
             if norm is not None:
                 rho = rho / (norm.to(bucket.device) + 1e-12)
             reuse = bucket.pattern in reused
-            masks = self._masks(bucket, groups, workspace, keep, reuse)
-            results.append(self._run(bucket, [grads[s] for s in bucket.slots], masks, rho, reuse))
-            self.weight_versions[i] = [s.param._version + s.local._version for s in bucket.slots]
+            masks = self._masks(bucket, sparse, workspace, keep, reuse)
+            results.append(self._run(bucket, grads[i], masks, rho, reuse))
+            self.weight_versions[i] = bucket.versions()
             for slot in bucket.pruned if keep else ():
                 slot.finished.add(bucket.pattern)  # type: ignore[arg-type]
                 if not reuse:
                     self.renewed.append((slot, bucket.pattern))  # type: ignore[arg-type]
-            dense = [not groups[s.group]["sparse_grad"] for s in bucket.slots]
-            self.masks[i] = (
-                present([s.nothing if no else m for s, m, no in zip(bucket.slots, masks, dense, strict=True)], bucket.slots)
-                if masks
-                else []
-            )
+            if keep and masks and not all(sparse):  # some are for later steps only
+                masks = present([m if sparse[s.group] else s.nothing for s, m in zip(bucket.slots, masks, strict=True)], bucket.slots)
+            self.masks[i] = masks
         self.kept_patterns = [b.pattern for b in self.buckets if b.pattern is not None] if keep else []
         if self.factor.found_inf is not None:
             for mesh in whole_mesh([s.param for bucket in self.buckets for s in bucket.slots]):
@@ -109,20 +107,20 @@ class OpenStep:
         found = [r for r in results if r is not None]
         return joined([thresholds for thresholds, _ in found]), joined([stats for _, stats in found])
 
-    def _masks(self, bucket: Bucket, groups: Groups, workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
+    def _masks(self, bucket: Bucket, sparse: list[bool], workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
         """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
-        masked = bucket.pruned if keep else [s for s in bucket.pruned if groups[s.group]["sparse_grad"]]
-        if not masked:
-            return []
+        if not keep and bucket.masks is not None and bucket.masks[0] == sparse:
+            return bucket.masks[1]
         key = bucket.pattern if keep else None
-        workspace.allocate_masks(masked, key)
-        if keep and not reuse:
+        masked = {s for s in bucket.pruned if keep or sparse[s.group]}
+        workspace.allocate_masks([s for s in bucket.slots if s in masked], key)
+        masks = [s.masks[key] if s in masked else s.nothing for s in bucket.slots] if masked else []
+        if not keep:
+            bucket.masks = sparse, masks
+        elif not reuse:
             for slot in masked:
                 slot.finished.discard(bucket.pattern)  # type: ignore[arg-type]
-        if len(masked) == len(bucket.slots):
-            return [s.masks[key] for s in masked]
-        wanted = set(masked)
-        return [s.masks[key] if s in wanted else s.nothing for s in bucket.slots]
+        return masks
 
     def _run(self, bucket: Bucket, grads: list[Tensor], masks: list[Tensor], rho: Tensor, reuse: bool) -> tuple[Tensor, Tensor] | None:
         """The op of this bucket; thresholds and statistics where it ranks."""
@@ -144,34 +142,36 @@ class OpenStep:
             shared.add_(found_inf.to(shared.device))
         return result
 
-    def keep_gradients(self, grads: dict[Slot, Tensor], groups: Groups) -> None:
-        """Keep the first gradients of the groups that add them to the second ones (`plus`)."""
+    def keep_gradients(self, grads: list[list[Tensor]], groups: Groups, fitted: bool) -> None:
+        """Keep the first gradients of the groups that add them to the second ones (`plus`).
+
+        Args:
+            grads: those of each bucket.
+            fitted: they may be other tensors than those in `p.grad`.
+        """
         plus = [group["plus"] for group in groups]
-        for i, bucket in enumerate(self.buckets):
-            if not any(plus):
-                continue
-            slots = [s if plus[s.group] else None for s in bucket.slots]
-            first = [b.nothing if s is None else grads[s] for s, b in zip(slots, bucket.slots, strict=True)]
-            owners: list[Any] = [g if s is None else s.param.grad for s, g in zip(slots, first, strict=True)]
+        fitted = fitted or not all(plus)
+        for i, bucket in enumerate(self.buckets if any(plus) else ()):
+            first = [g if plus[s.group] else s.nothing for s, g in zip(bucket.slots, grads[i], strict=True)] if fitted else list(grads[i])
+            owners: list[Any] = [s.param.grad if plus[s.group] else s.nothing for s in bucket.slots] if fitted else first
             # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
-            whole = [local_of(o) for o in owners] if bucket.spread else owners
-            for j, t in enumerate(whole):
+            for j, t in enumerate([local_of(o) for o in owners] if bucket.spread else owners):
                 if t._base is not None or t.untyped_storage().nbytes() != t.nbytes:
                     slot = bucket.slots[j]
                     if slot.borrowed is None:
                         slot.borrowed = torch.empty_like(slot.local)
                     first[j] = owners[j] = slot.borrowed.copy_(first[j])
-            self.first[i], self.owners[i] = first, owners
-            self.versions[i] = [g._version + o._version for g, o in zip(first, owners, strict=True)]
+            self.first[i], self.watched[i] = first, [*first, *owners] if fitted else first
+            self.versions[i] = [t._version for t in self.watched[i]]
 
     # --- the second half ---
 
     def check_first(self) -> None:
         """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
         for i, bucket in enumerate(self.buckets):
-            now = [g._version + o._version for g, o in zip(self.first[i], self.owners[i], strict=True)]
+            now = [t._version for t in self.watched[i]]
             if now != self.versions[i]:
-                slot = next(s for s, a, b in zip(bucket.slots, now, self.versions[i], strict=True) if a != b)
+                slot = next(s for s, a, b in zip(bucket.slots * 2, now, self.versions[i], strict=False) if a != b)
                 raise RuntimeError(
                     f"CrAM: the first gradient of {slot} must be left alone after perturb(), got it overwritten: copy it before"
                 )
@@ -183,10 +183,10 @@ class OpenStep:
 
     def _written_to(self, i: int) -> list[Slot]:
         """As `written_to`, of one bucket."""
-        slots, versions = self.buckets[i].slots, self.weight_versions[i]
-        if not (self.perturbed and versions) or [s.param._version + s.local._version for s in slots] == versions:
+        bucket, versions = self.buckets[i], self.weight_versions[i]
+        if not (self.perturbed and versions) or (now := bucket.versions()) == versions:
             return []
-        return [s for s, version in zip(slots, versions, strict=True) if s.versions() != version]
+        return [s for s, a, b in zip(bucket.slots, now, versions, strict=True) if a != b]
 
     def forget_masks(self) -> None:
         """The masks of this step are not to be used again."""
@@ -203,7 +203,7 @@ class OpenStep:
         found: list[Columns] = []
         if len(self.buckets) == 1 and self.buckets[0].slots == active:
             bucket = self.buckets[0]
-            return [Columns(active, grads, bucket.flag, bucket.saved, self.first[0], self.masks[0])], []
+            return [Columns(active, grads, bucket.flag, bucket.saved, self.first[0], self.masks[0], bucket.masters)], []
         second = dict(zip(active, grads, strict=True))
         perturbed = {s for bucket in self.buckets for s in bucket.slots}
         for i, bucket in enumerate(self.buckets):
@@ -223,6 +223,10 @@ class OpenStep:
                 slots, gradients, *rest = (list(column) for column in zip(*rows, strict=True))
                 found.append(Columns(slots, present(gradients, slots), bucket.flag, *(present(column, slots) for column in rest)))
         return found, [s for s in active if s not in perturbed]
+
+    def is_untouched(self) -> bool:
+        """Whether no op has undone any of it: one that refuses its arguments changes nothing. Waits for the device."""
+        return self.perturbed and len(self.buckets) > 0 and all([int(bucket.flag) != 0 for bucket in self.buckets])
 
     # --- the end ---
 
@@ -274,7 +278,7 @@ class OpenStep:
         """End the step from outside; the next step() of its optimizer says why."""
         self.restore(keep_written=True)
         self.given_up = reason
-        self.first, self.owners = [], []
+        self.first, self.watched = [], []
 
     def __del__(self) -> None:
         """An optimizer that is collected within a step leaves the clean weights behind."""

@@ -1,6 +1,7 @@
 """What an optimizer holds that changes from step to step: its open step, its slots and buckets, numbers on the device, kept masks."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -35,7 +36,10 @@ class Workspace:
         self.counters: dict[str, Any] = {}  # those of the groups, for groups that are made anew
         self.names: Callable[[], dict[int, str]] = dict  # of the parameters of an attached model, by id
         self.slots: list[Slot] = []
+        self.params: list[Tensor] = []  # theirs
         self.sizes: list[int] = []  # parameters of each group
+        self.fitting: list[Slot] | None = None  # see `gradients`
+        self.entries: tuple[list[Any], ...] = [], [], [], []  # see `state_of`
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
         self.plans: dict[tuple[Pattern | None, ...], tuple[list[bool], list[Slot], list[Bucket]]] = {}  # by the pattern of each group
         self.kept: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}  # see `tensor`
@@ -44,7 +48,7 @@ class Workspace:
         """The slots of all parameters, in order."""
         sizes = [len(group["params"]) for group in groups]
         params = [p for group in groups for p in group["params"]]
-        if sizes != self.sizes or not all(map(is_, params, [s.param for s in self.slots])):
+        if sizes != self.sizes or not all(map(is_, params, self.params)):
             known, attached = {id(s.param): s for s in self.slots}, self.names()
             slots = []
             for i, group in enumerate(groups):
@@ -53,8 +57,8 @@ class Workspace:
                     slot = known.get(id(param)) or Slot(param, i, j)
                     slot.group, slot.position, slot.name = i, j, names[j] if names and j < len(names) else attached.get(id(param))
                     slots.append(slot)
-            self.slots, self.sizes = slots, sizes
             self.plans.clear()
+            self.slots, self.sizes, self.params = slots, sizes, params
         return self.slots
 
     def name_by(self, model: nn.Module) -> None:
@@ -63,26 +67,32 @@ class Workspace:
         self.names = lambda: {} if (model := held()) is None else {id(p): name for name, p in model.named_parameters()}
         self.sizes = []
 
-    def gradients(self, converted: bool) -> tuple[list[Slot], list[Tensor]]:
-        """The slots whose parameter has a gradient, and those gradients as the ops take them.
+    def gradients(self, converted: bool, careful: bool) -> tuple[list[Slot], list[Tensor], bool]:
+        """The slots whose parameter has a gradient, those gradients as the ops take them, and whether each was looked at.
+
+        Not each is where the same slots, with memory of their own, fitted the last time. An op refuses what does not fit this memory before
+        it changes anything: who calls without `careful` then calls again with it.
 
         Args:
             converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
         """
-        active = [s for s in self.slots if s.param.grad is not None]
-        if stale := self.stale(self.slots):  # also those without a gradient: they may have one in the second half
+        active, grads = self.slots, [p.grad for p in self.params]
+        if any(map(is_, grads, repeat(None))):
+            active = [s for s, g in zip(self.slots, grads, strict=True) if g is not None]
+            grads = [g for g in grads if g is not None]
+        given: list[Any] = grads
+        if active == self.fitting and not careful:
+            return active, given, False
+        if stale := self.stale(active if converted else self.slots):
             if not converted:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
                 raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
-            active = [s for s in self.renew(stale) if s.param.grad is not None]
-        if len(active) == len(self.slots):
-            active = self.slots
-        given: list[Any] = [s.param.grad for s in active]
-        grads = [
-            g if g.layout is STRIDED and g.stride() == s.strides and not s.spread else s.fitted(g)
-            for s, g in zip(active, given, strict=True)
-        ]
-        return active, grads
+            self.renew(stale)
+            return self.gradients(converted, careful)
+        fitted = [s.fitted(g) for s, g in zip(active, given, strict=True)]
+        fits = all(map(is_, fitted, given)) and all([s.saved is not None and not s.spread for s in active])
+        self.fitting = active if fits else None
+        return active, fitted, True
 
     @staticmethod
     def stale(slots: list[Slot]) -> list[Slot]:
@@ -105,6 +115,16 @@ class Workspace:
             self.slots = [new.get(s, s) for s in self.slots]
             self.plans.clear()
         return self.slots
+
+    def state_of(self, state: dict[Tensor, Any], slots: list[Slot]) -> list[dict[str, Any]]:
+        """The entries of an optimizer's state for these slots, looked up anew only where the state holds other ones than the last time:
+        torch's hash of a tensor is slow."""
+        wanted, keys, values, found = self.entries
+        same = slots == wanted and len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
+        if not same:
+            found = [state[s.param] for s in slots]
+            self.entries = slots, list(state), list(state.values()), found
+        return found
 
     def flag(self, device: torch.device, number: int) -> Tensor:
         """int32 [] on the device, 0 unless the bucket of this number is perturbed."""
