@@ -71,9 +71,9 @@ def _mutated(op: Any) -> Callable[[Any, Any], Iterable[Any]]:
 
 
 def _bump(values: Iterable[Any]) -> None:
-    for value in values:
-        if value is not None:
-            with contextlib.suppress(TypeError):  # of what is no tensor; the op says so in its own words
+    with contextlib.suppress(TypeError):  # of what is no tensor; the op says so in its own words
+        for value in values:
+            if value is not None:
                 increment_version(value)
 
 
@@ -100,7 +100,8 @@ def direct(namespace: str) -> SimpleNamespace:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return op(*args, **kwargs)
+                with torch.no_grad():
+                    return op(*args, **kwargs)
             _bump(mutated(args, kwargs))
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return op(*args, **kwargs)

@@ -29,7 +29,8 @@ def _op(of_none: Callable[[], object] | None = None) -> Callable[[_Function], _F
     def make(described: _Function) -> _Function:
         # Written out, as dataclasses do it: arguments that a function sorts in each call would cost more than the checks of the op.
         name, parameters = described.__name__, inspect.signature(described).parameters.values()
-        values = [f"list({p.name})" if get_origin(p.annotation) is Sequence else p.name for p in parameters]
+        listed = "{0} if type({0}) is list else list({0})"
+        values = [listed.format(p.name) if get_origin(p.annotation) is Sequence else p.name for p in parameters]
         passed = [f"{p.name}={v}" if p.kind is p.KEYWORD_ONLY else v for p, v in zip(parameters, values, strict=True)]
         taken = [f"{p.name}=None" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters]
         if any(p.kind is p.KEYWORD_ONLY for p in parameters):
@@ -42,7 +43,7 @@ def _op(of_none: Callable[[], object] | None = None) -> Callable[[_Function], _F
         function = scope[name]
         function.__kwdefaults__ = described.__kwdefaults__
         functools.update_wrapper(function, described)
-        return torch.no_grad()(function)
+        return function
 
     return make
 
