@@ -59,7 +59,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
     try:
         for again in (False, True):
-            active, grads, looked_at = work.gradients(converted=True, careful=again)
+            active, grads, looked_at = work.gradients(again)
             if not active:
                 warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
             try:
@@ -148,7 +148,7 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         unclipped = second_factor(given, first, None if step is None else step.scaler, optimizer)
         pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if not isinstance(hook, Guard)]
         for again in (step is None, True):
-            active, grads, looked_at = work.gradients(converted=step is None, careful=again)
+            active, grads, looked_at = work.gradients(again, () if step is None else step.perturbed_slots)
             if step is not None and not active:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
             try:

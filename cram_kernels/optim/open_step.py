@@ -102,7 +102,7 @@ class OpenStep:
             self.masks[i] = masks
         self.kept_patterns = [b.pattern for b in self.buckets if b.pattern is not None] if keep else []
         if self.factor.found_inf is not None:
-            for mesh in whole_mesh([s.param for bucket in self.buckets for s in bucket.slots]):
+            for mesh in whole_mesh([s.param for s in self.perturbed_slots]):
                 mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
         found = [r for r in results if r is not None]
         return joined([thresholds for thresholds, _ in found]), joined([stats for _, stats in found])
@@ -166,6 +166,10 @@ class OpenStep:
 
     # --- the second half ---
 
+    @property
+    def perturbed_slots(self) -> list[Slot]:
+        return [s for bucket in self.buckets for s in bucket.slots]
+
     def check_first(self) -> None:
         """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
         for i, bucket in enumerate(self.buckets):
@@ -205,7 +209,7 @@ class OpenStep:
             bucket = self.buckets[0]
             return [Columns(active, grads, bucket.flag, bucket.saved, self.first[0], self.masks[0], bucket.masters)], []
         second = dict(zip(active, grads, strict=True))
-        perturbed = {s for bucket in self.buckets for s in bucket.slots}
+        perturbed = set(self.perturbed_slots)
         for i, bucket in enumerate(self.buckets):
             lists = [
                 bucket.saved or [s.nothing for s in bucket.slots],

@@ -1,6 +1,6 @@
 """What an optimizer holds that changes from step to step: its open step, its slots and buckets, numbers on the device, kept masks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -67,14 +67,15 @@ class Workspace:
         self.names = lambda: {} if (model := held()) is None else {id(p): name for name, p in model.named_parameters()}
         self.sizes = []
 
-    def gradients(self, converted: bool, careful: bool) -> tuple[list[Slot], list[Tensor], bool]:
+    def gradients(self, careful: bool, held: Collection[Slot] = ()) -> tuple[list[Slot], list[Tensor], bool]:
         """The slots whose parameter has a gradient, those gradients as the ops take them, and whether each was looked at.
 
         Not each is where the same slots, with memory of their own, fitted the last time. An op refuses what does not fit this memory before
         it changes anything: who calls without `careful` then calls again with it.
 
         Args:
-            converted: replace the slots of parameters that were converted or moved since their slot was made; else that is an error.
+            held: by an open step. Where a parameter was converted or moved since its slot was made, that is an error for these; any other
+                slot is replaced.
         """
         active, grads = self.slots, [p.grad for p in self.params]
         if any(map(is_, grads, repeat(None))):
@@ -83,12 +84,12 @@ class Workspace:
         given: list[Any] = grads
         if active == self.fitting and not careful:
             return active, given, False
-        if stale := self.stale(active if converted else self.slots):
-            if not converted:
+        if stale := self.stale(self.slots):
+            if broken := [s for s in stale if s in held]:
                 wanted = "keep its dtype, device, shape and strides between perturb() and step()"
-                raise RuntimeError(f"CrAM: {stale[0]} must {wanted}, got it converted")
+                raise RuntimeError(f"CrAM: {broken[0]} must {wanted}, got it converted")
             self.renew(stale)
-            return self.gradients(converted, careful)
+            return self.gradients(careful, held)
         fitted = [s.fitted(g) for s, g in zip(active, given, strict=True)]
         fits = all(map(is_, fitted, given)) and all([s.saved is not None and not s.spread for s in active])
         self.fitting = active if fits else None
