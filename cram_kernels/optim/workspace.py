@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..patterns import Pattern, TopK
 from ..schedule import Groups, key_of
 from ..warning import warn
-from .bucket import STRIDED, Bucket, Slot, by_device, per_tensor
+from .bucket import Bucket, Slot, by_device, per_tensor
 from .options import unwrapped
 from .step_info import StepInfo
 
