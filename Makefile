@@ -47,7 +47,7 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
-# Ops, whole steps and training steps beside their peers: 10 minutes on 2 quiet cores, ARGS=--quick 1 minute. build/benchmarks/suite.*
+# Ops, whole steps and training steps beside their peers: 10 minutes on 2 cores, ARGS=--quick 1 minute. build/benchmarks/suite.*
 bench: setup
 	$(BIN)/python -m benchmarks.suite $(ARGS)
 

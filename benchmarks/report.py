@@ -112,7 +112,7 @@ def table(rows: list[Row]) -> str:
 
 
 def described(facts: Row) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {text(name, value)}" for name, value in facts.items())
+    return ", ".join(f"{name} {text(name, value)}" for name, value in facts.items())
 
 
 def write_json(path: Path, record: Row) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def main(
     path.unlink(missing_ok=True)  # of an earlier run
     if options.threads:
         torch.set_num_threads(options.threads)
-    setup = Setup(options.backend, options.quick, options.rounds)
+    setup, begin = Setup(options.backend, options.quick, options.rounds), time.perf_counter()
     environment = report.environment(setup.backend)
     chosen = [case for case in cases if options.only in case.name]
     record: Row = {"benchmark": name, "quick": setup.quick, "environment": environment, "results": [], "red": [], "not_measured": []}
@@ -106,6 +107,7 @@ def main(
             except (AssertionError, RuntimeError) as error:
                 record["red"].append({"case": case.name, "why": str(error)})
                 print(f"{case.name}: RED, not measured: {error}\n", flush=True)
+            record["seconds"] = round(time.perf_counter() - begin)  # of the whole run so far
             report.write_json(path, record)  # after every case: some take minutes
         if record["results"]:
             show(finish(record, options.out))

@@ -1,4 +1,4 @@
-"""CrAM, the compression-aware minimizer (ICLR 2023), as kernels about as fast as copying the weights once."""
+"""A PyTorch optimizer for networks that can be pruned in one shot: CrAM, the Compression-Aware Minimizer, as native kernels."""
 
 from . import _native, _registration
 from .backend import BackendUnavailable, use_backend

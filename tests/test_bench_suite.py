@@ -49,6 +49,9 @@ def test_quick_run_writes_record_table_and_charts(tmp_path: Path, capsys: pytest
         (result,) = [result for result in record["results"] if result["case"].endswith(chosen)]
         assert {"CPU", "threads", "torch", "caches", "free memory", "load average", "commit", "date"} <= record["environment"].keys()
         assert all(len(row["rounds_ms"]) == 2 and min(row["rounds_ms"]) == pytest.approx(row["min_ms"], rel=1e-4) for row in result["rows"])
+        assert (
+            0 < record["seconds"] < 600 and f"cram_kernels {record['environment']['cram_kernels']}," in (tmp_path / "suite.txt").read_text()
+        )
         assert result["case"] in (tmp_path / "suite.txt").read_text() and result["case"] in capsys.readouterr().out
     for chart in ("parts", "growth", "roofline"):
         assert ElementTree.parse(tmp_path / f"{chart}.svg").getroot().tag.endswith("svg")

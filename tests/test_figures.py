@@ -30,8 +30,12 @@ def test_pictures_are_well_formed_and_load_nothing() -> None:
 
 
 def test_the_table_of_the_readme_is_what_was_measured() -> None:
-    methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
+    report = json.loads((figures.DATA / "mnist.json").read_text())
+    methods = report["methods"].values()
     table = (ROOT / "README.md").read_text().replace("**", "")
+    of, on = report["versions"], report["machine"]
+    measured = f"`cram_kernels` {of['cram_kernels']} and torch {of['torch'].split('+')[0]} on {on['cores']} cores of a CPU with "
+    assert measured + on["cpu"].replace("AVX", "AVX-") in table
     for row, first in next(iter(methods))["summary"]["tuned"].items():
         assert first["std"] is not None
         found = [method["summary"]["tuned"][row] for method in methods]
@@ -55,21 +59,50 @@ def test_tables_of_bench_are_those_of_the_record() -> None:
     assert cells.split("|")[1].strip() == f"{times:.0f} x"
 
 
-def measured_accuracies() -> set[str]:
-    """Mean and sample standard deviation of every method, pattern and repair, as pages write them."""
-    found = set()
-    for method in json.loads((figures.DATA / "mnist.json").read_text())["methods"].values():
-        found |= {
-            f"{of['mean']:.1f} ± {of['std']:.1f}" for rows in method["summary"].values() for of in rows.values() if of["std"] is not None
-        }
+def study() -> dict[tuple[str, ...], str]:
+    """(method, "dense") or (method, pattern, repair) -> mean and sample standard deviation, as pages write them."""
     values: dict[tuple[str, ...], list[float]] = {}
     for run in json.loads((figures.DATA / "mnist5k-study.json").read_text())["runs"]:
-        values.setdefault((run["label"],), []).append(run["dense"])
+        values.setdefault((run["label"], "dense"), []).append(run["dense"])
         for pattern, states in run["pruned"].items():
             for state, value in states.items():
                 values.setdefault((run["label"], pattern, state), []).append(value)
     assert {len(of) for of in values.values()} == {3}
-    return found | {f"{statistics.fmean(of):.1f} ± {statistics.stdev(of):.1f}" for of in values.values()}
+    return {key: f"{statistics.fmean(of):.1f} ± {statistics.stdev(of):.1f}" for key, of in values.items()}
+
+
+def measured_accuracies() -> set[str]:
+    """Of every method, pattern and repair."""
+    methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
+    cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
+    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells} | set(study().values())
+
+
+def table_of(page: str, first: str) -> list[list[str]]:
+    """The cells of the table whose head begins with `first`, head included."""
+    lines = (ROOT / "docs" / page).read_text().split(f"\n| {first} |", 1)[1].split("\n\n")[0]
+    rows = f"| {first} |{lines}".splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (rows[0], *rows[2:])]
+
+
+def test_every_cell_of_the_results_is_of_its_row_and_column() -> None:
+    known, label = study(), ""
+    (_, _, _, _, *patterns), *rows = table_of("results.md", "trained with")
+    assert len(rows) == 3 * len({key[0] for key in known})
+    for trained, runs, dense, state, *cells in rows:
+        label = trained or label
+        assert cells == [known[label, pattern, state] for pattern in patterns], (label, state)
+        assert (runs, dense) == (("3", known[label, "dense"]) if trained else ("", "")), label
+
+
+def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
+    known = study()
+    head, *rows = table_of("when-it-pays.md", "pruned to")
+    assert head[2:4] == ["CrAM+", "SGD"] and len(rows) == 8
+    for pattern, repair, *cells in rows:
+        state = {"`reconstruct`": "reconstructed", "batch-norm tuning": "batch norm tuned"}[repair]
+        labels = ("CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, 20 epochs")
+        assert cells[:2] == [known[label, pattern, state] for label in labels], (pattern, repair)
 
 
 def test_accuracies_have_a_spread_and_were_measured() -> None:

@@ -26,6 +26,20 @@ def test_version_is_the_same_everywhere() -> None:
     assert (cited["version"], str(cited["date-released"])) == (cram_kernels.__version__, newest[2])
 
 
+def test_the_package_is_described_as_on_its_index_and_promises_no_speed() -> None:
+    """In no text of the tree, whatever its line breaks."""
+    described = re.search(r'^description = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert described is not None and cram_kernels.__doc__ == f"{described[1]}."
+    folders = ("cram_kernels", "csrc", "docs", "examples", "benchmarks", "tools")
+    texts = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".ipynb", ".h", ".cpp", ".cu")
+    ]
+    texts += [path for path in ROOT.iterdir() if path.suffix in (".md", ".toml", ".cff", ".yml", ".py")]
+    assert len(texts) > 150
+    claim = re.compile(r"as\s+fast\s+as\s+copying|copying\s+the\s+weights\s+once")
+    assert [str(path) for path in texts if claim.search(path.read_text())] == []
+
+
 def test_changelog_has_the_form_of_keep_a_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^(#+) (.+)$", text, re.M)

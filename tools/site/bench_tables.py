@@ -1,5 +1,6 @@
 """What README and docs/performance.md show of docs/data/bench.json, a record of `make bench`: python tools/site/bench_tables.py writes the
-tables, between their marks, and the charts. All figures of a table are of one run on one machine, which a line of its own names."""
+tables, between their marks, and the charts. All figures of a table are of one run on one machine, which a line of its own names.
+A new record comes from build/benchmarks/suite.json: python tools/site/bench_tables.py build/benchmarks/suite.json."""
 
 import json
 import re
@@ -16,17 +17,18 @@ Row = dict[str, Any]
 
 
 def machine(record: Row) -> str:
-    of = record["environment"]
+    of, loads = record["environment"], [result["load_average"] for result in record["results"]]
     facts = (
         of["CPU"],
         of["SIMD level"],
         f"{of['threads']} threads",
         f"torch {of['torch']}",
-        f"cram_kernels {of['cram_kernels']}",
+        f"cram_kernels {of['cram_kernels']} (commit {of['commit']})",
         of["date"],
-        f"load average {of['load average']:.1f} at the start",
     )
-    return f"*{', '.join(facts)}.*"
+    took = f" It took {record['seconds'] / 60:.0f} minutes." if "seconds" in record else ""
+    load = f"{of['load average']:.1f} at the start, {min(loads):.1f} to {max(loads):.1f} before the cases"
+    return f"*{', '.join(facts)}.\nLoad average {load}; the run itself is part of it.{took}*"
 
 
 def rows(record: Row, case: str) -> dict[str, Row]:
@@ -105,8 +107,10 @@ def filled(text: str, record: Row) -> str:
     )
 
 
-def main() -> None:
-    record = json.loads(RECORD.read_text())
+def main(new: str | None = None) -> None:
+    record = json.loads(Path(new or RECORD).read_text())
+    if new:
+        RECORD.write_text(json.dumps(record, separators=(",", ":")) + "\n")
     for page in PAGES:
         page.write_text(filled(page.read_text(), record))
     sys.path.insert(0, str(ROOT))
@@ -119,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
