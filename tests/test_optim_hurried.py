@@ -3,6 +3,8 @@
 With `plus` and `sparse_grad` off, a step is one of torch's own optimizer with the second gradients: that is what is compared with.
 """
 
+import contextlib
+
 import pytest
 import torch
 from optim_cases import clones, random_tensors, set_gradients, two_halves
@@ -81,7 +83,7 @@ CHANGES = [
 ]
 
 
-def steps(base: str):
+def steps(base: str, form: str = "calls"):
     """An optimizer that has stopped looking, and torch's own after the same steps; a function that takes one more step of both."""
     kind, options = BASES[base]
     params, twins = fresh(), fresh()
@@ -93,9 +95,9 @@ def steps(base: str):
         first, second = random_tensors(SHAPES, next(seeds)), random_tensors(SHAPES, next(seeds))
         for p, g in zip(params, first, strict=True):
             p.grad = order(g.to(p.device)) if p.requires_grad else None
-        ours.perturb()
-        for p, t, g in zip(params, twins, second, strict=True):
-            p.grad, t.grad = (order(g), g.clone()) if p.requires_grad else (None, None)
+        with ours.perturbed() if form == "block" else contextlib.nullcontext(ours.perturb()):
+            for p, t, g in zip(params, twins, second, strict=True):
+                p.grad, t.grad = (order(g), g.clone()) if p.requires_grad else (None, None)
         ours.step()
         torchs.step()
         for p, t in zip(params, twins, strict=True):
@@ -107,10 +109,11 @@ def steps(base: str):
     return params, twins, ours, torchs, step
 
 
+@pytest.mark.parametrize("form", ["calls", "block"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_noticed(change, base):
-    params, twins, ours, torchs, step = steps(base)
+def test_a_change_is_noticed(change, base, form):
+    params, twins, ours, torchs, step = steps(base, form)
     change(params, ours)
     change(twins, torchs)
     for _ in range(3):
