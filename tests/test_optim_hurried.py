@@ -127,7 +127,7 @@ def test_a_change_is_noticed(change, base, form):
 
 @pytest.mark.parametrize("base", BASES)
 def test_gradients_in_other_strides(base):
-    *_, ours, _, step = steps(base)
+    step = steps(base)[-1]
     for order in (last, last, lambda t: t, lambda t: t, last):
         step(order)
 
