@@ -144,9 +144,14 @@ def test_in_flight() -> None:
     """Little's law, by hand: 1 TB/s and 0.8 us on 100 SMs are 8 kB each; half of 2048 threads with two vectors on their way are 32 KiB."""
     card = gpus.Card("80", 100, 1000, 1000)
     assert gpus.needed_in_flight(card, 1.0) == pytest.approx(8000)
-    own = kernel("copy16", "80", 1, 1)
+    own = replace(kernel("copy16", "80", 1, 1), waits=[cubin.Wait(20, 2)])
     assert report.in_flight(replace(COPY, ahead=2), [own], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
     assert report.in_flight(COPY, [replace(own, threads=None)], card) is None
+    serial = replace(own, waits=[cubin.Wait(5, 1), cubin.Wait(3, 1)])
+    assert report.in_flight(replace(COPY, ahead=2), [serial], card) == f"16 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
+    assert report.serialized([own, serial], (replace(COPY, ahead=2),)) == [
+        "copy16 on sm_80: copy wants 2 loads of 16 bytes on their way at once, the machine code has 1"
+    ]
 
 
 def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -176,6 +181,39 @@ def test_instructions(line: str, kind: str) -> None:
     assert cubin.instructions(
         ["\t\tFunction : f", line, "        /*0080*/   LDS.128 R4, [R2] ;", "        /*0090*/  LDC R1, c[0x0] ;"]
     ) == {"f": Counter({kind: 1})}
+
+
+# By hand: what each 16-byte load brings is first needed so many instructions later, with so many such loads sent until then.
+LISTING = """
+		Function : _Z5first
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                 /* 0x00 */
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;                /* 0x00: R4-R7, needed at 0070 */
+        /*0020*/               @P0 BRA 0x50 ;
+        /*0030*/                   LDG.E.128.CONSTANT R8, [R2.64+0x10] ;  /* needed at 0060 */
+        /*0040*/                   LDG.E R12, [R2.64+0x20] ;              /* 4 bytes */
+        /*0050*/                   IADD3 R13, R14, 0x7, RZ ;
+        /*0060*/                   FADD R13, R13, R11 ;
+        /*0070*/                   STG.E.128 [R2.64], R4 ;
+        /*0080*/                   LDG.E.ENL2.256 R20, R40, desc[UR4][R2.64] ;  /* R20-R23 and R40-R43, needed behind the jump */
+        /*0090*/                   BRA 0xc0 ;
+        /*00a0*/                   FADD R43, R43, R43 ;                   /* nothing comes here */
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   FADD R0, R42, R24 ;
+        /*00d0*/               @P1 LDG.E.128 R52, [R2.64] ;               /* nothing needs it */
+        /*00e0*/                   EXIT ;
+        /*00f0*/                   FADD R0, R52, R52 ;
+		Function : _Z6second
+        /*0000*/                   LDG.E.64 R4, [R2.64] ;
+        /*0010*/                   FADD R0, R4, R5 ;
+"""
+
+
+def test_distance_to_the_first_use() -> None:
+    found = cubin.waits(LISTING.splitlines())
+    assert found == {"_Z5first": [cubin.Wait(4, 2), cubin.Wait(3, 1), cubin.Wait(2, 1)], "_Z6second": []}
+    own = replace(kernel("copy16", "80", 1, 1), waits=found["_Z5first"])
+    assert (own.soonest, own.at_once) == (2, 2) and report.kernel_row(own)["load to use"] == 2
+    assert (kernel("copy16", "80", 1, 1).soonest, kernel("copy16", "80", 1, 1).at_once) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         return CANNOT_RUN
     rows, costs = report.kernel_rows(kernels), report.op_rows(kernels, OPS)
     faults, surplus = report.faults(kernels, VECTORS), report.surplus(kernels, VECTORS)
+    serialized = report.serialized(kernels, OPS)
     print("From the compiler's report and the machine code:")
     print(text.table(rows))
     print(
         f"\nPREDICTION, not a measurement: ResNet-50's {report.RESNET50:,} float32 weights at {report.GOAL:.0%} of the published bandwidth:"
     )
     print(text.table(costs))
-    for note in surplus:
+    for note in surplus + serialized:
         print(f"NOTE: {note}")
     for fault in faults:
         print(f"FAULT: {fault}")
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "prediction": {"weights": report.RESNET50, "share_of_bandwidth": report.GOAL, "ops": costs},
         "faults": faults,
         "surplus": surplus,
+        "serialized": serialized,
     }
     text.write_json(options.out / "cuda_static.json", record)
     print(f"{len(rows)} kernels, {len(faults)} faults; {options.out / 'cuda_static.json'}")

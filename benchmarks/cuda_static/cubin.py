@@ -23,7 +23,11 @@ from .gpus import SHARED_RESERVED
 
 FUNCTION = re.compile(r"^\s*Function :?\s*(?P<symbol>[^\s:]+)")
 RESOURCES = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)")
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_]*)(?P<modifiers>[.\w]*)")
+INSTRUCTION = re.compile(
+    r"^\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_]*)(?P<modifiers>[.\w]*)(?P<operands>[^;]*)"
+)
+REGISTER = re.compile(r"\bR(\d+)\b")
+TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 KIND = {"LD": "load", "LDG": "load", "LDGSTS": "load", "ST": "store", "STG": "store", "LDL": "spill_load", "STL": "spill_store"}
 KIND |= dict.fromkeys(("ATOM", "ATOMG", "RED", "REDG"), "global_atomic")
 
@@ -47,6 +51,7 @@ class Kernel:
     threads: int | None  # a block; None: the sidecar does not say
     spill_bytes: int  # by the compiler; where it does not say, the number of local loads and stores
     instructions: Counter[str] = field(default_factory=Counter)  # "load.16": bytes a thread; "global_atomic"
+    waits: list["Wait"] = field(default_factory=list)
 
     def vectors(self, kind: str) -> int:
         """Loads or stores of 16 bytes and more."""
@@ -54,6 +59,24 @@ class Kernel:
 
     def narrow(self, kind: str) -> int:
         return sum(count for key, count in self.instructions.items() if key.startswith(f"{kind}.")) - self.vectors(kind)
+
+    @property
+    def soonest(self) -> int:
+        """Instructions from a global load of 16 bytes to the first that needs it, the fewest of all; 0: there is no such load."""
+        return min((wait.distance for wait in self.waits), default=0)
+
+    @property
+    def at_once(self) -> int:
+        """Global loads of 16 bytes on their way when a thread first waits for one of them, the most."""
+        return max((wait.loads for wait in self.waits), default=0)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """From a global load of 16 bytes or more to the first instruction that reads or overwrites what it loads."""
+
+    distance: int  # instructions, on the shortest way
+    loads: int  # such loads on the way that takes no jump with a condition, itself among them
 
 
 def tool(name: str) -> str:
@@ -98,6 +121,54 @@ def instructions(lines: list[str]) -> dict[str, Counter[str]]:
             continue
         own[kind if kind == "global_atomic" else f"{kind}.{width(found['modifiers'])}"] += 1
     return counts
+
+
+def waits(lines: list[str]) -> dict[str, list[Wait]]:
+    """Symbol -> a Wait for each global load of 16 bytes or more that something needs."""
+    code: dict[str, list[re.Match[str]]] = {}
+    for symbol, line in functions(lines):
+        if (found := INSTRUCTION.match(line)) is not None:
+            code.setdefault(symbol, []).append(found)
+    return {symbol: [wait for i in range(len(own)) if loads_vector(own[i]) and (wait := wait_of(own, i))] for symbol, own in code.items()}
+
+
+def loads_vector(instruction: re.Match[str]) -> bool:
+    return KIND.get(instruction["name"]) == "load" and instruction["name"] != "LDGSTS" and width(instruction["modifiers"]) >= 16
+
+
+def registers(operands: str) -> list[int]:
+    return [int(number) for number in REGISTER.findall(operands)]
+
+
+def wait_of(code: list[re.Match[str]], load: int) -> Wait | None:
+    place = {int(instruction["address"], 16): i for i, instruction in enumerate(code)}
+    into = {first + i for first in registers(code[load]["operands"].split("[")[0]) for i in range(4)}  # 32 bytes have two destinations
+
+    def needs(i: int) -> bool:
+        return not into.isdisjoint(registers(code[i]["operands"]))
+
+    seen, front, distance = {load}, {load}, 1
+    while front := {following for i in front for following in successors(code, i, place)} - seen:
+        if any(map(needs, front)):
+            break
+        seen.update(front)
+        distance += 1
+    else:
+        return None
+    loads, i, passed = 1, load, {load}
+    while (straight := successors(code, i, place)[:1]) and not needs(i := straight[0]) and i not in passed:
+        passed.add(i)
+        loads += loads_vector(code[i])
+    return Wait(distance, loads)
+
+
+def successors(code: list[re.Match[str]], i: int, place: dict[int, int]) -> list[int]:
+    instruction, following = code[i], [i + 1] if i + 1 < len(code) else []
+    if instruction["name"] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
+        target = TARGET.search(instruction["operands"]) if instruction["name"] in ("BRA", "JMP") else None
+        jump = [place[int(target[1], 16)]] if target and int(target[1], 16) in place else []
+        return jump if instruction["guard"] is None and "P" not in instruction["operands"] else following + jump
+    return following
 
 
 def width(modifiers: str) -> int:
@@ -146,11 +217,12 @@ def read_library(library: Path, arch: str) -> list[Kernel]:
 
 
 def kernels_of(binary: Path, sidecar: dict[str, Any], *options: str) -> list[Kernel]:
-    counts = instructions(dump(binary, "-sass", *options))
+    listing = dump(binary, "-sass", *options)
+    counts, used = instructions(listing), waits(listing)
     resources = {s: found for s, line in functions(dump(binary, "-res-usage", *options)) if (found := RESOURCES.search(line))}
     symbols = sorted(resources)
     pairs = zip(symbols, demangled(symbols), strict=True)
-    return [kernel(symbol, name, sidecar, resources[symbol], counts.get(symbol, Counter())) for symbol, name in pairs]
+    return [kernel(symbol, name, sidecar, resources[symbol], counts.get(symbol, Counter()), used.get(symbol, [])) for symbol, name in pairs]
 
 
 def own_shared(reported: int, arch: str) -> int:
@@ -158,7 +230,7 @@ def own_shared(reported: int, arch: str) -> int:
     return reported - SHARED_RESERVED if int(arch) >= 90 and reported > 0 else reported
 
 
-def kernel(symbol: str, name: str, sidecar: dict[str, Any], resources: re.Match[str], counts: Counter[str]) -> Kernel:
+def kernel(symbol: str, name: str, sidecar: dict[str, Any], resources: re.Match[str], counts: Counter[str], used: list[Wait]) -> Kernel:
     facts = sidecar["kernels"].get(symbol, {})
     local = sum(count for key, count in counts.items() if key.startswith("spill_"))
     return Kernel(
@@ -173,4 +245,5 @@ def kernel(symbol: str, name: str, sidecar: dict[str, Any], resources: re.Match[
         facts.get("threads"),
         facts.get("spill_bytes", local),
         counts,
+        used,
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from .cubin import Kernel
 from .gpus import ARCHS, CARDS, Card, needed_in_flight, occupancy
-from .traffic import Op, Vectors
+from .traffic import VECTOR, Op, Vectors
 
 RESNET50 = 25_557_032  # weights
 GOAL = 0.85  # of the bandwidth of a copy
@@ -24,6 +24,7 @@ def kernel_row(k: Kernel) -> Row:
     row["occupancy"] = None if k.threads is None else f"{occupancy(k.arch, k.threads, k.registers, k.shared):.0%}"
     for kind in ("load", "store"):
         row[f"{kind}s 16 B"], row[f"{kind}s narrow"] = k.vectors(kind), k.narrow(kind)
+    row |= {"load to use": k.soonest, "at once": k.at_once}
     return row | {"atomics": k.instructions["global_atomic"]}
 
 
@@ -51,6 +52,16 @@ def surplus(kernels: list[Kernel], vectors: dict[str, Vectors]) -> list[str]:
     return [f"{text}; {what}" for has, wanted, text in against(kernels, vectors) if has > wanted]
 
 
+def serialized(kernels: list[Kernel], ops: tuple[Op, ...]) -> list[str]:
+    """No fault yet: a kernel that waits for one load before it sends another one which traffic.py states to be on its way by then."""
+    return [
+        f"{k.name} on sm_{k.arch}: {op.name} wants {op.together} loads of 16 bytes on their way at once, the machine code has {k.at_once}"
+        for op in ops
+        for k in streams(op, kernels)
+        if k.at_once < op.together
+    ]
+
+
 def against(kernels: list[Kernel], vectors: dict[str, Vectors]) -> Iterator[tuple[int, int, str]]:
     """Loads and stores of 16 bytes of each of our kernels: how many it has, how many it should have, both in words."""
     for k in (k for k in kernels if k.origin == "cuda" and k.name in vectors):
@@ -73,12 +84,13 @@ def op_row(op: Op, kernels: list[Kernel]) -> Row:
 
 
 def in_flight(op: Op, kernels: list[Kernel], card: Card) -> str | None:
-    """Bytes that the threads of an SM ask for at a time, and what the loads' share of GOAL needs; None: the occupancy is not known."""
+    """Bytes that the threads of an SM ask for before they wait, and what the loads' share of GOAL needs; None: occupancy not known."""
     if not kernels or any(k.threads is None for k in kernels):
         return None
+    ahead = min(op.together, *(k.at_once for k in kernels))
     resident = min(occupancy(k.arch, k.threads, k.registers, k.shared) for k in kernels if k.threads) * ARCHS[card.arch].warps * 32
     loads = len(op.loads) / (len(op.loads) + len(op.stores))
-    return f"{resident * op.in_flight / 1024:.0f} / {needed_in_flight(card, loads * GOAL) / 1024:.0f} KiB"
+    return f"{resident * VECTOR * ahead / 1024:.0f} / {needed_in_flight(card, loads * GOAL) / 1024:.0f} KiB"
 
 
 def predicted_us(op: Op, weights: int, gigabytes: float) -> float:

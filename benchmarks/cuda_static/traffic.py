@@ -33,9 +33,9 @@ class Op:
         return 4 * (len(self.loads) + len(self.stores)) + MASK * self.masks
 
     @property
-    def in_flight(self) -> int:
-        """Bytes that a thread asks for at a time."""
-        return VECTOR * self.ahead * len(self.loads) // self.passes
+    def together(self) -> int:
+        """Loads of 16 bytes that a thread sends before it waits for one."""
+        return self.ahead * len(self.loads) // self.passes
 
     @property
     def formula(self) -> str:
