@@ -1,9 +1,11 @@
 """Is one run of a benchmark slower than another, or is it noise? `python -m benchmarks.compare A.json B.json`.
 
 What is compared is a contestant's time over that of the copy in the same round, or of plain SGD where a training step is timed. So a
-machine that is slower as a whole in one run is not taken for slower code. A difference counts where the exact two-sided Mann-Whitney test
-of the rounds, corrected for the number of comparisons (Holm), rejects chance at 5 %, and the medians differ by more than --least. A case of
-so few rounds that no times whatever could pass that test is left out of it (Tarone, Biometrics 46, 1990); its verdict is "cannot tell".
+machine that is slower as a whole in one run is not taken for slower code. The optimizer's part of a training step, over plain SGD's whole
+one, is judged by itself: what it adds is small beside the passes. What A measured and B did not is as bad as slower. A difference counts
+where the exact two-sided Mann-Whitney test of the rounds, corrected for the number of comparisons (Holm), rejects chance at 5 %, and the
+medians differ by more than --least. A case of so few rounds that no times whatever could pass that test is left out of it (Tarone,
+Biometrics 46, 1990); its verdict is "cannot tell".
 """
 
 import argparse
@@ -23,7 +25,7 @@ from cram_kernels.terminal import Help, show
 LEVEL, RESAMPLES = 0.05, 2000
 OK, SLOWER, CANNOT = 0, 1, 2
 UNITS = ("copy_", "streaming copy", "SGD")
-VERDICTS = ("slower", "faster", "within noise", "cannot tell")
+VERDICTS = ("slower", "faster", "within noise", "cannot tell", "gone", "red")
 Samples = dict[tuple[str, str], list[float]]
 
 
@@ -37,8 +39,31 @@ def samples(record: dict[str, Any], all_rows: bool) -> Samples:
             if (row["ours"] or all_rows) and row is not unit:
                 units = unit["rounds_ms"] if unit else [1.0] * len(row["rounds_ms"])
                 case = f"{result['case']}, {result['weights']:,} weights" if "weights" in result else result["case"]
-                found[case, row["name"]] = [t / u for t, u in zip(row["rounds_ms"], units, strict=False)]  # peers may stop earlier
+                for name, key in ((row["name"], "rounds_ms"), (f"{row['name']}, optimizer", "optimizer_rounds_ms")):
+                    if key in row:
+                        found[case, name] = [t / u for t, u in zip(row[key], units, strict=False)]  # peers may stop earlier
+    if any(not (0 < value < math.inf) for values in found.values() for value in values):
+        raise ValueError("times that are not above 0")
     return found
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text())
+    kinds = {"environment": dict, "results": list}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path} without `environment` or `results`")
+    return record
+
+
+def lost(a: Samples, b: Samples, red: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What A measured and B did not, and what was wrong in B."""
+    wrong = {case["case"]: case["why"] for case in red}
+    nothing = dict.fromkeys(("ratio", "low", "high", "p"))
+    gone = [key for key in a if key not in b and not any(key[0] == case or key[0].startswith(f"{case}, ") for case in wrong)]
+    return [
+        *({"case": case, "name": name, "rounds": [len(a[case, name]), 0], **nothing, "verdict": "gone"} for case, name in gone),
+        *({"case": case, "name": why, "rounds": [0, 0], **nothing, "verdict": "red"} for case, why in wrong.items()),
+    ]
 
 
 def p_value(a: list[float], b: list[float]) -> float:
@@ -100,7 +125,7 @@ def compared(a: Samples, b: Samples, least: float) -> list[dict[str, Any]]:
     for key in common:
         ratio, p = statistics.median(b[key]) / statistics.median(a[key]), adjusted.get(key)
         low, high = interval(a[key], b[key])
-        slower, faster, noise, cannot = VERDICTS
+        slower, faster, noise, cannot, *_ = VERDICTS
         verdict = cannot if p is None else noise if p >= LEVEL or abs(ratio - 1) <= least else slower if ratio > 1 else faster
         rounds = [len(a[key]), len(b[key])]
         rows.append(
@@ -113,8 +138,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Tell what became slower or faster from A to B from noise. What has too few rounds for that is said to be so.\n\n"
-        "Exit status: 0, nothing that can be told is slower; 1, something is; 2, a file cannot be read, nothing is in both, or nothing can "
-        "be told.",
+        "Exit status: 0, nothing that can be told is slower; 1, something is, or is gone from B or red in it; 2, a file cannot be "
+        "read, nothing is in both, or nothing can be told.",
         epilog=f"Example:\n  {prog} before/suite.json after/suite.json --least 0.05",
         formatter_class=Help,
     )
@@ -122,7 +147,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     parser.add_argument("b", type=Path, metavar="B.json")
     parser.add_argument(
         "--least",
-        type=float,
+        type=_least,
         default=0.03,
         metavar="0.03",
         help="share by which medians must differ to matter; 0.03 if absent",
@@ -131,23 +156,35 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     parser.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(argv)
     try:
-        before, after = (json.loads(path.read_text()) for path in (options.a, options.b))
-        found = compared(samples(before, options.all), samples(after, options.all), options.least)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        before, after = (loaded(path) for path in (options.a, options.b))
+        a, b = (samples(record, options.all) for record in (before, after))
+        found, missing = compared(a, b, options.least), lost(a, b, after.get("red", []))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         print(f"compare: both files must be records of a benchmark, got {type(error).__name__}: {error}", file=sys.stderr)
         return CANNOT
-    if not found:
+    if not found and all(row["verdict"] == "gone" for row in missing):
         print("compare: both files must have a case in common, with the rounds of its times, got none", file=sys.stderr)
         return CANNOT
     verdicts = Counter(row["verdict"] for row in found)
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found + missing, indent=1))
     else:
-        show(Comparison(before["environment"], after["environment"], found))
+        show(Comparison(before["environment"], after["environment"], found + missing))
+    if missing:
+        return SLOWER
     if verdicts["cannot tell"] == len(found):
         print(f"compare: a case must have {rounds_for(len(found))} rounds in both files to be told from noise, got fewer", file=sys.stderr)
         return CANNOT
     return SLOWER if verdicts["slower"] else OK
+
+
+def _least(text: str) -> float:
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a share of 0 or more, 0.03 for 3 %, got {text!r}")
 
 
 class Comparison:
@@ -164,16 +201,17 @@ class Comparison:
                 row["case"],
                 row["name"],
                 "{} and {}".format(*row["rounds"]),
-                f"{row['ratio']:.3f}",
-                f"{row['low']:.3f} to {row['high']:.3f}",
+                "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+                "" if row["ratio"] is None else f"{row['low']:.3f} to {row['high']:.3f}",
                 "" if row["p"] is None else f"{row['p']:.2g}",
                 row["verdict"],
             )
             for row in self.rows
         ]
         counts = Counter(row["verdict"] for row in self.rows)
-        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
-        few = f". To tell all of them, measure both with --rounds {rounds_for(len(self.rows))}" if counts["cannot tell"] else ""
+        told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if verdict in VERDICTS[:4] or counts[verdict])
+        judged = len(self.rows) - counts["gone"] - counts["red"]
+        few = f". To tell all of them, measure both with --rounds {rounds_for(judged)}" if counts["cannot tell"] else ""
         head = ("case", "contestant", "rounds", "time, B over A", "95 % of it", "p, corrected", "verdict")
         return "\n".join([*changed, table(head, cells, "<<>>>><"), f"B compared with A: {told}{few}."])
 

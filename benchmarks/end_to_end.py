@@ -134,7 +134,8 @@ class EndToEnd:
             row |= {"spread": (third - first) / statistics.median(own), "min_ms": 1e3 * min(own)}
             row |= {f"{part}_ms": 1e3 * statistics.median(found[part] for found in spent[kind]) for part in PARTS}
             row["x_ours"] = statistics.median(a / b for a, b in zip(own, totals[KINDS[0]], strict=False))
-            rows.append(row | {"rounds_ms": [1e3 * t for t in own]})
+            parts = [1e3 * found["optimizer"] for found in spent[kind]]
+            rows.append(row | {"rounds_ms": [1e3 * t for t in own], "optimizer_rounds_ms": parts})
         return rows
 
     def describe(self) -> Row:

@@ -100,7 +100,7 @@ def text(column: str, value: Any) -> str:
     return HEADS.get(column, ("", default))[1].format(value)
 
 
-HIDDEN = ("ours", "rounds_ms")  # for programs
+HIDDEN = ("ours", "rounds_ms", "optimizer_rounds_ms")  # for programs
 
 
 def table(rows: list[Row]) -> str:

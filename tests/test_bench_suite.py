@@ -215,6 +215,73 @@ def test_training_steps_are_judged_over_plain_sgd(tmp_path: Path) -> None:
     assert compare.samples(found, all_rows=True)["training step X", "published"] == pytest.approx([9.0, 9.0])
 
 
+def test_the_optimizer_of_a_training_step_is_judged_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Ten times as slow an optimizer is lost in the noise of the passes, and found beside them."""
+    draw = random.Random(4)
+    for name, factor in (("a", 1), ("b", 10)):
+        sgd, ours, part = ([scale * draw.uniform(1, 1.2) for _ in range(7)] for scale in (100, 200, 0.1 * factor))
+        rows = [
+            {"name": "SGD", "ours": False, "median_ms": 110.0, "rounds_ms": sgd, "optimizer_rounds_ms": sgd},
+            {"name": "cram_kernels", "ours": True, "median_ms": 220.0, "rounds_ms": ours, "optimizer_rounds_ms": part},
+        ]
+        (tmp_path / name).write_text(json.dumps({"environment": {}, "results": [{"case": "training step X", "rows": rows}]}))
+    assert cli.main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == compare.SLOWER
+    verdicts = {row["name"]: row["verdict"] for row in json.loads(capsys.readouterr().out)}
+    assert verdicts == {"cram_kernels": "within noise", "cram_kernels, optimizer": "slower"}
+
+
+def test_what_is_gone_or_red_is_as_bad_as_slower(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    times = [1.0 + i / 100 for i in range(7)]
+    whole, less = (record(dict.fromkeys(names, times), times) for names in (("kept", "lost", "wrong"), ("kept",)))
+    for name, found in (("a", whole), ("b", less | {"red": [{"case": "wrong", "why": "one bit differs"}]})):
+        (tmp_path / name).write_text(json.dumps(found))
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    assert cli.main(["bench", "compare", *files]) == compare.SLOWER
+    told = capsys.readouterr().out
+    assert re.search(r"lost, 10 weights\s+cram_kernels\s.*gone", told) and re.search(r"wrong\s+one bit differs\s.*red", told)
+    assert "0 slower, 0 faster, 1 within noise, 0 cannot tell, 1 gone, 1 red." in told
+    assert cli.main(["bench", "compare", *files, "--json"]) == compare.SLOWER
+    assert [row["verdict"] for row in json.loads(capsys.readouterr().out)] == ["within noise", "gone", "red"]
+    assert cli.main(["bench", "compare", *reversed(files)]) == compare.OK  # what A did not measure is no loss
+    (tmp_path / "b").write_text(json.dumps(less | {"results": [], "red": [{"case": "kept", "why": "one bit differs"}]}))
+    assert cli.main(["bench", "compare", *files]) == compare.SLOWER
+
+
+ROW = {"name": "copy_", "ours": True, "median_ms": 1.0, "rounds_ms": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "nonsense",
+        "[]",
+        "3",
+        "{}",
+        json.dumps({"results": []}),
+        json.dumps({"environment": {}, "results": {}}),
+        json.dumps({"environment": {}, "results": [3]}),
+        json.dumps({"environment": {}, "results": [{"case": "x", "rows": 3}]}),
+        json.dumps({"environment": {}, "results": [{"case": "x", "rows": [{"name": "x"}, ROW, ROW]}]}),
+        json.dumps({"environment": {}, "results": [{"case": "x", "rows": [ROW, ROW | {"name": "x", "rounds_ms": ["1", "2"]}]}]}),
+        json.dumps({"environment": {}, "results": [{"case": "x", "rows": [ROW, ROW | {"name": "x", "rounds_ms": [0, math.nan]}]}]}),
+        json.dumps({"environment": {}, "results": [], "red": [3]}),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, content: str) -> None:
+    (tmp_path / "a").write_text(json.dumps(record({"x": [1.0] * 7}, [1.0] * 7)))
+    (tmp_path / "b").write_text(content)
+    for files in (("a", "b"), ("b", "a")):
+        assert cli.main(["bench", "compare", *(str(tmp_path / name) for name in files)]) == compare.CANNOT
+        assert re.match(r"compare: both files must (be records of a benchmark|have a case in common).*, got .", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("least", ["nan", "-1", "inf", "x"])
+def test_a_share_that_is_none_is_refused(least: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["bench", "compare", "a", "b", f"--least={least}"])
+    assert left.value.code == compare.CANNOT and f"must be a share of 0 or more, 0.03 for 3 %, got '{least}'" in capsys.readouterr().err
+
+
 def test_a_planted_slow_down_is_found_in_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """An op that sleeps for twice its time besides is slower; and records of --quick, of two rounds each, tell nothing."""
     case = ("--only", "restore_sgd_ ViT-B")

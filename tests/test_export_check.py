@@ -163,7 +163,7 @@ def test_parameters_of_unknown_use_are_not_called_convolutions() -> None:
     )
     state = {row.name: row.kind for row in check_nm(model.state_dict()).rows}
     assert (state["token"], state["position"], state["lstm.weight_ih_l0"]) == ("parameter", "parameter", "matrix")
-    assert check_nm({"w": torch.ones(8, 1, 3, 3)}).rows[0].why_dense == "depthwise: one input channel a group"
+    assert check_nm({"w": torch.ones(8, 1, 3, 3)}).rows[0].why_dense == "depthwise, or a stem with one input channel"
 
 
 def test_weights_of_gpt2_lie_the_other_way_round() -> None:

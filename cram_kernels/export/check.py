@@ -68,8 +68,8 @@ def why_no_pattern(weight: Weight, pattern: NM) -> str | None:
     why = pattern.why_dense(t.shape) or ("empty" if t.numel() == 0 else None)
     if why is None or weight.kind != "conv" or t.shape[1] >= pattern.m:
         return why
-    if t.shape[1] == 1 and weight.groups != 1:
-        return "depthwise: one input channel a group"
+    if t.shape[1] == 1 and weight.groups != 1:  # a file does not say how many
+        return "depthwise: one input channel a group" if weight.groups else "depthwise, or a stem with one input channel"
     return f"{why} (a stem)" if weight.groups in (None, 1) else f"{why} ({weight.groups} groups)"
 
 
