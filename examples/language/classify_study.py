@@ -25,6 +25,7 @@ METHODS = {  # name: what it changes in the settings; work in passes over a text
     "split": {"method": "cram+", "second_pass": "split"},  # 1
     "split-twice": {"method": "cram+", "second_pass": "split", "epochs": 2},  # 2
 }
+PLACES = {"out", "train", "test", "resume", "save_steps", "threads", "device"}  # settings that do not change the run
 
 
 def label(settings: dict[str, Any]) -> str:
@@ -43,8 +44,9 @@ def row(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "results.json").read_text())
     states = {"as pruned": found["pruned"], "reconstructed": found["reconstructed"]}
     pruned = {name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]}
-    rest = {key: found[key] for key in ("settings", "versions", "training", "zeros")}
-    return {"label": label(found["settings"]), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
+    settings = {name: value for name, value in found["settings"].items() if name not in PLACES}
+    rest = {"settings": settings, "steps": found["training"]["steps"], "zeros": found["zeros"], "versions": found["versions"]}
+    return {"label": label(settings), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
 
 
 def main() -> None:
