@@ -154,6 +154,14 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "table.md").read_text() == table
 
 
+def test_the_table_of_the_results_is_that_of_the_data():
+    docs = LANGUAGE.parent.parent / "docs"
+    runs = json.loads((docs / "data" / "bbc-study.json").read_text())["runs"]
+    assert len(runs) == 6 and {r["steps"] for r in runs} == {300, 600}
+    text = comparison.table(comparison.summarise(runs), ["50 %", "60 %", "70 %", "80 %", "2:4"], ["as pruned"])
+    assert text in (docs / "results.md").read_text()
+
+
 @pytest.mark.parametrize("name", classify_study.METHODS)
 def test_methods_of_the_study(name):
     s = classify.Classify(epochs=3, out=Path("study"))
