@@ -59,10 +59,10 @@ def test_tables_of_bench_are_those_of_the_record() -> None:
     assert cells.split("|")[1].strip() == f"{times:.0f} x"
 
 
-def study() -> dict[tuple[str, ...], str]:
+def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
     """(method, "dense") or (method, pattern, repair) -> mean and sample standard deviation, as pages write them."""
     values: dict[tuple[str, ...], list[float]] = {}
-    for run in json.loads((figures.DATA / "mnist5k-study.json").read_text())["runs"]:
+    for run in json.loads((figures.DATA / f"{name}.json").read_text())["runs"]:
         values.setdefault((run["label"], "dense"), []).append(run["dense"])
         for pattern, states in run["pruned"].items():
             for state, value in states.items():
@@ -75,12 +75,12 @@ def measured_accuracies() -> set[str]:
     """Of every method, pattern and repair."""
     methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
     cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
-    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells} | set(study().values())
+    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells} | set(study().values()) | set(study("bbc-study").values())
 
 
-def table_of(page: str, first: str) -> list[list[str]]:
-    """The cells of the table whose head begins with `first`, head included."""
-    lines = (ROOT / "docs" / page).read_text().split(f"\n| {first} |", 1)[1].split("\n\n")[0]
+def table_of(page: str, first: str, which: int = 1) -> list[list[str]]:
+    """The cells of the first or another table whose head begins with `first`, head included."""
+    lines = (ROOT / "docs" / page).read_text().split(f"\n| {first} |")[which].split("\n\n")[0]
     rows = f"| {first} |{lines}".splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in (rows[0], *rows[2:])]
 
@@ -103,6 +103,16 @@ def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
         state = {"`reconstruct`": "reconstructed", "batch-norm tuning": "batch norm tuned"}[repair]
         labels = ("CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, 20 epochs")
         assert cells[:2] == [known[label, pattern, state] for label in labels], (pattern, repair)
+
+
+def test_every_cell_of_the_advice_on_a_bert_is_of_its_row_and_column() -> None:
+    known = study("bbc-study")
+    head, *rows = table_of("when-it-pays.md", "pruned to", 2)
+    assert head[2:4] == ["CrAM+", "AdamW"] and len(rows) == 7
+    for pattern, repair, *cells in rows:
+        key = {"": ("dense",), "nothing": (pattern, "as pruned"), "`reconstruct`": (pattern, "reconstructed")}[repair]
+        labels = ("CrAM+ {50 %, 60 %, 70 %}, 1.5 epochs", "AdamW, 3 epochs")
+        assert cells[:2] == [known[(label, *key)] for label in labels], (pattern, repair)
 
 
 def test_accuracies_have_a_spread_and_were_measured() -> None:
