@@ -186,6 +186,27 @@ def test_last_names_what_a_step_empties():
     assert last.emptied == () and [p() for p in held] == [None] * 3
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("where", [{(1, 1)}, {(2, 0)}, {(1, 0), (2, 1)}], ids=str)
+def test_the_strides_of_a_gradient_change_nothing_in_any_group(base, hooks, where):
+    """Of the second of two groups with patterns of their own; `where`: in which step, and in which pass of it."""
+
+    def run(transposed) -> list[torch.Tensor]:
+        first, second = (nn.Parameter(t) for t in random_tensors([(8, 8), (4, 8)], 0))
+        optimizer = CrAM([{"params": [first]}, {"params": [second], "compression": [NM(2, 4)]}], base, lr=0.1)
+        if hooks:
+            optimizer.base_optimizer.register_step_post_hook(lambda *_: None)
+        for step in range(4):
+            for half, call in enumerate((optimizer.perturb, optimizer.step)):
+                first.grad, g = random_tensors([(8, 8), (4, 8)], 2 * step + half + 1)
+                second.grad = g.t().contiguous().t() if (step, half) in transposed else g
+                call()
+        return clones([first, second])
+
+    assert_same_bits(run(where), run(set()))
+
+
 # --- names ---
 
 

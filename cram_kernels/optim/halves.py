@@ -147,7 +147,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         first = Factor() if step is None else step.factor
         unclipped = second_factor(given, first, None if step is None else step.scaler, optimizer)
         pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if not isinstance(hook, Guard)]
-        for again in (step is None or not step.perturbed, True):  # weights that are back already do not say whether an op has run
+        # Weights that are back already do not say whether an op has run; of several buckets one may be done when the next one is refused.
+        for again in (step is None or not step.perturbed or len(step.buckets) > 1, True):
             active, grads, looked_at = work.gradients(again, () if step is None else step.perturbed_slots)
             if step is not None and not active:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
