@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..distributed import Spread, is_spread, local_of, local_ranks, spread_of, whole_of
-from ..patterns import Pattern, TopK
+from ..patterns import NM, Pattern, TopK
 
 STRIDED = torch.strided
 NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
@@ -125,6 +125,26 @@ class Bucket:
                     slot.saved = torch.empty_like(slot.local)
             saved = [s.nothing if s.saved is None or s.master is not s.nothing else s.saved for s in self.slots]
             self.saved, self.masters = present(saved, self.slots), present([s.master for s in self.slots], self.slots)
+
+    def perturb(
+        self, grads: list[Tensor], masks: list[Tensor], rho: Tensor, reuse: bool, amp: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The op that moves the weights uphill and prunes them; thresholds and statistics where it ranks.
+
+        Args:
+            reuse: the masks are those of an earlier step.
+            amp: inv_scale and found_inf, on this device.
+        """
+        common = (self.params, grads, self.saved, masks, self.flag, rho)
+        if isinstance(self.pattern, TopK) and not reuse:
+            k, over_ranks = self.local_k(grads, rho, {"inv_scale": amp["inv_scale"], "masters": self.masters})
+            thresholds, stats = ops.perturb_topk_(*common, self.sets, k, **amp, masters=self.masters)
+            return thresholds if over_ranks is None else torch.where(over_ranks == NOT_SPREAD, thresholds, over_ranks), stats
+        if isinstance(self.pattern, NM) and not reuse:
+            ops.perturb_nm_(*common, self.prune, self.pattern.n, self.pattern.m, **amp, masters=self.masters)
+        else:
+            ops.perturb_masked_(*common, **amp, masters=self.masters)
+        return None
 
     def local_k(self, grads: list[Tensor], rho: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """k on this rank, and the thresholds over all ranks; k itself and None where no set is spread over ranks."""

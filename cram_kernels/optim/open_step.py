@@ -13,11 +13,11 @@ from torch.amp import GradScaler
 
 from .. import ops
 from ..distributed import local_of, whole_mesh, whole_of
-from ..params import OPEN_STEPS
-from ..patterns import NM, Pattern, TopK
+from ..params import OPEN_STEPS, listed
+from ..patterns import Pattern
 from ..schedule import Groups
 from ..warning import warn
-from .bucket import NOT_SPREAD, Bucket, Columns, Slot, joined, present
+from .bucket import Bucket, Columns, Slot, joined, present
 from .model_hooks import ModelHooks
 from .precision import Factor, note_versions, on
 from .workspace import Workspace
@@ -29,8 +29,7 @@ class OpenStep:
     Args:
         slots: of all parameters of the optimizer.
         hooks: of the model, whose batch norms keep still meanwhile.
-        factor: of the first gradients.
-        scaler: theirs.
+        factor, scaler: of the first gradients.
 
     Attributes:
         perturbed: whether weights are, or may be, perturbed: True before the op runs, False after it is undone.
@@ -83,8 +82,7 @@ class OpenStep:
         if self.hooks is not None:
             self.frozen = self.hooks.frozen_batchnorm()
             self.frozen.__enter__()
-        results = []
-        sparse = [group["sparse_grad"] for group in groups]
+        results, sparse = [], [group["sparse_grad"] for group in groups]
         for i, bucket in enumerate(self.buckets):
             rho = workspace.option("rho", rhos, bucket.slots, bucket.device)
             if norm is not None:
@@ -104,8 +102,8 @@ class OpenStep:
         if self.factor.found_inf is not None:
             for mesh in whole_mesh([s.param for s in self.perturbed_slots]):
                 mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
-        found = [r for r in results if r is not None]
-        return joined([thresholds for thresholds, _ in found]), joined([stats for _, stats in found])
+        thresholds, stats = ([r[i] for r in results if r is not None] for i in (0, 1))
+        return joined(thresholds), joined(stats)
 
     def _masks(self, bucket: Bucket, sparse: list[bool], workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
         """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
@@ -124,19 +122,9 @@ class OpenStep:
 
     def _run(self, bucket: Bucket, grads: list[Tensor], masks: list[Tensor], rho: Tensor, reuse: bool) -> tuple[Tensor, Tensor] | None:
         """The op of this bucket; thresholds and statistics where it ranks."""
-        pattern = bucket.pattern
-        common = (bucket.params, grads, bucket.saved, masks, bucket.flag, rho)
         found_inf = on(self.factor.found_inf, bucket.device)
-        amp: dict[str, Any] = {"inv_scale": on(self.factor.inv_scale, bucket.device), "found_inf": found_inf, "masters": bucket.masters}
-        result = None
-        if isinstance(pattern, TopK) and not reuse:
-            k, over_ranks = bucket.local_k(grads, rho, {key: amp[key] for key in ("inv_scale", "masters")})
-            thresholds, stats = ops.perturb_topk_(*common, bucket.sets, k, **amp)
-            result = thresholds if over_ranks is None else torch.where(over_ranks == NOT_SPREAD, thresholds, over_ranks), stats
-        elif isinstance(pattern, NM) and not reuse:
-            ops.perturb_nm_(*common, bucket.prune, pattern.n, pattern.m, **amp)
-        else:
-            ops.perturb_masked_(*common, **amp)
+        amp = {"inv_scale": on(self.factor.inv_scale, bucket.device), "found_inf": found_inf}
+        result = bucket.perturb(grads, masks, rho, reuse, amp)
         shared = self.factor.found_inf
         if shared is not None and found_inf is not None and found_inf is not shared:  # a device that is not the scaler's
             shared.add_(found_inf.to(shared.device))
@@ -266,7 +254,7 @@ class OpenStep:
             note_versions(same)
         self.end()
         if kept:
-            some = ", ".join(map(str, kept[:3])) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+            some = listed([*map(str, kept)], 3)
             warn(f"CrAM: what was written to {some} after perturb() stays there; the other weights are the clean ones again")
 
     def end(self) -> None:
@@ -292,10 +280,10 @@ class OpenStep:
     # --- questions from outside ---
 
     @cached_property
-    def _places(self) -> dict[int, tuple[Bucket, int]]:
-        return {id(slot.param): (bucket, i) for bucket in self.buckets for i, slot in enumerate(bucket.slots)}
+    def _places(self) -> dict[int, tuple[Bucket, Slot]]:
+        return {id(slot.param): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
 
-    def _place(self, param: Tensor) -> tuple[Bucket, int] | None:
+    def _place(self, param: Tensor) -> tuple[Bucket, Slot] | None:
         place = self._places.get(id(param)) if self.perturbed else None
         return None if place is None or int(place[0].flag) == 0 else place
 
@@ -307,6 +295,6 @@ class OpenStep:
         """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
         if (place := self._place(param)) is None:
             return None
-        slot = place[0].slots[place[1]]
+        slot = place[1]
         saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
         return whole_of(param, saved.clone())
