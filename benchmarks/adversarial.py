@@ -1,6 +1,5 @@
 """Top-k on data that no sample describes well: exact all the same, how often the guess fails, and the time against the good case."""
 
-import sys
 from collections.abc import Iterator
 from functools import cache, partial
 
@@ -121,9 +120,5 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"perturb_topk_ {TopK(sparsity)}", partial(contest, TopK(sparsity)))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("adversarial", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("adversarial", cases()))

@@ -3,7 +3,6 @@
 On the CPU backend, where there is nothing to capture, it runs as a check of itself.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -61,9 +60,5 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"{name} {len(TINY)} tensors of 64", partial(contest, name, "fp32", True))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bandwidth", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bandwidth", cases()))

@@ -1,15 +1,13 @@
 """Restore + combined gradient + AdamW, against a copy and torch's fused AdamW, which does less."""
 
-import sys
-from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from . import inputs, run
 from .inputs import OpRun
-from .measure import Contest, Contestant, Setup
-from .shapes import MODELS, Shape
+from .measure import Contest, Setup
+from .shapes import Shape
 
 LR, WEIGHT_DECAY = 1e-5, 1e-2
 
@@ -30,31 +28,11 @@ def adam_run(shapes: list[Shape], dtype: str, setup: Setup, masters: bool = Fals
 
 def adamw(model: str, setup: Setup) -> Contest:
     op = adam_run(setup.shapes(model), "fp32", setup)
-    return op.contest(fused(op), copy_bound=1)
+    return op.contest(inputs.fused(op, torch.optim.AdamW, lr=LR, weight_decay=WEIGHT_DECAY), copy_bound=1)
 
 
-def fused(op: OpRun) -> Contestant:
-    """Plain AdamW: no restore, one gradient, no mask."""
-    params = [torch.nn.Parameter(p.clone()) for p in op.arguments["params"]]
-    for p, g in zip(params, op.arguments["grads"], strict=True):
-        p.grad = g
-    optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    return Contestant("torch.optim.AdamW(fused=True) alone", optimizer.step)
-
-
-def dtypes(setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: adam_run(setup.shapes("ResNet-50"), dtype, setup, masters))
-
-
-def cases() -> Iterator[run.Case]:
-    for model in MODELS:
-        yield run.Case(f"restore_adam_ {model}", partial(adamw, model))
-    yield run.Case("restore_adam_ ResNet-50, dtypes", dtypes)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_adam", cases(), argv)
-
+dtypes = inputs.by_dtype(adam_run)
+cases = partial(run.of_models, "restore_adam_", adamw, dtypes)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_adam", cases()))

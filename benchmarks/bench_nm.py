@@ -1,6 +1,5 @@
 """N:M: perturb + prune on Linear and convolution weights, contiguous and channels_last, against a copy and eager torch."""
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -32,8 +31,7 @@ def channels_last(pattern: NM, setup: Setup) -> Contest:
     return perturb_run(setup.shapes("ResNet-50"), pattern, "fp32", setup, channels_last=True).contest(copy_bound=COPY_BOUND)
 
 
-def dtypes(setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: perturb_run(setup.shapes("ResNet-50"), NM(2, 4), dtype, setup, masters))
+dtypes = inputs.by_dtype(lambda shapes, *rest, **more: perturb_run(shapes, NM(2, 4), *rest, **more))
 
 
 def prune(model: str, setup: Setup) -> Contest:
@@ -53,9 +51,5 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"prune_nm_ {model} 2:4", partial(prune, model))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_nm", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_nm", cases()))

@@ -1,7 +1,5 @@
 """The norm of all gradients, against a copy and torch's own."""
 
-import sys
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -9,7 +7,7 @@ import torch
 from . import inputs, run
 from .inputs import DTYPES, OpRun
 from .measure import Contest, Contestant, Setup
-from .shapes import MODELS, Shape
+from .shapes import Shape
 
 
 def norm_run(shapes: list[Shape], dtype: str, setup: Setup) -> OpRun:
@@ -24,19 +22,8 @@ def norm(model: str, setup: Setup) -> Contest:
     return op.contest(Contestant("torch.nn.utils.get_total_norm", lambda: torch.nn.utils.get_total_norm(grads)))
 
 
-def dtypes(setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: norm_run(setup.shapes("ResNet-50"), dtype, setup), with_masters=False)
-
-
-def cases() -> Iterator[run.Case]:
-    for model in MODELS:
-        yield run.Case(f"grad_norm {model}", partial(norm, model))
-    yield run.Case("grad_norm ResNet-50, dtypes", dtypes)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_norm", cases(), argv)
-
+dtypes = inputs.by_dtype(norm_run, with_masters=False)
+cases = partial(run.of_models, "grad_norm", norm, dtypes)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_norm", cases()))

@@ -1,7 +1,5 @@
 """Perturb with masks that are there already (`mask_period`): the bare arithmetic and its bytes."""
 
-import sys
-from collections.abc import Iterator
 from functools import partial
 
 from cram_kernels.patterns import TopK
@@ -9,7 +7,7 @@ from cram_kernels.patterns import TopK
 from . import inputs, run
 from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
 from .measure import Contest, Setup
-from .shapes import MODELS, Shape
+from .shapes import Shape
 
 
 def perturb_run(shapes: list[Shape], dtype: str, setup: Setup, masters: bool = False) -> OpRun:
@@ -24,19 +22,8 @@ def perturb(model: str, setup: Setup) -> Contest:
     return perturb_run(setup.shapes(model), "fp32", setup).contest()
 
 
-def dtypes(setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: perturb_run(setup.shapes("ResNet-50"), dtype, setup, masters))
-
-
-def cases() -> Iterator[run.Case]:
-    for model in MODELS:
-        yield run.Case(f"perturb_masked_ {model}", partial(perturb, model))
-    yield run.Case("perturb_masked_ ResNet-50, dtypes", dtypes)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_perturb", cases(), argv)
-
+dtypes = inputs.by_dtype(perturb_run)
+cases = partial(run.of_models, "perturb_masked_", perturb, dtypes)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_perturb", cases()))

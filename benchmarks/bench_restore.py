@@ -1,6 +1,5 @@
 """Restore alone, and restore + combined gradient for any other optimizer, against a copy and torch's foreach calls."""
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch
 from . import inputs, run
 from .inputs import OpRun
 from .measure import Contest, Contestant, Setup
-from .shapes import MODELS, Shape
+from .shapes import Shape
 
 TRAFFIC = {
     "restore_": {"params": 1, "saved": 1},
@@ -43,21 +42,10 @@ def combine(model: str, setup: Setup) -> Contest:
     return op.contest(Contestant("foreach copy + add, unmasked", foreach), copy_bound=1)
 
 
-def dtypes(op: str, setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: op_run(op, setup.shapes("ResNet-50"), dtype, setup, masters))
-
-
 def cases() -> Iterator[run.Case]:
-    for model in MODELS:
-        yield run.Case(f"restore_ {model}", partial(restore, model))
-        yield run.Case(f"restore_combine_ {model}", partial(combine, model))
-    for op in TRAFFIC:
-        yield run.Case(f"{op} ResNet-50, dtypes", partial(dtypes, op))
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_restore", cases(), argv)
+    for op, contest in (("restore_", restore), ("restore_combine_", combine)):
+        yield from run.of_models(op, contest, inputs.by_dtype(partial(op_run, op)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_restore", cases()))

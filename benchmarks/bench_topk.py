@@ -1,7 +1,6 @@
 """Global top-k: perturb + prune against a copy and eager torch; selection alone against torch.topk, torch.kthvalue and numpy.partition."""
 
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -38,8 +37,7 @@ def perturb(model: str, sparsity: float, setup: Setup) -> Contest:
     return against_eager(op, TopK(sparsity), COPY_BOUND) if setup.device == "cpu" else op.contest(copy_bound=COPY_BOUND)
 
 
-def dtypes(setup: Setup) -> Contest:
-    return inputs.dtype_contest(lambda dtype, masters: perturb_run(setup.shapes("ResNet-50"), TopK(0.9), dtype, setup, masters))
+dtypes = inputs.by_dtype(lambda shapes, *rest, **more: perturb_run(shapes, TopK(0.9), *rest, **more))
 
 
 def prune(model: str, setup: Setup) -> Contest:
@@ -125,9 +123,5 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"topk_threshold ResNet-50 {TopK(sparsity)}", partial(threshold, "ResNet-50", sparsity))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("bench_topk", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("bench_topk", cases()))

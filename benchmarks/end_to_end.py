@@ -6,7 +6,6 @@ The published algorithm is our own port of it (tests/published.py), not the auth
 
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from cram_kernels import CrAM, TopK
 
 from . import gate, run
-from .measure import ROUNDS, Row, Setup, quartiles
+from .measure import ROUNDS, Row, Setup, timing
 
 OPTIONS = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 RHO, SPARSITY = 0.05, 0.9
@@ -129,9 +128,7 @@ class EndToEnd:
         totals = {kind: [sum(found.values()) for found in all_found] for kind, all_found in spent.items()}
         rows = []
         for kind, own in totals.items():
-            first, third = quartiles(own)
-            row = {"name": kind, "ours": kind == KINDS[0], "median_ms": 1e3 * statistics.median(own)}
-            row |= {"spread": (third - first) / statistics.median(own), "min_ms": 1e3 * min(own)}
+            row = timing(kind, own) | {"ours": kind == KINDS[0]}
             row |= {f"{part}_ms": 1e3 * statistics.median(found[part] for found in spent[kind]) for part in PARTS}
             row["x_ours"] = statistics.median(a / b for a, b in zip(own, totals[KINDS[0]], strict=False))
             parts = [1e3 * found["optimizer"] for found in spent[kind]]
@@ -148,9 +145,5 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"training step {network}", partial(EndToEnd, network), memory=6 * 2**30)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("end_to_end", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("end_to_end", cases()))

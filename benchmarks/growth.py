@@ -1,7 +1,5 @@
 """Growth: time per weight from 1 M to 200 M weights and from 1 to 5,000 tensors, and what a list of 5,000 tensors costs by itself."""
 
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,7 +13,7 @@ from . import inputs, run
 from .bench_sgd import sgd_run
 from .bench_topk import perturb_run
 from .inputs import OpRun
-from .measure import Contest, Contestant, Row, Setup, interleave, quartiles
+from .measure import Contest, Contestant, Row, Setup, interleave, timing
 from .shapes import Shape
 
 PATTERN = TopK(0.9)
@@ -99,11 +97,7 @@ class Overhead:
         ]
         times = interleave(contestants, setup.how_often(15), setup.device)
         times["its checks alone: the difference"] = [c - h for c, h in zip(times[CHECKED], times[HANDED], strict=True)]
-        rows: list[Row] = []
-        for name, values in times.items():
-            first, third = quartiles(values)
-            median = statistics.median(values)
-            rows.append({"name": name, "median_ms": 1e3 * median, "spread": (third - first) / median, "min_ms": 1e3 * min(values)})
+        rows = [timing(name, values) for name, values in times.items()]
         rows[-1] |= {"target": f"<= {VALIDATION_MS:g} ms", "met": rows[-1]["median_ms"] <= VALIDATION_MS}
         return rows
 
@@ -118,9 +112,5 @@ def cases() -> Iterator[run.Case]:
     yield run.Case("many tiny tensors", Overhead)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("growth", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("growth", cases()))

@@ -5,8 +5,6 @@ On a GPU this is what must be done before the kernels can run; on a CPU it is pa
 
 import cProfile
 import pstats
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from cram_kernels import CrAM, TopK
 
 from . import gate, run
-from .measure import Contestant, Row, Setup, interleave, quartiles, ratio, target
+from .measure import Contestant, Row, Setup, interleave, ratio, target, timing
 
 PATTERN = TopK(sparsity=0.5)
 BASES = {"SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}), "AdamW": (torch.optim.AdamW, {"lr": 1e-3})}
@@ -100,14 +98,9 @@ class Host:
         counted = [calls["perturb()"] + calls["step()"], calls["fused"]]
         rows: list[Row] = []
         for name, number in zip(names, counted, strict=True):
-            own = [t / REPEATS for t in times[name]]
-            first, third = quartiles(own)
             x_fused = ratio(times[name], times[contestants[1].name])
             bound = target((0.0, MOST_TIME), x_fused) if name == contestants[0].name else {}
-            median = statistics.median(own)
-            rows.append(
-                {"name": name, "median_ms": 1e3 * median, "spread": (third - first) / median, "x_fused": x_fused, "calls": number, **bound}
-            )
+            rows.append(timing(name, [t / REPEATS for t in times[name]]) | {"x_fused": x_fused, "calls": number, **bound})
         return [*rows, *({"name": f"  calls of {part}", "calls": n} for part, n in calls.items() if part != "fused")]
 
     def describe(self) -> Row:
@@ -120,9 +113,5 @@ def cases() -> Iterator[run.Case]:
             yield run.Case(f"{base}, {count} tensors", lambda setup, base=base, count=count: Host(base, count))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("host", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("host", cases()))

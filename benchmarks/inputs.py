@@ -192,9 +192,22 @@ def side_by_side(runs: dict[str, OpRun], bounds: dict[str, tuple[float, float]])
     return contest
 
 
-def dtype_contest(make: Callable[[str, bool], OpRun], with_masters: bool = True) -> Contest:
-    """fp32, bf16, fp16, and bf16 weights with float32 masters."""
-    runs = {dtype: make(dtype, False) for dtype in DTYPES}
-    if with_masters:
-        runs["bf16 with masters"] = make("bf16", True)
-    return side_by_side(runs, {"bf16": (0, 1.3), "fp16": (0, 1.3)})
+def by_dtype(make: Callable[..., OpRun], with_masters: bool = True) -> Callable[[Setup], Contest]:
+    """An op, made of shapes, dtype and setup, on ResNet-50 in fp32, bf16, fp16, and bf16 weights with float32 masters."""
+
+    def contest(setup: Setup) -> Contest:
+        shapes = setup.shapes("ResNet-50")
+        runs = {dtype: make(shapes, dtype, setup) for dtype in DTYPES}
+        if with_masters:
+            runs["bf16 with masters"] = make(shapes, "bf16", setup, masters=True)
+        return side_by_side(runs, {"bf16": (0, 1.3), "fp16": (0, 1.3)})
+
+    return contest
+
+
+def fused(op: OpRun, kind: Any, **options: float) -> Contestant:
+    """An optimizer of torch alone: no restore, one gradient, no mask."""
+    params = [torch.nn.Parameter(p.clone()) for p in op.arguments["params"]]
+    for p, g in zip(params, op.arguments["grads"], strict=True):
+        p.grad = g
+    return Contestant(f"torch.optim.{kind.__name__}(fused=True) alone", kind(params, fused=True, **options).step)

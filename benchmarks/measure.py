@@ -83,17 +83,12 @@ class Contest:
 
     def _row(self, c: Contestant, times: dict[str, list[float]], copy: str) -> Row:
         own, moved = times[c.name], c.bytes or self.bytes
-        first, third = quartiles(own)
-        median = statistics.median(own)
         x_ours = ratio(own, times[self.contestants[0].name]) * self.bytes / moved
         x_copy = ratio(own, times[copy]) * self.copied / moved
         return {
-            "name": c.name,
+            **timing(c.name, own),
             "ours": c.ours,
-            "median_ms": 1e3 * median,
-            "spread": (third - first) / median,
-            "min_ms": 1e3 * min(own),
-            "gb_per_s": moved / median / 1e9,
+            "gb_per_s": moved / statistics.median(own) / 1e9,
             "x_copy": x_copy,
             "share_of_copy": 1 / x_copy,
             "x_ours": x_ours,
@@ -125,11 +120,11 @@ def ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def quartiles(times: list[float]) -> tuple[float, float]:
-    if len(times) < 2:
-        return times[0], times[0]
-    first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-    return first, third
+def timing(name: str, times: list[float]) -> Row:
+    """The row of a name and its times. spread: between the quartiles, as a share of the median."""
+    first, _, third = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
+    median = statistics.median(times)
+    return {"name": name, "median_ms": 1e3 * median, "spread": (third - first) / median, "min_ms": 1e3 * min(times)}
 
 
 def interleave(contestants: list[Contestant], rounds: int, device: str, warmup: int = 1) -> dict[str, list[float]]:

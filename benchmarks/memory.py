@@ -156,13 +156,9 @@ def cases() -> Iterator[run.Case]:
         yield run.Case(f"{MODEL} {BASE} 90 % {dtype}", partial(Memory, "90 %", dtype))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("memory", cases(), argv)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         _, _, name, pattern, dtype, quick = sys.argv
         print(json.dumps(child(name, PATTERNS[pattern], dtype, quick == "1")))
-        sys.exit()
-    sys.exit(main())
+    else:
+        sys.exit(run.main("memory", cases()))

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from cram_kernels.terminal import progress, show
 
 from . import report
 from .measure import Row, Setup
-from .shapes import free_memory
+from .shapes import MODELS, free_memory
 
 
 class Experiment(Protocol):
@@ -44,13 +45,20 @@ class Case:
     memory: int = 0  # bytes that must be free
 
 
+def of_models(op: str, contest: Callable[[str, Setup], Experiment], dtypes: Callable[[Setup], Experiment]) -> Iterator[Case]:
+    """A case a model, and one that has all dtypes."""
+    for model in MODELS:
+        yield Case(f"{op} {model}", partial(contest, model))
+    yield Case(f"{op} ResNet-50, dtypes", dtypes)
+
+
 OK, RED, CANNOT_RUN = 0, 1, 2
 
 
 def main(
     name: str,
     cases: Iterable[Case],
-    argv: list[str] | None,
+    argv: list[str] | None = None,
     prog: str | None = None,
     finish: Callable[[Row, Path], Any] = lambda record, folder: "",
     **more: Any,

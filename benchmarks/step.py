@@ -3,7 +3,6 @@ torch, the same under torch.compile, and torch's fused step alone, which is the 
 
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -193,9 +192,5 @@ def cases() -> Iterator[run.Case]:
             yield run.Case(f"ResNet-50 {base} {pattern}", partial(step, "ResNet-50", pattern, base))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run.main("step", cases(), argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run.main("step", cases()))

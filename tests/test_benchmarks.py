@@ -38,7 +38,8 @@ def threads() -> Iterator[None]:
 
 def main(name: str, folder: Path, *options: str) -> int:
     module = importlib.import_module(f"benchmarks.{name}")
-    return module.main(["--quick", "--threads", "1", "--out", str(folder), *options])
+    arguments = ["--quick", "--threads", "1", "--out", str(folder), *options]
+    return module.main(arguments) if hasattr(module, "main") else run.main(name, module.cases(), arguments)
 
 
 def numbers(x: object) -> Iterator[float]:

@@ -32,35 +32,15 @@ PRODUCTS: dict[str, dict[int, int | None]] = {
     "RNN": {1: None, 2: None},
 }
 MOVES = ("Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")  # of input 0
-ELEMENTWISE: tuple[str, ...] = (
-    "Abs",
-    "Add",
-    "And",
-    "Cast",
-    "CastLike",
-    "Clip",
-    "DequantizeLinear",
-    "Div",
-    "Equal",
-    "Greater",
-    "Less",
-    "Max",
-    "Min",
-    "Mul",
+ELEMENTWISE = (
+    *"Abs Add And Cast CastLike Clip DequantizeLinear Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mod Mul Neg Not Or".split(),
+    *"Pow QuantizeLinear Sign Sub Where Xor".split(),
 )
-ELEMENTWISE += ("Neg", "Not", "Or", "Pow", "QuantizeLinear", "Sign", "Sub", "Where", "Xor", "GreaterOrEqual", "LessOrEqual", "Mod")
 # of what goes into these a model takes single numbers, and multiplies along no axis
-NO_PRODUCT: tuple[str, ...] = (
-    "BatchNormalization",
-    "Concat",
-    "GatherElements",
-    "GatherND",
-    "GridSample",
-    "GroupNormalization",
-    "LayerNormalization",
-    "PRelu",
+NO_PRODUCT = (
+    *"BatchNormalization GroupNormalization InstanceNormalization LayerNormalization RMSNormalization PRelu Concat Pad Resize".split(),
+    *"GatherElements GatherND GridSample ScatterElements ScatterND Shape Size Tile".split(),
 )
-NO_PRODUCT += ("Pad", "Resize", "ScatterElements", "ScatterND", "Shape", "Size", "Tile", "InstanceNormalization", "RMSNormalization")
 RANDOM = ("Bernoulli", "Dropout", "Multinomial", "RandomNormalLike", "RandomUniformLike")
 LARGEST = 2**30  # no more numbers are made from constants
 VIEWS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.uint8, "float8_e5m2": torch.uint8}  # which numpy does not know by itself
