@@ -78,38 +78,26 @@ class Ranks:
         require(self.larger < k <= self.not_smaller, f"{what}: threshold {self.threshold} is not the {k}-th largest key: {found}")
 
 
-def perturb_topk(op: str, arguments: Arguments) -> None:
-    """One selection set: the threshold is the k-th largest key of all u, and every weight, saved weight and mask follows from it."""
+def topk(op: str, arguments: Arguments) -> None:
+    """perturb_topk_ or prune_topk_, of one selection set: the threshold is the k-th largest key of all u (of all weights), and every weight,
+    saved weight and mask follows from it."""
     a = arguments
-    before = [p.clone() for p in a["params"]]
+    name = "params" if "params" in a else "weights"
+    before = [w.clone() for w in a[name]]
     thresholds, stats = run(op, a)
     ranks = Ranks(int(thresholds))
-    for i, p in enumerate(a["params"]):
-        masters = a.get("masters", [])[i : i + 1]
-        (u,) = uphill([before[i]], [a["grads"][i]], a["rho"], None, None, masters)
+    for i, w in enumerate(a[name]):
+        u = before[i]
+        if "grads" in a:
+            (u,) = uphill([u], [a["grads"][i]], a["rho"], None, None, a.get("masters", [])[i : i + 1])
         keep = ranks.keep(u) if a["sets"][i] >= 0 else None
-        write_(expected := torch.empty_like(p), u, keep)
-        compare.assert_bitwise_equal(p, expected, f"{op}: params[{i}]")
-        if (saved := entry(a["saved"], i)) is not None:
+        write_(expected := torch.empty_like(w), u, keep)
+        compare.assert_bitwise_equal(w, expected, f"{op}: {name}[{i}]")
+        if (saved := entry(a.get("saved", []), i)) is not None:
             compare.assert_bitwise_equal(saved, before[i], f"{op}: saved[{i}]")
         if keep is not None and (mask := entry(a["masks"], i)) is not None:
             compare.assert_bitwise_equal(mask, pack_bits(keep), f"{op}: masks[{i}]")
     ranks.check(int(a["k"]), op)
-    require(int(stats[0, 0]) == ranks.kept, f"{op}: says that {int(stats[0, 0])} weights were kept, and kept {ranks.kept}")
-
-
-def prune_topk(op: str, arguments: Arguments) -> None:
-    """As `perturb_topk`, without moving uphill."""
-    weights = arguments["weights"]
-    before = [w.clone() for w in weights]
-    thresholds, stats = run(op, arguments)
-    ranks = Ranks(int(thresholds))
-    for i, w in enumerate(weights):
-        keep = ranks.keep(before[i])
-        write_(before[i], before[i], keep)
-        compare.assert_bitwise_equal(w, before[i], f"{op}: weights[{i}]")
-        compare.assert_bitwise_equal(arguments["masks"][i], pack_bits(keep), f"{op}: masks[{i}]")
-    ranks.check(int(arguments["k"]), op)
     require(int(stats[0, 0]) == ranks.kept, f"{op}: says that {int(stats[0, 0])} weights were kept, and kept {ranks.kept}")
 
 
@@ -130,8 +118,8 @@ def grad_norm(op: str, arguments: Arguments) -> None:
 
 REAL: dict[str, Callable[[str, Arguments], None]] = {
     "topk_threshold": topk_threshold,
-    "prune_topk_": prune_topk,
-    "perturb_topk_": perturb_topk,
+    "prune_topk_": topk,
+    "perturb_topk_": topk,
     "grad_norm": grad_norm,
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "matrix.h"
 
@@ -112,20 +113,23 @@ void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
     accumulate_group<tile, fresh>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
 }
 
-template <int tile>
-void accumulate_either(const Piece& piece, const float* panel, const Sums& sums) {
-  if (sums.fresh) return accumulate_tile<tile, true>(piece, panel, sums);
-  accumulate_tile<tile, false>(piece, panel, sums);
+// Calls f(tile as a type).
+template <class Function>
+void with_tile(int tile, Function f) {
+  switch (tile) {
+    case 8: return f(std::integral_constant<int, 8>{});
+    case 16: return f(std::integral_constant<int, 16>{});
+    case 32: return f(std::integral_constant<int, 32>{});
+    case 64: return f(std::integral_constant<int, 64>{});
+    case 128: return f(std::integral_constant<int, 128>{});
+  }
 }
 
 void accumulate(int tile, const Piece& piece, const float* panel, const Sums& sums) {
-  switch (tile) {
-    case 8: return accumulate_either<8>(piece, panel, sums);
-    case 16: return accumulate_either<16>(piece, panel, sums);
-    case 32: return accumulate_either<32>(piece, panel, sums);
-    case 64: return accumulate_either<64>(piece, panel, sums);
-    case 128: return accumulate_either<128>(piece, panel, sums);
-  }
+  with_tile(tile, [&](auto width) {
+    if (sums.fresh) return accumulate_tile<width, true>(piece, panel, sums);
+    accumulate_tile<width, false>(piece, panel, sums);
+  });
 }
 
 // A slice times a vector: a lane a row.
@@ -267,13 +271,7 @@ void gather_tile(const float* from, const int64_t* offsets, int64_t rows, int64_
 }
 
 void gather_rows(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
-  switch (tile) {
-    case 8: return gather_tile<8>(from, offsets, rows, valid, panel);
-    case 16: return gather_tile<16>(from, offsets, rows, valid, panel);
-    case 32: return gather_tile<32>(from, offsets, rows, valid, panel);
-    case 64: return gather_tile<64>(from, offsets, rows, valid, panel);
-    case 128: return gather_tile<128>(from, offsets, rows, valid, panel);
-  }
+  with_tile(tile, [&](auto width) { gather_tile<width>(from, offsets, rows, valid, panel); });
 }
 
 void split_row(const float* __restrict from, int64_t width, int64_t stride, int64_t shift, float* __restrict to, int64_t length) {
