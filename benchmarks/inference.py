@@ -10,7 +10,6 @@ a ratio is the faster dense engine's over ours. Tiles come from the trials that 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from cram_kernels import NM, TopK, prune
 from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify
 from cram_kernels.inference.trial import FEW_ROWS, low, rounds_of, try_layer
 
+from . import report
 from .onnx_dense import session_of
 from .resnet import CONVOLUTIONS, resnet50
 
@@ -120,17 +120,6 @@ CASES: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 }
 
 
-def load() -> str:
-    path = Path("/proc/loadavg")
-    return path.read_text().split()[0] if path.exists() else "unknown"
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(CASES), action="append", help="may be given several times; all without it")
@@ -143,13 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__, "load": {}, "cases": {}}
+    result: dict[str, Any] = {"cpu": report.processor(), "threads": options.threads, "torch": torch.__version__, "load": {}, "cases": {}}
     print(f"{result['cpu']}, {options.threads} threads, torch {torch.__version__}")
     try:
         for case in options.only or [name for name in CASES if not (options.quick and name == "resnet50")]:
-            result["load"][case] = [load()]
+            result["load"][case] = [report.load_average()]
             print(
-                f"\n{case}: load {load()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | tile |\n|"
+                f"\n{case}: load {report.load_average()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | tile |\n|"
                 + "---|" * 8
             )
             rows = result["cases"][case] = []
@@ -160,15 +149,14 @@ def main(argv: list[str] | None = None) -> int:
                     f"| {row['weight']} | {row['input']} | {row['sparsity']} | {times} | {row['ratio']:.2f} | {row.get('tile', '')} |",
                     flush=True,
                 )
-            result["load"][case].append(load())
+            result["load"][case].append(report.load_average())
             for sparsity in options.sparsity:
                 ratios = [row["ratio"] for row in rows if row["sparsity"] == sparsity]
                 if ratios:
                     print(f"{case} {sparsity}: median {statistics.median(ratios):.2f}, worst {min(ratios):.2f}")
     finally:
         torch.set_num_threads(before)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
+    report.write_json(options.out, result)
     return 0
 
 

@@ -22,7 +22,7 @@ from cram_kernels import TopK, prune, tune_batchnorm
 from cram_kernels.inference import sparsify, to_dense
 from cram_kernels.inference.trial import rounds_of
 
-from .inference import cpu_name, load
+from . import report as machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sentences", type=int, default=200)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    print(f"{cpu_name()}, {options.threads} threads, load {load()}")
+    print(f"{machine.processor()}, {options.threads} threads, load {machine.load_average()}")
     for row in {"digits": digits, "minilm": minilm}[options.network](options):
         accuracy = f", accuracy {row['accuracy']:.1f} %" if "accuracy" in row else ""
         print(
