@@ -7,19 +7,14 @@ from cram_kernels.patterns import NM
 
 from . import inputs, run
 from .eager import against_eager
-from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
 from .measure import Contest, Setup
-from .shapes import MODELS, Shape
+from .shapes import MODELS
 
 PATTERNS = (NM(2, 4), NM(4, 8))
 COPY_BOUND = 1 / 1.1
 
 
-def perturb_run(shapes: list[Shape], pattern: NM, dtype: str, setup: Setup, masters: bool = False, channels_last: bool = False) -> OpRun:
-    def arguments(shapes):
-        return inputs.perturb(shapes, pattern, dtype, setup.device, masters=masters, channels_last=channels_last)
-
-    return OpRun(setup, "perturb_nm_", shapes, arguments, MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC, inputs.restored)
+perturb_run = partial(inputs.perturb_run, "perturb_nm_")
 
 
 def perturb(model: str, pattern: NM, setup: Setup) -> Contest:
@@ -35,10 +30,7 @@ dtypes = inputs.by_dtype(lambda shapes, *rest, **more: perturb_run(shapes, NM(2,
 
 
 def prune(model: str, setup: Setup) -> Contest:
-    def arguments(shapes):
-        return inputs.weights_only(shapes, NM(2, 4), "fp32", setup.device)
-
-    return inputs.prune_run(setup, "prune_nm_", setup.shapes(model), arguments).contest()
+    return inputs.prune_run("prune_nm_", model, NM(2, 4), setup).contest()
 
 
 def cases() -> Iterator[run.Case]:

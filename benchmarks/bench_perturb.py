@@ -5,17 +5,13 @@ from functools import partial
 from cram_kernels.patterns import TopK
 
 from . import inputs, run
-from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
+from .inputs import OpRun
 from .measure import Contest, Setup
 from .shapes import Shape
 
 
 def perturb_run(shapes: list[Shape], dtype: str, setup: Setup, masters: bool = False) -> OpRun:
-    def arguments(shapes):
-        a = inputs.perturb(shapes, TopK(0.9), dtype, setup.device, masters=masters)
-        return {name: value for name, value in a.items() if name not in ("sets", "k")}
-
-    return OpRun(setup, "perturb_masked_", shapes, arguments, MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC, inputs.restored)
+    return inputs.perturb_run("perturb_masked_", shapes, TopK(0.9), dtype, setup, masters)
 
 
 def perturb(model: str, setup: Setup) -> Contest:

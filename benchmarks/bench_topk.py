@@ -12,24 +12,16 @@ from cram_kernels.patterns import TopK
 
 from . import gate, inputs, run
 from .eager import against_eager
-from .inputs import MASTERS_TRAFFIC, PERTURB_TRAFFIC, OpRun
+from .inputs import OpRun
 from .measure import ROUNDS, Contest, Contestant, Setup
 from .partition import Partition, features_above_avx2
-from .shapes import MODELS, Shape
+from .shapes import MODELS
 
 SPARSITIES = (0.5, 0.7, 0.9, 0.95)
 COPY_BOUND = 1 / 1.25
 
 
-def perturb_run(shapes: list[Shape], pattern: TopK, dtype: str, setup: Setup, masters: bool = False) -> OpRun:
-    return OpRun(
-        setup,
-        "perturb_topk_",
-        shapes,
-        lambda shapes: inputs.perturb(shapes, pattern, dtype, setup.device, masters=masters),
-        MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC,
-        inputs.restored,
-    )
+perturb_run = partial(inputs.perturb_run, "perturb_topk_")
 
 
 def perturb(model: str, sparsity: float, setup: Setup) -> Contest:
@@ -41,10 +33,7 @@ dtypes = inputs.by_dtype(lambda shapes, *rest, **more: perturb_run(shapes, TopK(
 
 
 def prune(model: str, setup: Setup) -> Contest:
-    def arguments(shapes):
-        return inputs.weights_only(shapes, TopK(0.9), "fp32", setup.device)
-
-    op = inputs.prune_run(setup, "prune_topk_", setup.shapes(model), arguments)
+    op = inputs.prune_run("prune_topk_", model, TopK(0.9), setup)
     pruned = GlobalUnstructured(op.arguments["weights"], 0.9)
     contest = op.contest(Contestant("torch.nn.utils.prune", pruned.run, pruned.reset), rounds=ROUNDS)
     contest.checks.append(partial(pruned.check, op.arguments["weights"]))
@@ -82,7 +71,7 @@ def threshold(model: str, sparsity: float, setup: Setup) -> Contest:
     pattern = TopK(sparsity)
 
     def arguments(shapes):
-        return inputs.weights_only(shapes, pattern, "fp32", setup.device, with_masks=False)
+        return inputs.weights_only(shapes, pattern, setup.device, with_masks=False)
 
     op = OpRun(setup, "topk_threshold", setup.shapes(model), arguments, {"weights": 1})
     peers = list(threshold_peers(op))

@@ -72,12 +72,10 @@ def selection(shapes: list[Shape], pattern: Pattern, device: str) -> Arguments:
     return {"sets": [0 if own else -1 for own in pruned], "k": torch.tensor([pattern.k(numel)], device=device)}
 
 
-def weights_only(
-    shapes: list[Shape], pattern: Pattern, dtype: str, device: str, *, with_masks: bool = True, channels_last: bool = False
-) -> Arguments:
-    """Of topk_threshold, prune_topk_ and prune_nm_: the tensors that the pattern prunes."""
+def weights_only(shapes: list[Shape], pattern: Pattern, device: str, with_masks: bool = True) -> Arguments:
+    """Of topk_threshold, prune_topk_ and prune_nm_: the tensors that the pattern prunes, in fp32."""
     pruned = [shape for shape in shapes if pattern.why_dense(torch.Size(shape)) is None]
-    arguments: Arguments = {"weights": tensors(pruned, "params", DTYPES[dtype], device, channels_last)}
+    arguments: Arguments = {"weights": tensors(pruned, "params", torch.float32, device)}
     if with_masks:
         arguments["masks"] = masks(pruned, pattern, device)
     return arguments | selection(pruned, pattern, device)
@@ -176,10 +174,29 @@ def update_traffic(state: dict[str, int], masters: bool) -> dict[str, int]:
     return weights | {"grads": 1, "first_grads": 1, "masks": 1} | state
 
 
-def prune_run(setup: Setup, op: str, shapes: list[Shape], build: Callable[[list[Shape]], Arguments]) -> OpRun:
+def perturb_run(
+    op: str, shapes: list[Shape], pattern: Pattern, dtype: str, setup: Setup, masters: bool = False, channels_last: bool = False
+) -> OpRun:
+    """perturb_topk_, perturb_nm_, or perturb_masked_ where the pattern prunes."""
+
+    def arguments(shapes: list[Shape]) -> Arguments:
+        made = perturb(shapes, pattern, dtype, setup.device, masters=masters, channels_last=channels_last)
+        return {name: value for name, value in made.items() if op != "perturb_masked_" or name not in ("sets", "k")}
+
+    return OpRun(setup, op, shapes, arguments, MASTERS_TRAFFIC if masters else PERTURB_TRAFFIC, restored)
+
+
+def prune_run(op: str, model: str, pattern: Pattern, setup: Setup) -> OpRun:
     """prune_topk_ or prune_nm_; its weights are put back before every run."""
     pristine: list[Tensor] = []
-    run = OpRun(setup, op, shapes, build, {"weights": 2, "masks": 1}, lambda a: torch._foreach_copy_(a["weights"], pristine))
+
+    def arguments(shapes: list[Shape]) -> Arguments:
+        return weights_only(shapes, pattern, setup.device)
+
+    def reset(a: Arguments) -> None:
+        torch._foreach_copy_(a["weights"], pristine)
+
+    run = OpRun(setup, op, setup.shapes(model), arguments, {"weights": 2, "masks": 1}, reset)
     pristine += [w.clone() for w in run.arguments["weights"]]
     return run
 
