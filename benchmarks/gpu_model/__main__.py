@@ -9,6 +9,7 @@ from .. import report as text
 from ..cuda_static.cubin import ToolMissing
 from ..cuda_static.gpus import CARDS
 from ..cuda_static.report import RESNET50
+from ..inputs import DTYPES
 from . import counting, model
 from .counting import Counts
 from .machine import Library
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 with --check where a bar is missed; 2 where a tool is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=model.BARS, default=list(model.BARS))
-    parser.add_argument("--dtypes", nargs="+", choices=counting.inputs.DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--quarter", action="store_true", help="count on a quarter of the weights: four times as fast")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a bar of docs/gpu-model.md is missed")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_model"), help="folder of the counters and of gpu_model.json")

@@ -4,17 +4,13 @@ import json
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cram_kernels.patterns import NM, TopK
-
-from .. import inputs, shapes
+from .. import shapes
+from ..bandwidth import MAKE
+from ..measure import Setup
 from ..shapes import Shape
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +23,7 @@ class Counts:
     """The launches of one call, as the executor recorded them."""
 
     op: str
-    dtype: str  # a key of inputs.DTYPES
+    dtype: str  # fp32, bf16, fp16
     weights: int
     masked: int  # of these, weights with a mask bit
     launches: list[Record]
@@ -57,32 +53,6 @@ class Counts:
         return self.accesses("shared", "conflicts") / max(1, self.accesses("shared", "wavefronts"))
 
 
-def perturb(op: str, model: list[Shape], dtype: str) -> inputs.Arguments:
-    arguments = inputs.perturb(model, NM(2, 4) if op == "perturb_nm_" else TopK(0.9), dtype, "cpu")
-    if op == "perturb_masked_":
-        del arguments["sets"], arguments["k"]
-    return arguments
-
-
-def update(op: str, model: list[Shape], dtype: str) -> inputs.Arguments:
-    state = {"restore_sgd_": ("momentum_buffers",), "restore_adam_": ("exp_avgs", "exp_avg_sqs")}.get(op, ())
-    arguments = inputs.update(model, dtype, "cpu", state)
-    if op == "restore_":
-        return {name: arguments[name] for name in ("params", "saved", "perturbed")}
-    if op == "restore_sgd_":
-        return arguments | {"fresh": [0], "lr": torch.tensor(1e-4), "momentum": [0.9], "weight_decay": [1e-4]}
-    if op == "restore_adam_":
-        more = {"max_exp_avg_sqs": [], "steps": [torch.tensor(10.0) for _ in model], "lr": torch.tensor(1e-5)}
-        return arguments | more | {"weight_decay": [1e-2], "decoupled": True}
-    return arguments
-
-
-BUILD: dict[str, Callable[[str, list[Shape], str], inputs.Arguments]] = {
-    **dict.fromkeys(("perturb_topk_", "perturb_nm_", "perturb_masked_"), perturb),
-    **dict.fromkeys(("restore_", "restore_combine_", "restore_sgd_", "restore_adam_"), update),
-}
-
-
 def resnet50(quarter: bool) -> list[Shape]:
     """Its shapes; a quarter of the weights: half of the output and of the input channels."""
     model = shapes.resnet50()
@@ -95,7 +65,7 @@ def read(path: Path) -> list[Record]:
 
 def count(call: Any, op: str, dtype: str, model: list[Shape], target: Path) -> Counts:
     """Call an op on the executor `call` (tests/executor.py); its records go to the file `target`."""
-    arguments = BUILD[op](op, model, dtype)
+    arguments = MAKE[op](model, dtype, Setup()).arguments
     target.unlink(missing_ok=True)
     os.environ["PTXEMU_COUNTERS"] = str(target.resolve())
     try:
@@ -122,11 +92,3 @@ def executor() -> Any:
     call = Executor()
     call.select("plain")
     return call
-
-
-def by_class(launches: list[Record]) -> Counter[str]:
-    """Warp instructions of PTX: "all", and by the executor's classes."""
-    found: Counter[str] = Counter()
-    for launch in launches:
-        found.update(launch["warp_instructions"])
-    return found
