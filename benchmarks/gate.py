@@ -79,8 +79,8 @@ class Ranks:
 
 
 def topk(op: str, arguments: Arguments) -> None:
-    """perturb_topk_ or prune_topk_, of one selection set: the threshold is the k-th largest key of all u (of all weights), and every weight,
-    saved weight and mask follows from it."""
+    """perturb_topk_ or prune_topk_, with one selection set: the threshold is the k-th largest key of all u, and every weight, saved weight
+    and mask follows from it."""
     a = arguments
     name = "params" if "params" in a else "weights"
     before = [w.clone() for w in a[name]]

@@ -137,10 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for case in options.only or [name for name in CASES if not (options.quick and name == "resnet50")]:
             result["load"][case] = [report.load_average()]
-            print(
-                f"\n{case}: load {report.load_average()}\n| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | tile |\n|"
-                + "---|" * 8
-            )
+            print(f"\n{case}: load {report.load_average()}")
+            print("| weight | input | sparsity | torch us | onnxruntime us | sparse us | ratio | tile |\n|" + "---|" * 8)
             rows = result["cases"][case] = []
             for row in CASES[case](options):
                 rows.append(row)
