@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cram_kernels.report import table
-from cram_kernels.terminal import Help, show
+from cram_kernels.terminal import Help, say, show
 
 LEVEL, RESAMPLES = 0.05, 2000
 OK, SLOWER, CANNOT = 0, 1, 2
@@ -160,10 +160,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
         a, b = (samples(record, options.all) for record in (before, after))
         found, missing = compared(a, b, options.least), lost(a, b, after.get("red", []))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
-        print(f"compare: both files must be records of a benchmark, got {type(error).__name__}: {error}", file=sys.stderr)
+        say(f"compare: both files must be records of a benchmark, got {type(error).__name__}: {error}")
         return CANNOT
     if not found and all(row["verdict"] == "gone" for row in missing):
-        print("compare: both files must have a case in common, with the rounds of its times, got none", file=sys.stderr)
+        say("compare: both files must have a case in common, with the rounds of its times, got none")
         return CANNOT
     verdicts = Counter(row["verdict"] for row in found)
     if options.json:
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     if missing:
         return SLOWER
     if verdicts["cannot tell"] == len(found):
-        print(f"compare: a case must have {rounds_for(len(found))} rounds in both files to be told from noise, got fewer", file=sys.stderr)
+        say(f"compare: a case must have {rounds_for(len(found))} rounds in both files to be told from noise, got fewer")
         return CANNOT
     return SLOWER if verdicts["slower"] else OK
 

@@ -16,7 +16,7 @@ import torch
 
 from cram_kernels import _triton
 from cram_kernels.backend import use_backend, why_missing
-from cram_kernels.terminal import progress, show
+from cram_kernels.terminal import progress, say, show
 
 from . import report
 from .measure import Row, Setup
@@ -102,7 +102,7 @@ def main(
         if setup.quick:
             print("quick: small shapes, not a measurement")
         if not chosen:
-            print(f"{name}: no case has {options.only!r} in its name", file=sys.stderr)
+            say(f"{name}: no case has {options.only!r} in its name")
         for i, case in enumerate(chosen):
             try:
                 with progress(f"{i + 1} of {len(chosen)}: {case.name}"):

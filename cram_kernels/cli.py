@@ -17,7 +17,7 @@ import torch
 
 from . import _native, backend
 from .export import cli as export_cli
-from .terminal import Help, show
+from .terminal import Help, say, show
 from .version import __version__
 
 OK, REFUSED, CANNOT, UNCHECKED = 0, 1, 2, 3
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has enough
         return CLOSED
     except KeyboardInterrupt:
-        _say(f"{command}: interrupted")
+        say(f"{command}: interrupted")
         return INTERRUPTED
     except Exception as error:
         return _cannot(command, error)
@@ -156,19 +156,13 @@ def _cannot(command: str, error: Exception) -> int:
     """Whatever it was: Python's own exit status for an exception, 1, would say that a tensor violates the pattern."""
     if not isinstance(error, OSError | ValueError | ImportError | TypeError):
         traceback.print_exception(error)
-    _say(f"{command}: {str(error).removeprefix(f'{command}: ')}")
+    say(f"{command}: {str(error).removeprefix(f'{command}: ')}")
     return CANNOT
-
-
-def _say(text: str) -> None:
-    """On standard error; where that is full or closed, the exit status has to do."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:
     """Without the line of our code, which tells a user of the program nothing."""
-    _say(f"warning: {message}")
+    say(f"warning: {message}")
 
 
 if __name__ == "__main__":

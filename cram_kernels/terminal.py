@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .report import table_width
@@ -46,9 +46,19 @@ def show(*results: Any, as_json: bool = False) -> None:
     with table_width(width):
         text = "\n".join(map(str, results))
     if width is not None:  # what is no table
-        lines = (textwrap.wrap(line, width, subsequent_indent="    ") for line in text.split("\n"))
-        text = "\n".join("\n".join(parts) for parts in lines)
+        text = wrapped(text, width)
     print(painted(text, sys.stdout))
+
+
+def wrapped(text: str, width: int) -> str:
+    lines = (textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join("\n".join(parts) for parts in lines)
+
+
+def say(text: str) -> None:
+    """On standard error, within the width of a terminal; where that is full or closed, the exit status has to do."""
+    with suppress(OSError):
+        print(wrapped(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ SOURCES = [
 ]
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 WARN = ("warn", "warnings.warn")
-SAY = ("sys.exit", "_say")  # and print() to standard error
+SAY = ("sys.exit", "say")  # and print() to standard error
 REASONS = (
     "_load",
     "_load_cpu",

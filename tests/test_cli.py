@@ -313,3 +313,10 @@ def test_bench_of_an_installed_package_says_what_it_needs(
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "cram_kernels" / "cli.py"))
     assert cli.main(["bench", "--quick"]) == cli.CANNOT
     assert "bench: benchmarks are part of a checkout" in capsys.readouterr().err
+
+
+def test_errors_fit_a_terminal() -> None:
+    status, text = in_terminal("bench", "compare", "none.json", "none.json")
+    lines = seen(text)
+    assert status == cli.CANNOT and len(lines) > 2 and max(map(len, lines)) <= 80, lines
+    assert " ".join(text.split()).startswith("compare: both files must be records of a benchmark, got FileNotFoundError: ")

@@ -455,7 +455,9 @@ def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert cli.main(["export", source, str(out), "--format", format]) == 1
     assert "refused, nothing written: w has violations in" in capsys.readouterr().err and not out.exists()
     assert cli.main(["export", source, str(out), "--format", format, "--prune"]) == 0
-    assert "1 of 2 tensors are 2:4" in capsys.readouterr().out
+    assert "pruned: 4,096 weights of 1 tensors set to zero; 1 of 2 tensors are 2:4" in capsys.readouterr().out
+    assert cli.main(["export", source, str(tmp_path / "2.safetensors"), "--format", format, "--prune", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pruned"] == {"w": 4096}
     assert check_nm(read(out)).ok and cli.main(["check", str(out)]) == 0
     assert cli.main(["export", source, str(out), "--exclude", "w", "--format", format]) == 0
     assert_same(read(out), dense)

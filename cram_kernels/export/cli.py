@@ -12,7 +12,7 @@ from torch import nn
 
 from ..patterns import NM, TopK
 from ..report import Report
-from ..terminal import Help, progress, show
+from ..terminal import Help, progress, say, show
 from .check import check_weights
 from .files import read, weights_in
 from .load import fitting
@@ -147,7 +147,7 @@ def run_export(options: argparse.Namespace) -> int:
         source = _model(options.model, source) if options.format == "onnx" else source
     before = options.file.stat().st_size  # now: it may be the one that is replaced
     if not options.prune and (violating := check_weights(weights_of(source), **common).violating):
-        print(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}", file=sys.stderr)
+        say(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}")
         return VIOLATED
     common |= {"format": options.format, "prune": options.prune}
     if options.format == "onnx":
@@ -158,7 +158,8 @@ def run_export(options: argparse.Namespace) -> int:
     if options.json:
         show(report, as_json=True)
     else:
-        show(report.summary(), f"{options.out}: {after:,} bytes, {options.format}; {options.file}: {before:,}")
+        pruned = f"pruned: {sum(report.pruned.values()):,} weights of {len(report.pruned)} tensors set to zero; " if report.pruned else ""
+        show(f"{pruned}{report.summary()}", f"{options.out}: {after:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
 
 

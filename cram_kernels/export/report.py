@@ -57,6 +57,7 @@ class NMReport:
 
     pattern: NM
     rows: tuple[Row, ...]
+    pruned: dict[str, int] = field(default_factory=dict)  # by `export`: tensor -> how many of its weights it set to zero
 
     @property
     def holding(self) -> tuple[Row, ...]:
@@ -78,7 +79,7 @@ class NMReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON's types only."""
         rows = [asdict(row) | {"shape": list(row.shape), "aliases": list(row.aliases)} for row in self.rows]
-        return {"pattern": str(self.pattern), "ok": self.ok, "tensors": rows}
+        return {"pattern": str(self.pattern), "ok": self.ok, "pruned": self.pruned, "tensors": rows}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)

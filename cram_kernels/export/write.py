@@ -134,7 +134,11 @@ def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prun
     report = check_weights(weights, pattern, exclude)
     if prune and (names := {row.name for row in _violating(report)}):
         _prune_([weight for weight in weights if weight.name in names], pattern)
+        before = {row.name: row.zeros or 0 for row in report.rows if row.name in names}
         report = check_weights(weights, pattern, exclude)
+        report = dataclasses.replace(
+            report, pruned={row.name: (row.zeros or 0) - before[row.name] for row in report.rows if row.name in names}
+        )
     if violating := _violating(report):
         row, *others = violating
         more = f", and {len(others)} more tensors violate it" if others else ""

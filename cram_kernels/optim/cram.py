@@ -55,7 +55,8 @@ class CrAM(Attachable, Wrapper):
             its own step.
         compression: `TopK` and `NM` patterns; each step takes one, by a hash of `seed` and the number of steps. A callable, such as
             `SparsityWarmup`, gives the patterns of a step. Empty or None: no pruning (SAM).
-        rho: how far uphill, >= 0: a number, a tensor of one, or a callable such as `RhoWarmup` that gives the number of a step.
+        rho: the step uphill adds rho times the gradient, >= 0: a number, a tensor of one, or a callable such as `RhoWarmup` that gives the
+            number of a step.
         plus: CrAM+, the sum of both gradients (paper, section 3.3).
         sparse_grad: mask the second gradient.
         prune: False: perturbed, but never pruned.
@@ -145,8 +146,8 @@ class CrAM(Attachable, Wrapper):
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     def perturb(self, scaler: GradScaler | None = None) -> None:
-        """Move the weights uphill and prune them; the gradients are taken away (p.grad = None). Warns where a step is open, which is given
-        up, and where no parameter has a gradient.
+        """Move the weights uphill and prune them; the gradients are used up: p.grad becomes None. Warns where a step is open,
+        which is given up, and where no parameter has a gradient.
 
         Args:
             scaler: what has scaled the gradients; they are unscaled here. `scaler.step(optimizer)` follows: where either pass overflowed
