@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "tools" / "site"))
 
 import bench_tables  # noqa: E402
 import figures  # noqa: E402
+import inference_table  # noqa: E402
 
 
 def test_pictures_are_up_to_date() -> None:
@@ -41,6 +42,14 @@ def test_the_table_of_the_readme_is_what_was_measured() -> None:
         found = [method["summary"]["tuned"][row] for method in methods]
         cells = " | ".join(f"{of['mean']:.1f} ± {of['std']:.1f}" for of in found)
         assert f"| {row} | {cells} |" in table
+
+
+def test_tables_of_sparse_inference_are_those_of_the_record() -> None:
+    runs, text = json.loads(inference_table.RECORD.read_text()), inference_table.PAGE.read_text()
+    assert inference_table.filled(text, runs) == text, "run python tools/site/inference_table.py"
+    assert len({run["cpu"] for run in runs}) == 1 and [run["threads"] for run in runs] == [1, 2]
+    one = [case["ratio"] for case in runs[0]["cases"]["linear"] if case["input"][0] == 128 and case["sparsity"] == "0.9"]  # a cell by hand
+    assert len(one) == 3 and re.search(rf"^\| Linear, 128 rows \|[^|]*\|[^|]*\| {sorted(one)[1]:.2f} \|", text, re.M)
 
 
 def test_tables_of_bench_are_those_of_the_record() -> None:
