@@ -1,5 +1,5 @@
 """The tables of docs/cpu-inference.md, between their marks, from docs/data/cpu-inference.json: python tools/site/inference_table.py.
-New records, of one machine: python tools/site/inference_table.py RECORD ..., each written by `python -m benchmarks.inference --out RECORD`."""
+New records, of one machine, are given as arguments; each is written by `python -m benchmarks.inference --out RECORD`."""
 
 import json
 import re
