@@ -20,14 +20,16 @@ for i in range(1000000):
 
 
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL at a moment of its own each time; the file is always one that was written to the end."""
+    """SIGKILL while it writes, at a moment of its own each time; the file is always one that was written to the end."""
     path = tmp_path / "checkpoint.pt"
-    caught = 0
-    for i in range(4):
+    caught, deadline = 0, time.monotonic() + 60
+    while caught < 3 and time.monotonic() < deadline:
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         writer.stdout.readline()  # the first one is there
-        time.sleep(0.013 * (i + 1))
+        while not list(tmp_path.glob(".checkpoint.pt.*.partial")) and time.monotonic() < deadline:
+            pass
+        time.sleep(0.0005 * caught)
         writer.kill()
         writer.wait()
         found = torch.load(path, weights_only=True)
