@@ -8,11 +8,13 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools" / "site"))
+sys.path[:0] = [str(ROOT / "tools" / "site"), str(ROOT)]
 
 import bench_tables  # noqa: E402
 import figures  # noqa: E402
 import inference_table  # noqa: E402
+
+from benchmarks.measure import ROUNDS  # noqa: E402
 
 
 def test_pictures_are_up_to_date() -> None:
@@ -66,6 +68,14 @@ def test_tables_of_bench_are_those_of_the_record() -> None:
     times = statistics.median(b / a for a, b in zip(ours, other, strict=True))
     (cells,) = re.findall(r"^\| the published algorithm, over `cram_kernels` \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
     assert cells.split("|")[1].strip() == f"{times:.0f} x"
+
+
+def test_the_record_is_of_a_whole_run_of_a_commit() -> None:
+    """Rounds enough to tell two runs apart, a known duration, and no change that is in no commit."""
+    record = json.loads(bench_tables.RECORD.read_text())
+    own = [(result["case"], row) for result in record["results"] for row in result["rows"] if row["ours"]]
+    assert len(own) > 30 and [(case, row["name"]) for case, row in own if len(row["rounds_ms"]) < ROUNDS] == []
+    assert re.fullmatch(r"[0-9a-f]{7,40}", record["environment"]["commit"]) and record["not_measured"] == [] and record["seconds"] > 60
 
 
 def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
