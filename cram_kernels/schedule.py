@@ -103,8 +103,8 @@ def is_number(value: Any) -> bool:
     return hasattr(value, "__float__") and not isinstance(value, bool | Tensor | str) and math.isfinite(value)
 
 
-def is_schedule(value: Any) -> bool:
-    """Whether it can be asked for the value of a step. A class is one that somebody forgot to call; a model is in the wrong place."""
+def is_function(value: Any) -> bool:
+    """A schedule, a closure, a factory: whether it can be called. Not a class that somebody forgot to call, nor a model."""
     return callable(value) and not isinstance(value, type | nn.Module)
 
 
@@ -123,7 +123,7 @@ def checked_compression(value: Any) -> Compression:
     """The `compression` option in its stored form: a tuple of patterns, or a callable that gives the patterns of a step."""
     if value is None:
         return ()
-    return value if is_schedule(value) else checked_patterns("CrAM: compression", value)
+    return value if is_function(value) else checked_patterns("CrAM: compression", value)
 
 
 def patterns_of(compression: Compression, step: int) -> tuple[Pattern, ...]:

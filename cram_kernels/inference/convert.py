@@ -206,8 +206,10 @@ def _decide(
         if not shapes:
             why = "no example input reached it" if seen is not None else "without example_inputs the size of its input is unknown"
         else:
-            few = all(torch.Size(shape[:-1]).numel() <= FEW_ROWS for shape in shapes)
-            layer = SparseLinear(module, few) if isinstance(module, nn.Linear) else SparseConv2d(module)
+            if isinstance(module, nn.Linear):
+                layer = SparseLinear(module, few_rows=all(torch.Size(shape[:-1]).numel() <= FEW_ROWS for shape in shapes))
+            else:
+                layer = SparseConv2d(module)
             layer.train(module.training)
             trials = [try_layer(module, layer, shape) for shape in shapes]
             layer.plan = plan_from(trials)

@@ -257,7 +257,7 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
             raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
         if params is not None:
             _name(base, params)
-    elif not schedule.is_schedule(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+    elif not schedule.is_function(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
     elif params is None:
         raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")

@@ -197,7 +197,7 @@ class CrAM(Attachable, Wrapper):
                 ones, nothing is updated.
         """
         if closure is not None:
-            if not schedule.is_schedule(closure):
+            if not schedule.is_function(closure):
                 raise TypeError(f"CrAM: closure must be a function that computes the loss and calls backward, got {type(closure).__name__}")
             given_by_scaler(self, with_closure=True)
             self._abandon()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..distributed import local_of
 from ..params import excluded, globs_of, overlapping, why_unfit
-from ..schedule import Groups, checked_compression, is_number, is_schedule
+from ..schedule import Groups, checked_compression, is_function, is_number
 
 GROUP_OPTIONS = ("rho", "plus", "sparse_grad", "prune", "compression")  # a group may have its own
 OPTIMIZER_OPTIONS = (
@@ -83,7 +83,7 @@ def check_group_options(group: dict[str, Any]) -> None:
                 raise ValueError(f"CrAM: rho must be a tensor of one element, got one of shape {tuple(rho.shape)}")
             if rho.device.type == "cpu" and not 0 <= float(rho) < math.inf:  # reading one on a GPU would wait for it in every step
                 raise ValueError(f"CrAM: rho must be a number >= 0, got {rho!r}")
-        elif not is_schedule(rho) and not (is_number(rho) and rho >= 0):
+        elif not is_function(rho) and not (is_number(rho) and rho >= 0):
             raise ValueError(
                 f"CrAM: rho must be a number >= 0, a tensor of one, or a schedule such as RhoWarmup(0.05, steps=500), got {rho!r}"
             )
