@@ -11,9 +11,9 @@ import torch
 from calls import perturb
 from cases import Drawn, Spec
 from compare import compare_all, contract_part, named_tensors
-from optim_cases import same_bits
 from test_optim_every_line import Trace, python_answers_ctrl_c
 from test_schema import SAMPLES, positional
+from triton.runtime.interpreter import InterpretedFunction
 
 from cram_kernels import _triton, ops, reference
 from cram_kernels import triton as kernels
@@ -131,27 +131,51 @@ def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str,
         compare_all(op, arguments, expected)
 
 
-@pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_", "restore_sgd_", "restore_adam_"])
-def test_interrupted_at_every_line(op: str) -> None:
-    """Ctrl-C at each line of this backend's function: all that it writes is written, or nothing; and the interrupt is not lost."""
-    call = getattr(kernels, op)
-    source, ctrl_c = str(Path(launch.__file__).parent), partial(signal.raise_signal, signal.SIGINT)
-    states = [SAMPLES[op](), SAMPLES[op]()]
-    call(**states[1])
-    with python_answers_ctrl_c(), Trace(source=source) as clean:
-        call(**SAMPLES[op]())
-    results = {}
-    for n in clean.last_times():
+SENDING = pytest.mark.parametrize("op", ["perturb_topk_", "perturb_nm_", "perturb_masked_", "restore_sgd_", "restore_adam_"])
+
+
+@SENDING
+def test_interrupted_at_every_line(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Ctrl-C at each line of this backend's function: all that it sends is sent, or nothing; and the interrupt is not lost.
+
+    A launch only notes that it was sent, so that a line takes no run of interpreted kernels; the flag is what it is.
+    """
+    call, source = getattr(kernels, op), str(Path(launch.__file__).parent)
+    sent: list[str] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *args, grid, **_: sent.append(f"{kernel.__name__} {grid}"))
+
+    def run(trace: Trace) -> tuple[list[str], int]:
         arguments = SAMPLES[op]()
-        with python_answers_ctrl_c(), Trace(n, source, ctrl_c) as trace:
+        sent.clear()
+        with python_answers_ctrl_c(), trace:
             call(**arguments)
+        return list(sent), int(arguments["perturbed"])
+
+    run(Trace())  # what is remembered of a call is there from now on
+    clean = Trace(source=source)
+    whole = run(clean)
+    nothing = [], int(SAMPLES[op]()["perturbed"])
+    assert len(whole[0]) > 1 and whole[1] != nothing[1] and not clean.interrupted
+    results = []
+    for n in sorted(clean.last_times()):
+        trace = Trace(n, source, partial(signal.raise_signal, signal.SIGINT))
+        results.append(run(trace))
         where = f"interrupted at {trace.lines[-1]}"
-        assert trace.lines == clean.lines[:n] and trace.interrupted, where
-        of_states = [same_bits(*([t for _, t in named_tensors(own)] for own in (arguments, state))) for state in states]
-        assert any(of_states), where
-        results[n] = of_states.index(True)
-    in_order = [results[n] for n in sorted(results)]
-    assert set(in_order) == {0, 1} and in_order == sorted(in_order)
+        assert trace.lines == clean.lines[:n] and trace.interrupted and results[-1] in (nothing, whole), where
+    done = [result == whole for result in results]
+    assert done == sorted(done) and set(done) == {False, True}
+
+
+@SENDING
+def test_interrupted_by_each_launch(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Ctrl-C while the kernels run, before each: the weights and the state are those of the whole op."""
+    run, ctrl_c = InterpretedFunction.run, partial(signal.raise_signal, signal.SIGINT)
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: (ctrl_c(), run(*args, **kwargs)))
+    arguments, expected = SAMPLES[op](), SAMPLES[op]()
+    with python_answers_ctrl_c(), pytest.raises(KeyboardInterrupt):
+        getattr(kernels, op)(**arguments)
+    getattr(reference, op)(**expected)
+    compare_all(op, arguments, expected)
 
 
 def test_launches_of_another_thread() -> None:
