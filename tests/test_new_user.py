@@ -316,6 +316,28 @@ def test_a_copy_of_a_sparse_model_has_parameters_of_its_own():
     assert to_dense(model)[0].weight is weight
 
 
+@pytest.mark.parametrize("between", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_sparse_layers_of_one_weight_are_tied_again(between):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    values = clones(layer.weight for layer in model)
+    for i, layer in enumerate(model):
+        model[i] = SparseLinear(layer)
+    del layer
+    model = to_dense(between(model))
+    assert model[0].weight is model[2].weight and model[1].weight is not model[0].weight and model[0].bias is not model[2].bias
+    assert_same_bits([layer.weight for layer in model], values)
+
+
+def test_tied_sparse_layers_into_which_two_weights_were_loaded_part():
+    model, other = (nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(2))
+    model[1].weight = model[0].weight
+    model[0], model[1] = SparseLinear(model[0]), SparseLinear(model[1])
+    model.load_state_dict(other.state_dict())
+    to_dense(model)
+    assert_same_bits([layer.weight for layer in model], [layer.weight for layer in other])
+
+
 def test_no_weight_of_an_open_step_becomes_dense():
     model = nn.Sequential(nn.Linear(16, 16))
     optimizer = CrAM(model, lr=0.1)

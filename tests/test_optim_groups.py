@@ -1,5 +1,6 @@
 """Which parameters CrAM perturbs, prunes and updates: exclusion, group options, unused, frozen and late parameters."""
 
+import copy
 import warnings
 
 import pytest
@@ -237,3 +238,23 @@ def test_exclude_that_matches_nothing_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="exclude must match the name of a parameter, got 'head"):
         CrAM(model.named_parameters(), lr=0.1, exclude=["0.bias", "head.*"])
+
+
+@pytest.mark.parametrize("given", ["head.*", ["head.*"], ("head.weight",)], ids=str)
+def test_exclude_may_be_set_between_steps(given):
+    """The twin was made with it: from there on both keep the same weights dense, also in a copy."""
+
+    def made(**options) -> tuple[list[nn.Parameter], CrAM]:
+        params = fresh()
+        return params, CrAM(list(zip(NAMES, params, strict=True)), compression=[TopK(0.9)], lr=0.1, **options)
+
+    (params, ours), (twins, theirs) = made(), made(exclude=given)
+    assert kept(second_pass(ours, params, grads(1)))[3] < 128
+    ours.exclude = given
+    between = second_pass(ours, params, grads(1))
+    assert kept(between)[3] == 128
+    assert_same_bits(between, second_pass(theirs, twins, grads(1)))
+    assert ours.exclude == theirs.exclude == copy.deepcopy(ours).exclude and "exclude=('head." in repr(ours)
+    with pytest.raises(ValueError, match="exclude must match the name of a parameter, got 'hands'"):
+        ours.exclude = "hands"
+    assert ours.exclude == theirs.exclude

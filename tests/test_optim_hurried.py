@@ -4,13 +4,14 @@ With `plus` and `sparse_grad` off, a step is one of torch's own optimizer with t
 """
 
 import contextlib
+from weakref import ref
 
 import pytest
 import torch
 from optim_cases import clones, random_tensors, set_gradients, two_halves
 from torch import nn
 
-from cram_kernels import CrAM, TopK
+from cram_kernels import CrAM, TopK, ops
 
 SHAPES = [(4, 8, 3, 3), (16,), (8, 16)]
 BASES = {"sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), "adamw": (torch.optim.AdamW, {"lr": 0.01})}
@@ -168,3 +169,29 @@ def test_a_state_that_no_op_takes_is_an_error_without_an_update():
     with pytest.raises(KeyError, match="exp_avg"):
         two_halves(ours, params, grads, grads)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def test_what_fails_although_every_tensor_fits_is_not_tried_twice(monkeypatch, error):
+    params, _, ours, _, step = steps("sgd")
+    before, calls = clones(params), []
+
+    def out_of_memory(*args, **options):
+        calls.append(args)
+        raise error("no memory")
+
+    set_gradients(params, random_tensors(SHAPES, 50))
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "perturb_topk_", out_of_memory)
+        with pytest.raises(error, match="no memory"):
+            ours.perturb()
+    assert len(calls) == 1 and ours.open_step is None
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    step()
+
+
+def test_state_that_was_cleared_is_freed():
+    ours = steps("sgd")[2]
+    held = [ref(state["momentum_buffer"]) for state in ours.state.values()]
+    ours.state.clear()
+    assert all(t() is None for t in held)

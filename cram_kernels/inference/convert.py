@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..params import check_module, check_unperturbed
 from ..schedule import is_number
-from .modules import SparseConv2d, SparseLayer, SparseLinear, why_no_convolution
+from .modules import SparseConv2d, SparseLayer, SparseLinear, Tie, why_no_convolution
 from .trial import FEW_ROWS, Trial, plan_from, try_layer
 
 Shapes = dict[nn.Module, set[tuple[int, ...]]]  # the input shapes of each layer
@@ -122,7 +122,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Put every sparse layer of a model back on a dense weight, in place, with the same bits; returns the model.
 
     A Parameter that something still holds since `sparsify`, such as an optimizer or a tied layer, is the layer's again, so the same
-    optimizer goes on. All others are new ones. A model that is a sparse layer itself is not changed; its dense layer is returned.
+    optimizer goes on. All others are new ones, which layers share that shared one before. A model that is a sparse layer itself is not
+    changed; its dense layer is returned.
 
     Raises:
         RuntimeError: an optimizer that holds such a Parameter is within a step. Nothing was changed.
@@ -136,7 +137,8 @@ def to_dense(model: nn.Module) -> nn.Module:
         return model.to_dense()
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     check_unperturbed("to_dense", ((f"{name}.{own}", p) for name, m in sparse.items() for own, p in m.parameters_of_dense().items()))
-    _replace(model, {module: module.to_dense() for module in sparse.values()})
+    made: dict[Tie, nn.Parameter] = {}
+    _replace(model, {module: module.to_dense_with(made) for module in sparse.values()})
     return model
 
 

@@ -5,11 +5,19 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..params import check_unperturbed
 from ..warning import warn
 from . import ops
 from .weights import best_layout, check_weight, elements, from_bitmask, pack, to_bitmask, unpack
+
+
+class Tie:
+    """A Parameter from which sparse layers were made, which they do not keep alive: those of one tie share one again."""
+
+
+TIES = WeakTensorKeyDictionary()  # Parameter -> its Tie
 
 
 class SparseLayer(nn.Module):
@@ -39,6 +47,7 @@ class SparseLayer(nn.Module):
         given = {name: p for name, p in (("weight", weight), ("bias", bias)) if isinstance(p, nn.Parameter)}
         self._trained = {name: p.requires_grad for name, p in given.items()}
         self._dense = {name: (ref(p), p._version) for name, p in given.items() if not p.is_inference()}
+        self._ties = {name: TIES.setdefault(p, Tie()) for name, p in given.items()}
         self._hooks_of_dense = dense._state_dict_hooks  # of an optimizer that is attached to the model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +86,10 @@ class SparseLayer(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The dense layer, with the same bits, and with the Parameters that it had where something still holds them."""
+        return self.to_dense_with({})
+
+    def to_dense_with(self, made: dict[Tie, nn.Parameter]) -> nn.Module:
+        """As `to_dense`; `made` are Parameters of layers that are dense again, for those that are tied to them."""
         dense, values = self._dense_layer(), {"weight": self.weight, "bias": self.bias}
         if self._hooks_of_dense:
             dense._state_dict_hooks = self._hooks_of_dense
@@ -89,10 +102,13 @@ class SparseLayer(nn.Module):
                 shape = tuple(t.shape)
                 warn(f"to_dense: a {name} of shape {shape} is a new Parameter: the old one was written to since, and stays as it is")
                 del held[name]
-            p = held[name] if name in held else nn.Parameter(torch.empty_like(t), self._trained.get(name, True))
+            tie = self._ties.get(name, Tie())
+            p = held[name] if name in held else made.get(tie)
+            if p is None or (name not in held and not torch.equal(p, t)):  # loaded since then, each with values of its own
+                p = nn.Parameter(torch.empty_like(t), self._trained.get(name, True))
             with torch.no_grad():
                 p.copy_(t)
-            dense._parameters[name] = p
+            dense._parameters[name] = made[tie] = p
         return dense.train(self.training)
 
     def _dense_layer(self) -> nn.Module:

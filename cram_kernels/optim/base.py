@@ -204,7 +204,6 @@ class Wrapper(Optimizer):
     def _load_masks(self, masks: dict[int, dict[str, Any]]) -> None:
         self._workspace.follow(self.param_groups)
         self._workspace.drop_masks()
-        self._workspace.entries = [], [], [], []  # of the state that was
         self._workspace.load_masks(masks, self._patterns())
 
     def _patterns(self) -> list[Any]:

@@ -88,7 +88,7 @@ class CrAM(Attachable, Wrapper):
 
     _step_supports_amp_scaling = True  # a GradScaler hands its scale over to step(): grad_scale and found_inf
     _options = ("compression", "normalize_grad", "max_grad_norm", "master_weights", "mask_period", "exclude", "grad_norms")
-    _copied = (*Wrapper._copied, *_options, "_dense")
+    _copied = (*Wrapper._copied, *(name for name in _options if name != "exclude"), "_exclude", "_dense")
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class CrAM(Attachable, Wrapper):
         self.compression = schedule.checked_compression(compression)
         self.normalize_grad, self.max_grad_norm, self.grad_norms = normalize_grad, max_grad_norm, grad_norms
         self.master_weights, self.mask_period = master_weights, mask_period
-        self.exclude = options.check_constructor_options(seed, exclude, prune_embeddings)
+        globs = options.check_constructor_options(seed, exclude, prune_embeddings)
         options.check_optimizer_options(self)
         group_options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune, "compression": None}
         options.check_group_options(group_options)
@@ -123,7 +123,7 @@ class CrAM(Attachable, Wrapper):
         for index, group in enumerate(base.param_groups):
             options.check_new_group(group, group_options, base.defaults)
             options.check_params(base.param_groups, index)
-        self.exclude = options.check_exclude(base.param_groups, self.exclude, params)
+        self._exclude = options.check_exclude(base.param_groups, globs, params)
         names = [(n, id(p)) for group in base.param_groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)]
         self._dense = dense_in(params, names, prune_embeddings) if isinstance(params, nn.Module) else ({}, {})
         if type(base) not in FUSED and isinstance(base, tuple(FUSED)):
@@ -132,6 +132,17 @@ class CrAM(Attachable, Wrapper):
         super().__init__(base, group_options | schedule.first_counters(seed))
         if isinstance(params, nn.Module):
             self.attach(params)
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Globs of the names of parameters that are not pruned. What is assigned is checked as in the constructor, and holds from the next
+        step on."""
+        return self._exclude
+
+    @exclude.setter
+    def exclude(self, globs: Iterable[str] | None) -> None:
+        self._exclude = options.check_exclude(self.param_groups, options.globs_of("CrAM: ", globs), self._hooks and self._hooks.model)
+        self._workspace.plans.clear()
 
     @property
     def last(self) -> StepInfo | None:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from operator import is_
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -58,10 +59,10 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     work.follow(groups)
     rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
     try:
-        for again in (False, True):
-            active, grads, looked_at = work.gradients(again)
-            if not active:
-                warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
+        active, grads, looked_at = work.gradients(False)
+        if not active:
+            warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
+        while True:
             try:
                 if optimizer.master_weights:
                     prepare_masters(optimizer.base_optimizer, active)
@@ -76,6 +77,9 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
                 if looked_at:
                     raise
                 optimizer.restore()
+                before, (active, grads, looked_at) = (active, grads), work.gradients(True)
+                if before[0] == active and all(map(is_, before[1], grads)):
+                    raise  # every tensor fits: it would fail once more
         ranked = [bucket for bucket in buckets if bucket.numels and bucket.pattern not in reused]
         numels = tuple([n for bucket in ranked for n in bucket.numels])
         work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))

@@ -39,7 +39,6 @@ class Workspace:
         self.params: list[Tensor] = []  # theirs
         self.sizes: list[int] = []  # parameters of each group
         self.fitting: list[Slot] | None = None  # see `gradients`
-        self.entries: tuple[list[Any], ...] = [], [], [], []  # see `state_of`
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
         self.plans: dict[tuple[Pattern | None, ...], tuple[list[bool], list[Slot], list[Bucket]]] = {}  # by the pattern of each group
         self.kept: dict[tuple[str, torch.device], tuple[Any, Tensor]] = {}  # see `tensor`
@@ -118,14 +117,11 @@ class Workspace:
         return self.slots
 
     def state_of(self, state: dict[Tensor, Any], slots: list[Slot]) -> list[dict[str, Any]]:
-        """The entries of an optimizer's state for these slots, looked up anew only where the state holds other ones than the last time:
-        torch's hash of a tensor is slow."""
-        wanted, keys, values, found = self.entries
-        same = slots == wanted and len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), values))
-        if not same:
-            found = [state[s.param] for s in slots]
-            self.entries = slots, list(state), list(state.values()), found
-        return found
+        """The entries of an optimizer's state for these slots. Where it has them in the same order they are not looked up: torch's hash of
+        a tensor is slow."""
+        if len(state) == len(slots) and all(map(is_, state, [s.param for s in slots])):
+            return list(state.values())
+        return [state[s.param] for s in slots]
 
     def flag(self, device: torch.device, number: int) -> Tensor:
         """int32 [] on the device, 0 unless the bucket of this number is perturbed."""
