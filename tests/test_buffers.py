@@ -204,7 +204,7 @@ def test_a_copy_made_within_the_block_is_put_back_on_its_own(kind: str) -> None:
     assert_same(buffers_of(other), before)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["instance norm", "functional", "in place", "subclass", "spectral norm"])
 def test_through_compile(kind: str, backend: str, request: pytest.FixtureRequest) -> None:
     request.addfinalizer(torch.compiler.reset)  # so many versions of Sequential.forward are the most that torch compiles
