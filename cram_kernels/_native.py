@@ -9,7 +9,6 @@ import torch
 
 # Elsewhere than in the package for the sanitizers' builds (`make test-asan`).
 _FOLDER = Path(os.environ.get("CRAM_KERNELS_LIBRARIES") or Path(__file__).parent)
-_missing: dict[str, str] = {}  # backend -> reason
 host: Any = None  # a Host, once the CPU library is loaded
 
 
@@ -83,9 +82,7 @@ def _load_cuda() -> str | None:
     return None
 
 
-for _name, _load in (("cpu", _load_cpu), ("cuda", _load_cuda)):
-    if (_reason := _load()) is not None:
-        _missing[_name] = _reason
+_missing = {name: reason for name, reason in (("cpu", _load_cpu()), ("cuda", _load_cuda())) if reason is not None}
 
 
 def why_missing(name: str) -> str | None:

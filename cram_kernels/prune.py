@@ -98,8 +98,9 @@ def _prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None, pr
     thresholds = _thresholds(weights, sets, k)
     zeros = [_zeros_after(w, pattern, threshold) for w, threshold in zip(weights, thresholds, strict=True)]
     layers = _layers(parameters, pattern, dense, zeros)
-    report = Report(layers, tuple(_remarks(pattern, layers, weights, sets, thresholds)))
-    for remark in report.remarks:
+    remarks = tuple(_remarks(pattern, layers, weights, sets, thresholds))
+    report = Report(layers, remarks)
+    for remark in remarks:
         warn(f"prune: {remark}")
     if isinstance(pattern, NM):
         ops.prune_nm_(weights, (), [1] * len(weights), pattern.n, pattern.m)

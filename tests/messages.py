@@ -1,12 +1,12 @@
 """The messages of the package, collected from its source: what is raised, in Python, in C++ and while it is built; what is warned about;
 what the command line prints to standard error; and the reasons that messages end with."""
 
-import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from python_messages import Message, Python
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -14,64 +14,6 @@ SOURCES = [
     *(ROOT / name for name in ("native_build.py", "setup.py", "benchmarks/compare.py", "benchmarks/run.py", "benchmarks/suite.py")),
 ]
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
-WARN = ("warn", "warnings.warn")
-SAY = ("sys.exit", "say")  # and print() to standard error
-REASONS = (
-    "_load",
-    "_load_cpu",
-    "_load_cuda",
-    "_too_old",
-    "why_unfit",
-    "_why_unfit",
-    "_remarks",
-)  # return or yield what a message ends with
-
-
-@dataclass(frozen=True)
-class Message:
-    """`text`: with an ellipsis for what is filled in."""
-
-    where: str
-    kind: str
-    text: str
-
-
-def template(node: ast.expr) -> str:
-    """The text of a string, an f-string or a sum of them, with an ellipsis for each part that is computed."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(template(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return template(node.left) + template(node.right)
-    return "…"
-
-
-def in_source(path: Path) -> Iterator[Message]:
-    """Those of one file. Errors that are passed on, and those without a text, have none."""
-    tree = ast.parse(path.read_text())
-    where = str(path.relative_to(ROOT))
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name in REASONS:
-            for node in ast.walk(function):
-                if isinstance(node, ast.Return | ast.Yield) and isinstance(node.value, ast.expr) and (text := template(node.value)) != "…":
-                    yield Message(f"{where}:{node.lineno}", "reason", text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            kind, argument = ast.unparse(node.exc.func), node.exc.args[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN and node.args:
-            kind, argument = "CrAMWarning", node.args[0]
-        elif isinstance(node, ast.Call) and node.args and is_said(node):
-            kind, argument = "said", node.args[0]
-        else:
-            continue
-        if (text := template(argument)) != "…" and (kind != "said" or re.search(r"\w", text)):
-            yield Message(f"{where}:{node.lineno}", kind, text)
-
-
-def is_said(call: ast.Call) -> bool:
-    streams = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "file"]
-    return ast.unparse(call.func) in SAY or (ast.unparse(call.func) == "print" and streams == ["sys.stderr"])
 
 
 def split(text: str, mark: str) -> list[str]:
@@ -107,30 +49,47 @@ def cpp_template(expression: str) -> str:
     return re.sub("…+", "…", found)
 
 
+SAYS = r"""(?<!void\ )\brefuse\( | \bthrow\ (?!;)[^;({]*[({]? |
+    \w*(?<!ERROR_CODE)_CHECK\w*\( | TORCH_WARN\w*\( | printf\( | std::cerr | perror\("""
+PASSED_ON = {  # what is thrown with a text that somebody else gives
+    'std::string(op) + ": " + show(place) + " must " + wanted + ", got " + found': "refuse() itself",
+    'std::string("packed must have ") + what + std::to_string(limit) + ", got " + std::to_string(found)': "that of product.cpp",
+    'std::string(op) + ": " + wrong.what()': "it names the op in what was thrown",
+}
+
+
 def in_native(path: Path) -> Iterator[Message]:
     """Those of one file of C++: `refuse(place, wanted, found)`, `refuse(op, place, wanted, found)`, and what is thrown."""
     text = re.sub(r"//[^\n]*", "", path.read_text())
-    for match in re.finditer(r"(?<!void )\brefuse\(|throw std::\w+\(", text):
+    for match in re.finditer(SAYS, text, re.VERBOSE):
         where = f"{path.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}"
-        arguments = split(inside(text[match.end() :]), ",")
-        if "throw" in match[0]:
-            found = cpp_template(arguments[0])
-        elif path.name == "product.cpp":  # its own: what, limit, found
-            found = f"packed must have {cpp_template(arguments[0])}…, got …"
+        inner = inside(text[match.end() :])
+        arguments = split(inner, ",")
+        wanted = arguments[0]
+        if re.fullmatch(r"throw std::\w+\(", match[0]):
+            if inner in PASSED_ON:
+                continue
+            found = cpp_template(wanted)
+        elif match[0] != "refuse(":
+            found = wanted = ""
+        elif len(arguments) == 3 and path.name == "product.cpp":  # its own: what, limit, found
+            found = f"packed must have {cpp_template(wanted)}…, got …"
         else:
-            place, wanted, got = arguments[-3:]
+            place, wanted, got = arguments[-3:] if len(arguments) in (3, 4) else ("", "", "")
+            if (path.name, wanted) == ("check.h", "wanted"):
+                continue
             name = re.match(r'(Place\(|\{)?"([^"]+)"', place)
             found = f"…: {name[2] + '[…]' * bool(name[1]) if name else '…'} must {cpp_template(wanted)}, got {cpp_template(got)}"
-        if re.search(r"[a-z]", re.sub(r"\b(packed|must|be|have|got)\b", "", found)):  # else it fills in what others say
-            yield Message(where, "native", found)
+        said = re.search(r"[a-z]{2}", cpp_template(wanted)) is not None
+        yield Message(where, "native" if said else "unread", found if said else match[0] + inner)
+
+
+@cache
+def messages() -> list[Message]:
+    return [*Python(SOURCES, ROOT).messages(), *(message for path in NATIVE for message in in_native(path))]
 
 
 def listed(text: str) -> bool:
     """Whether a message that was raised is one of those, as far as more than "must be ..., got ..." of it is known."""
     specific = (m.text for m in messages() if len(re.sub(r"\b(must|be|have|got)\b|[^a-z]", "", m.text)) > 3)
     return any(re.fullmatch(".*".join(map(re.escape, known.split("…"))), text, re.DOTALL) for known in specific)
-
-
-@cache
-def messages() -> list[Message]:
-    return [message for path in SOURCES for message in in_source(path)] + [message for path in NATIVE for message in in_native(path)]

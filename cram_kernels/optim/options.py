@@ -56,8 +56,10 @@ def check_groups(base: Optimizer) -> None:
     for group in groups:
         check_no_optimizer_options(group, base.defaults)
         if "rho" not in group or "compression" not in group or "cram_step" not in group:
-            message = "must be called on CrAM, got it called on the base optimizer; load or wrap it again"
-            raise RuntimeError(f"CrAM: load_state_dict() and add_param_group() {message}")
+            raise RuntimeError(
+                "CrAM: load_state_dict() and add_param_group() must be called on CrAM, got it called on the base optimizer; "
+                "load or wrap it again"
+            )
         if "param_names" in group and len(group["param_names"]) != len(group["params"]):
             found = f"{len(group['param_names'])} names of {len(group['params'])} parameters"
             raise ValueError(f"CrAM: param_names of a group must name each of its params, in order, got {found}")
