@@ -296,6 +296,7 @@ def test_a_published_file_without_sam_is_sgd(tmp_path):
         ({"compression": [1.0]}, "a pattern must be a share of zeros"),
         ({"compression": []}, "compression must have a pattern"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"second_pass": "drawn", "precision": "fp16"}, "precision must be fp32 or bf16 with second_pass drawn"),
         ({"validation": 1.0}, r"validation must be a share in \[0, 1\), got 1.0"),
     ],
 )

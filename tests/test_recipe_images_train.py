@@ -12,7 +12,7 @@ import image_sets
 import published
 import pytest
 import torch
-from optim_cases import assert_same_bits
+from optim_cases import assert_same_bits, batches, network
 from torch.nn import functional as F
 
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
@@ -25,6 +25,9 @@ import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
+from one_pass import one_pass_step  # noqa: E402
+
+from cram_kernels import CrAM, TopK  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,7 @@ METHODS = {
     "period": {"mask_period": 2},
     "half": {"second_pass": "half"},
     "split": {"second_pass": "split"},
+    "drawn": {"second_pass": "drawn"},
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "adamw": {"optimizer": "AdamW", "lr": 0.01},
@@ -104,6 +108,54 @@ def test_training_is_that_of_the_published_code(method, cifar, tmp_path):
     trained = dict(model.named_parameters())
     assert_same_bits([found[name] for name in trained], list(trained.values()))
     assert all(torch.equal(found[name], b) for name, b in model.named_buffers() if "running" in name)
+
+
+def test_one_pass_is_that_of_plain_torch():
+    """Dense and pruned steps in turn, to the bit: all rates are powers of two."""
+    exact = {"lr": 2.0**-4, "momentum": 0.5, "weight_decay": 2.0**-9}
+    ours, theirs = network(), network()
+    optimizer = CrAM(ours, compression=[TopK(0.75)], rho=0.1, plus=False, **exact)
+    judge = torch.optim.SGD(theirs.parameters(), **exact)
+    matrices, norms = [p for p in theirs.parameters() if p.dim() > 1], (theirs[1], theirs[4])
+    for (x, y), dense in zip(batches(8), [True, False, False, True] * 2, strict=True):
+        loss = one_pass_step(optimizer, lambda batch: F.cross_entropy(ours(batch[0]), batch[1]), (x, y), dense)
+        clean = [p.detach().clone() for p in matrices]
+        magnitudes = torch.cat([w.abs().flatten() for w in clean]).sort(descending=True).values
+        least = -1.0 if dense else magnitudes[len(magnitudes) // 4 - 1]  # which is pruned, too
+        for p, w in zip(matrices, clean, strict=True):
+            p.data.mul_(w.abs() > least)
+        for norm in norms:
+            norm.momentum = 0.1 if dense else 0.0
+        wanted = F.cross_entropy(theirs(x), y)
+        judge.zero_grad()
+        wanted.backward()
+        for p, w in zip(matrices, clean, strict=True):
+            p.grad.mul_(w.abs() > least)
+            p.data.copy_(w)
+        for p in theirs.parameters():
+            p.grad.mul_(2)
+        judge.step()
+        assert torch.equal(loss, wanted.detach()) and all(p.grad is None for p in ours.parameters())
+    assert_same_bits(list(ours.parameters()), list(theirs.parameters()))
+    for index in (1, 4):
+        assert torch.equal(ours[index].running_mean, theirs[index].running_mean)
+
+
+@pytest.mark.parametrize("fails", ["loss", "backward"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_one_pass_that_fails_leaves_the_clean_weights(dense, fails):
+    model = network()
+    optimizer = CrAM(model, plus=False, lr=0.1)
+
+    def loss(batch):
+        if fails == "loss":
+            raise KeyError("on purpose")
+        return model(batch[0])  # no single number: backward() refuses it
+
+    with pytest.raises(KeyError if fails == "loss" else RuntimeError):
+        one_pass_step(optimizer, loss, next(batches(1)), dense)
+    assert_same_bits(list(model.parameters()), list(network().parameters()))
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

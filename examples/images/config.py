@@ -24,7 +24,8 @@ class Config:
         mask_period: compute the masks of a pattern at every mask_period-th use of it.
         sparse_grad: mask the second gradient.
         normalize_grad: divide rho by the norm of the gradients; SAM's own form.
-        second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half.
+        second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half; or drawn: one
+            pass a step, at the dense or at the pruned weights (one_pass.py), which has no use for rho.
         batch: images a step, over all processes.
         epochs: of training. The rate rises over warmup_epochs as (epoch + 1) / warmup_epochs, then falls as a cosine to 0.
         validation: the share of the training images that is held back to choose the best checkpoint, such as 0.1. With 0 the test images
@@ -55,7 +56,7 @@ class Config:
     mask_period: int = 1
     sparse_grad: bool = True
     normalize_grad: bool = False
-    second_pass: Literal["all", "half", "split"] = "all"
+    second_pass: Literal["all", "half", "split", "drawn"] = "all"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -86,6 +87,8 @@ class Config:
             raise ValueError(f"validation must be a share in [0, 1), got {self.validation}")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        if self.second_pass == "drawn" and self.precision == "fp16":
+            raise ValueError("precision must be fp32 or bf16 with second_pass drawn, which has no gradient scaler, got fp16")
         self.patterns()
 
     def patterns(self) -> list[Pattern]:

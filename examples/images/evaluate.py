@@ -67,7 +67,8 @@ def label(config: dict[str, Any]) -> str:
         levels = ", ".join(str(pattern(text)) for text in config["compression"])
         name = {"sam": "SAM", "cram": f"CrAM {{{levels}}}", "cram+": f"CrAM+ {{{levels}}}"}[config["method"]]
     parts = [name, "uniform" * config["uniform"], f"masks every {config['mask_period']}" if config["mask_period"] > 1 else ""]
-    parts += [f"second pass {config['second_pass']}" if config["second_pass"] != "all" and config["method"] != "sgd" else ""]
+    passes = {"all": "", "drawn": "one pass, drawn"}.get(config["second_pass"], f"second pass {config['second_pass']}")
+    parts += [passes if config["method"] != "sgd" else ""]
     return ", ".join([part for part in parts if part] + [f"{config['epochs']} epochs"])
 
 

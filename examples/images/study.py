@@ -22,6 +22,7 @@ METHODS = {  # name: what it changes in the configuration
     "cram": {"method": "cram+"},
     "half": {"method": "cram+", "second_pass": "half"},
     "split": {"method": "cram+", "second_pass": "split"},
+    "drawn": {"method": "cram+", "second_pass": "drawn"},
 }
 
 

@@ -26,6 +26,7 @@ from checkpoints import Checkpoints, rank, ranks
 from config import Config, parse, pattern
 from data import Batches, Images, held_back, load
 from models import head, make
+from one_pass import one_pass_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -98,7 +99,7 @@ def optimizer_of(model: nn.Module, config: Config) -> Optimizer:
         base,
         compression=config.patterns(),
         rho=config.rho,
-        plus=config.method == "cram+",
+        plus=config.method == "cram+" and config.second_pass != "drawn",
         sparse_grad=config.sparse_grad,
         normalize_grad=config.normalize_grad,
         mask_period=config.mask_period,
@@ -168,9 +169,10 @@ def one_epoch(
     batches: Batches,
     device: torch.device,
     scaler: torch.amp.GradScaler | None,
+    coins: torch.Generator,
     after_step: Callable[[Tensor], None],
 ) -> float:
-    """The mean loss of the first passes."""
+    """The mean loss of the first passes; `coins`, the same on all processes, say which steps of one pass are dense."""
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     module.train(config.train_only == "all")
 
@@ -180,7 +182,11 @@ def one_epoch(
 
     total = torch.zeros((), device=device)
     for x, y in tqdm(batches.loader(config.workers), total=len(batches), leave=False, disable=None if rank() == 0 else True):
-        value = train_step(optimizer, loss, (x.to(device), y.to(device)), config.second_pass, scaler)
+        batch = x.to(device), y.to(device)
+        if config.second_pass == "drawn" and isinstance(optimizer, CrAM):
+            value = one_pass_step(optimizer, loss, batch, dense=bool(torch.rand((), generator=coins) < 0.5))
+        else:
+            value = train_step(optimizer, loss, batch, config.second_pass, scaler)
         total += value
         after_step(value)
     if ranks() > 1:
@@ -237,7 +243,8 @@ def train(config: Config) -> dict[str, Any]:
             batches.start_epoch(epoch)
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate(config, epoch)
-            loss = one_epoch(config, module, optimizer, batches, device, scaler, after_step)
+            coins = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            loss = one_epoch(config, module, optimizer, batches, device, scaler, coins, after_step)
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss must be finite, got {loss} in epoch {epoch}; {config.out}/last.pt has the epoch before")
             if ranks() > 1:
