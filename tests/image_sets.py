@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,13 @@ def write_folder(folder: Path, train: int = 8, val: int = 4, classes: int = 2) -
                 pixels = rng.integers(60, size=(height, width, 3)) + 150 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"n{label:08d}" / f"{i}.JPEG")
     return folder
+
+
+def write_deb(folder: Path, package: str) -> Path:
+    """A Debian package of the files in `folder`, as `apt-get download` leaves it, beside the folder."""
+    (folder / "DEBIAN").mkdir()
+    control = f"Package: {package}\nVersion: 0\nArchitecture: all\nMaintainer: a <a@b.example>\nDescription: test\n"
+    (folder / "DEBIAN" / "control").write_text(control)
+    deb = folder.parent / f"{package}_0_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(folder), str(deb)], check=True, capture_output=True)
+    return deb

@@ -4,7 +4,6 @@ import json
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from PIL import Image
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
 for package in ("jsonargparse", "mlxtend", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"{package} is missing; `pip install 'cram_kernels[examples]'` brings it")
-sys.path.insert(0, str(IMAGES))
+sys.path[:0] = [str(IMAGES), str(IMAGES.parent)]
 import config as recipe  # noqa: E402
 import corruptions  # noqa: E402
 import data  # noqa: E402
+import debian  # noqa: E402
 import evaluate  # noqa: E402
 import fashion_mnist  # noqa: E402
 import image_sets  # noqa: E402
@@ -69,14 +69,9 @@ def test_fashion_is_read_as_written_gzipped_or_not(tmp_path):
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is missing: Debian's packages are unpacked by it")
 def test_fashion_comes_from_the_package_of_debian(tmp_path, monkeypatch, capsys):
     """A package of the same layout, as `apt-get download` leaves it."""
-    package = tmp_path / "package"
-    (package / "DEBIAN").mkdir(parents=True)
-    control = "Package: dataset-fashion-mnist\nVersion: 0\nArchitecture: all\nMaintainer: a <a@b.example>\nDescription: test\n"
-    (package / "DEBIAN" / "control").write_text(control)
-    image_sets.write_fashion(package / fashion_mnist.FOLDER)
-    deb = tmp_path / "dataset-fashion-mnist_0_all.deb"
-    subprocess.run(["dpkg-deb", "--build", str(package), str(deb)], check=True, capture_output=True)
-    run = fashion_mnist.called
+    image_sets.write_fashion(tmp_path / "package" / fashion_mnist.FOLDER)
+    deb = image_sets.write_deb(tmp_path / "package", fashion_mnist.PACKAGE)
+    run = debian.called
 
     def called(*command, folder):
         if command[0] == "apt-get":
@@ -84,7 +79,7 @@ def test_fashion_comes_from_the_package_of_debian(tmp_path, monkeypatch, capsys)
         else:
             run(*command, folder=folder)
 
-    monkeypatch.setattr(fashion_mnist, "called", called)
+    monkeypatch.setattr(debian, "called", called)
     for name, options in (("fetched", []), ("given", ["--deb", str(deb)])):
         monkeypatch.setattr(sys, "argv", ["fashion_mnist.py", "--out", str(tmp_path / name), *options])
         fashion_mnist.main()

@@ -1,13 +1,16 @@
 """examples/language on small texts in the formats of SST-2 and SQuAD, with a BERT of two layers; nothing is downloaded."""
 
+import gzip
 import importlib.util
 import json
+import lzma
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import assert_same_bits
@@ -22,6 +25,8 @@ import bbc_news  # noqa: E402
 import classify  # noqa: E402
 import classify_study  # noqa: E402
 import comparison  # noqa: E402
+import fine_foods  # noqa: E402
+import image_sets  # noqa: E402
 import recipe  # noqa: E402
 import squad  # noqa: E402
 import text_sets  # noqa: E402
@@ -332,6 +337,55 @@ def test_bbc_news_is_written_as_tables(tmp_path, monkeypatch):
     bbc_news.main()
     parts = [classify.read(out / f"{name}.tsv", "sentence", "label") for name in ("train", "test")]
     assert [len(part) for part in parts] == [8, 5] and dict(parts[0] + parts[1]) == texts
+
+
+def write_r_data(folder: Path, objects: dict) -> None:
+    """The data of an R package: Rdata.rdb has each object, Rdata.rdx where it is, as R's makeLazyLoadDB writes them with xz."""
+    rdata = pytest.importorskip("rdata", reason="rdata is missing; `pip install 'cram_kernels[examples]'` brings it")
+
+    def serialized(value) -> bytes:
+        return rdata.unparser.unparse_data(rdata.conversion.convert_python_to_r_data(value), file_type="rds")
+
+    folder.mkdir(parents=True)
+    content, variables = b"what another object has here", {}
+    for name, value in objects.items():
+        plain = serialized(value)
+        chunk = (
+            len(plain).to_bytes(4, "big") + b"Z" + lzma.compress(plain, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+        )
+        variables[name] = np.array([len(content), len(chunk)], np.int32)
+        content += chunk
+    (folder / "Rdata.rdb").write_bytes(content)
+    index = {"variables": variables, "references": {}, "compressed": np.array([3], np.int32)}
+    (folder / "Rdata.rdx").write_bytes(gzip.compress(serialized(index)))
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is missing: Debian's packages are unpacked by it")
+def test_reviews_come_from_a_package_of_r(tmp_path, monkeypatch):
+    import pandas
+
+    def frame(texts, scores):
+        return pandas.DataFrame({"product": ["B0"] * len(texts), "review": texts, "score": pandas.Categorical(scores)})
+
+    folder = tmp_path / "package" / fine_foods.FOLDER
+    given = {
+        "training_data": frame(["good\tand\nnew", "bad", "caf\xe9"], ["great", "other", "great"]),
+        "testing_data": frame(["so so"], ["other"]),
+    }
+    write_r_data(folder, {"before": [1, 2], **given})
+    deb = image_sets.write_deb(tmp_path / "package", fine_foods.PACKAGE)
+    monkeypatch.setattr(sys, "argv", ["fine_foods.py", "--deb", str(deb), "--out", str(tmp_path / "out")])
+    fine_foods.main()
+    assert classify.read(tmp_path / "out" / "train.tsv", "sentence", "label") == [
+        ("good and new", "great"),
+        ("bad", "other"),
+        ("caf\xe9", "great"),
+    ]
+    assert classify.read(tmp_path / "out" / "test.tsv", "sentence", "label") == [("so so", "other")]
+    content = (folder / "Rdata.rdb").read_bytes()
+    (folder / "Rdata.rdb").write_bytes(content.replace(b"Z", b"2"))
+    with pytest.raises(ValueError, match=r"before must be packed by xz \(Z\), got b'2'"):
+        fine_foods.objects(folder, ["before"])
 
 
 @pytest.mark.parametrize("name, kind", [("bbc_minilm", classify.Classify), ("squad_bert_base", answer.Answer)])

