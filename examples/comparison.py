@@ -63,15 +63,15 @@ def summarise(results: list[dict[str, Any]]) -> Summary:
     }
 
 
+def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
+    if column not in found:
+        return ""
+    mean, spread, runs = found[column]
+    return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
+
+
 def table(summary: Summary, patterns: list[str], repairs: list[str]) -> str:
     """Markdown: a line for each way of training and of repair."""
-
-    def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
-        if column not in found:
-            return ""
-        mean, spread, runs = found[column]
-        return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
-
     lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
     for name, found in summary.items():
         for i, what in enumerate(repairs):

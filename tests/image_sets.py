@@ -1,6 +1,7 @@
 """Small data sets in the on-disk formats of the large ones."""
 
 import gzip
+import json
 import pickle
 import subprocess
 from pathlib import Path
@@ -56,6 +57,24 @@ def write_folder(folder: Path, train: int = 8, val: int = 4, classes: int = 2) -
                 height, width = 260 + 10 * i, 300 - 5 * i
                 pixels = rng.integers(60, size=(height, width, 3)) + 150 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"n{label:08d}" / f"{i}.JPEG")
+    return folder
+
+
+def write_emoji(folder: Path, style: str, count: int = 40) -> Path:
+    """emoji.json and img/STYLE/64/ in package/, as an archive of emoji-datasource has them: two categories, a skin tone in four."""
+    images, entries = folder / "package" / "img" / style / "64", []
+    images.mkdir(parents=True)
+    for i in range(count):
+        names = [f"1f{i:03x}.png", *([f"1f{i:03x}-1f3fb.png"] if i % 4 == 0 else [])]
+        for j, name in enumerate(names):
+            pixels = np.zeros((64, 64, 4), np.uint8)
+            pixels[16:48, 16:48] = (200 * (i % 2), i, j, 255)
+            Image.fromarray(pixels, "RGBA").save(images / name)
+        tones = {"1F3FB": {"unified": "", "image": names[1]}} if len(names) > 1 else {}
+        entry = {"unified": f"1F{i:03X}", "image": names[0], "category": ["Flags", "Symbols"][i % 2]}
+        entries.append(entry | ({"skin_variations": tones} if tones else {}))
+    entries.append({"unified": "1FFFF", "image": "not-drawn.png", "category": "Flags"})  # in this style
+    (folder / "package" / "emoji.json").write_text(json.dumps(entries[::-1]))
     return folder
 
 

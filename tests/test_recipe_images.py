@@ -91,7 +91,23 @@ def test_fashion_comes_from_the_package_of_debian(tmp_path, monkeypatch, capsys)
         run("no-such-command", folder=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "imagefolder"])
+def test_emoji_are_read_on_white_and_split_by_emoji(tmp_path):
+    """Green tells the emoji, blue its skin tone; the other style has the same emoji in its test."""
+    seen = []
+    for style in ("google", "twitter"):
+        train, test, classes = data.load("emoji", image_sets.write_emoji(tmp_path / style, style))
+        assert classes == 2 and len(train) + len(test) == 50
+        for part in (train, test):
+            assert (part.x[:, :, :16] == 255).all() and torch.equal(part.x[:, 0, 32, 32].long(), 200 * part.y)
+        found = [{(int(x[1, 32, 32]), int(x[2, 32, 32])) for x in part.x} for part in (train, test)]
+        emoji = [{which for which, _ in part} for part in found]
+        assert not emoji[0] & emoji[1] and emoji[0] | emoji[1] == set(range(40)) and 7 <= len(emoji[1]) <= 8
+        assert {which for part in found for which, tone in part if tone} == set(range(0, 40, 4))
+        seen.append(found)
+    assert seen[0] == seen[1] and len(data.load("emoji", tmp_path / "google" / "package")[0]) == len(train)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "imagefolder", "emoji"])
 def test_missing_files_are_named(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         data.load(name, tmp_path)

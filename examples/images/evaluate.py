@@ -9,7 +9,7 @@ and, from the pruned one anew, after `reconstruct` on the same images. Writes ev
 
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Evaluation:
         out: the folder to write.
         patterns: to prune to: shares of zeros (0.9) and N:M ("2:4").
         checkpoint: the best epoch, or the last one. The best is chosen on the validation images, or else on the test images themselves.
+        test_path: test on the images of this folder instead, such as drawings in another style. The repairs see the runs' own images.
         calibration: how many training images the two repairs may see.
         repairs: which states to test.
         corruptions: "all" 15 of ImageNet-C, or names; of the dense network and of each pattern after batch-norm tuning.
@@ -51,6 +52,7 @@ class Evaluation:
     out: Path = Path("evaluation")
     patterns: list[str | float] = field(default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 0.95, "2:4"])
     checkpoint: Literal["best.pt", "last.pt"] = "best.pt"
+    test_path: Path | None = None
     calibration: int = 1000
     repairs: list[Literal["as pruned", "batch norm tuned", "reconstructed"]] = field(default_factory=lambda: list(REPAIRS))
     corruptions: str | list[str] = field(default_factory=list)
@@ -88,6 +90,8 @@ def evaluate_run(folder: Path, given: Evaluation) -> dict[str, Any]:
     device = torch.device(given.device)
     config = Config(**{name: Path(v) if name in ("data_path", "out", "start") and v else v for name, v in saved["config"].items()})
     training, _, test, classes = data_of(config)
+    if given.test_path is not None:
+        test = data_of(replace(config, data_path=given.test_path))[2]
     model = make(config.model, classes, training.take(torch.tensor([0]), None).shape[1])
     model.load_state_dict(saved["model"])
     model.to(device).eval()
