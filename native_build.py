@@ -33,6 +33,7 @@ ISA_FLAGS |= {
     f"sparse_{level}": ISA_FLAGS[f"isa_{level}"] + (FUSED if level == "portable" else f" -mfma{FUSED}")
     for level in ("portable", "avx2", "avx512")
 }
+ISA_FLAGS["dot_avx512"] = f"{ISA_FLAGS['sparse_avx512']} -mavx512vbmi"
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # Ampere to Blackwell, and PTX of the last
 CUDA_FLAGS = "-std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
 # What the harness links.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cram_kernels import NM, TopK, prune
 from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify
-from cram_kernels.inference.trial import FEW_ROWS, low, rounds_of, try_layer
+from cram_kernels.inference.trial import low, rounds_of, try_layer
 
 from . import report
 from .onnx_dense import session_of
@@ -72,7 +72,7 @@ def linears(options: argparse.Namespace, rows: tuple[int, ...] = ROWS) -> Iterat
         for out_features, in_features in list(MATRICES)[: 1 if options.quick else None]:
             dense = pruned(nn.Linear(in_features, out_features).eval(), sparsity)
             for n in rows[:1] if options.quick else rows:
-                yield layer_row(dense, SparseLinear(dense, n <= FEW_ROWS), (n, in_features), sparsity, options.rounds)
+                yield layer_row(dense, SparseLinear(dense), (n, in_features), sparsity, options.rounds)
 
 
 def berts(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

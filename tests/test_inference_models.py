@@ -1,6 +1,5 @@
 """Sparse layers as modules, and sparsify: what it replaces, what it leaves alone and says so, files, compiling, exporting."""
 
-import copy
 import io
 from typing import Any
 
@@ -76,32 +75,60 @@ def test_sparsify_and_back(always: list[tuple[int, ...]]) -> None:
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("few_rows", [False, True])
+@pytest.mark.parametrize("values, most", [(torch.float32, 6.1), (torch.bfloat16, 4.0)])
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.1, 0.05])
 @pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (128, 128)])
-def test_memory(shape: tuple[int, int], density: float, few_rows: bool) -> None:
-    """At most 6.1 bytes a non-zero, and all that the layer holds."""
-    layer = SparseLinear(_linear(pruned(*shape, density=density)), few_rows)
-    assert layer.weight_bytes <= 6.1 * layer.nonzeros, layer.weight_bytes / layer.nonzeros
+def test_memory(shape: tuple[int, int], density: float, values: torch.dtype, most: float) -> None:
+    """At most so many bytes a non-zero, and all that the layer holds."""
+    layer = SparseLinear(_linear(pruned(*shape, density=density)), values)
+    assert layer.weight_bytes <= most * layer.nonzeros, layer.weight_bytes / layer.nonzeros
     assert sum(t.nbytes for t in layer.buffers()) == layer.weight_bytes
 
 
-def test_a_layer_that_only_sees_single_rows_is_packed_for_them() -> None:
-    """Through `sparsify`, a state dict and back, with the same bits; a weight that is an inference tensor, too."""
+def test_bfloat16_values(always: list[tuple[int, ...]]) -> None:
+    """The rounded weight, through a state dict and back; a Parameter that is still held is not rounded."""
+    model, free, x = net(), net(), torch.randn(IMAGES)
+    held, rounded = list(model.parameters()), {name: t.clone() for name, t in free.state_dict().items()}
+    before = [p.detach().clone() for p in held]
+    for name, t in rounded.items():
+        if t.dim() > 1:
+            rounded[name] = t.bfloat16().float()
+    reference = net()
+    reference.load_state_dict(rounded)
+    for each in (model, free):
+        sparsify(each, (x,), values=torch.bfloat16)
     with torch.inference_mode():
-        model = nn.Sequential(_linear(pruned(256, 512, density=0.1)), nn.ReLU(), _linear(pruned(64, 256, density=0.1))).eval()
-        expected = [model[0].weight.clone(), model[2].weight.clone()]
-        blocks = {}
-        for rows in (1, 32):
-            twin = copy.deepcopy(model)
-            sparsify(twin, (torch.randn(rows, 512),), min_speedup=1)
-            layers = [m for m in twin.modules() if isinstance(m, SparseLinear)] or [SparseLinear(model[0], rows == 1)]
-            blocks[rows] = layers[0].layout.block
-            twin.load_state_dict(twin.state_dict())
-            assert layers[0].layout.block == blocks[rows]
-            to_dense(twin)
-            assert torch.equal(twin[0].weight, expected[0]) and torch.equal(twin[2].weight, expected[1])
-    assert blocks == {1: 64, 32: 171}
+        torch.testing.assert_close(model(x), reference(x))
+    state = free.state_dict()
+    assert state["head.weight.values"].dtype == torch.bfloat16
+    exact = net()
+    sparsify(exact, (x,))
+    exact.load_state_dict(state)
+    again = net(0.1)
+    sparsify(again, (x,), values=torch.bfloat16)
+    again.load_state_dict(state)
+    for each in (free, exact, again):
+        assert all(same_bits(t, rounded[name]) for name, t in to_dense(each).state_dict().items())
+    assert all(a is b and same_bits(a, c) for a, b, c in zip(to_dense(model).parameters(), held, before, strict=True))
+
+
+def test_truncated_files_are_refused(always: list[tuple[int, ...]], tmp_path: Any) -> None:
+    """Cut anywhere, safetensors refuses the file before the layer sees it, and the model is as it was."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, x = sparse_net(always), torch.randn(IMAGES)
+    file = tmp_path / "model.safetensors"
+    safetensors.save_file(model.state_dict(), file)
+    whole, n = file.read_bytes(), len(file.read_bytes())
+    with torch.inference_mode():
+        expected = model(x)
+    other = sparse_net(always)
+    other.load_state_dict(safetensors.load_file(file))
+    for size in (0, 7, 100, n // 2, n - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(Exception, match=r"(?i)header|incomplete"):
+            other.load_state_dict(safetensors.load_file(file))
+    with torch.inference_mode():
+        assert torch.equal(other(x), expected)
 
 
 def _linear(weight: Tensor, bias: bool = False) -> nn.Linear:
@@ -175,6 +202,10 @@ def test_nothing_is_lost_where_the_example_fails() -> None:
 def test_refused() -> None:
     with pytest.raises(ValueError, match=r"sparsify: min_speedup must be at least 1, got 0\.5"):
         sparsify(net(), min_speedup=0.5)
+    with pytest.raises(ValueError, match=r"sparsify: values must be torch.float32 or torch.bfloat16, got torch.float16"):
+        sparsify(net(), values=torch.float16)
+    with pytest.raises(ValueError, match=r"SparseLinear: values must be torch.float32 or torch.bfloat16, got torch.int8"):
+        SparseLinear(nn.Linear(4, 4), torch.int8)
     with pytest.raises(ValueError, match="sparsify: model must be in eval mode"):
         sparsify(net().train())
     with pytest.raises(TypeError, match="sparsify: example_inputs must be a tuple"):

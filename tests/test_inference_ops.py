@@ -1,6 +1,7 @@
 """The ops of sparse inference: against float64 products of plain torch, within the error bound of a sum of that length."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,8 +42,11 @@ def check(actual: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tensor 
     assert ((actual - expected).abs() <= bound).all(), f"off by {((actual - expected).abs() - bound).max()} more than the bound"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: list[int], block: int = 255, section: int = 384) -> Tensor:
-    layout = layout_of(tuple(weight.shape), block, section)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Any, plan: list[int], block: int = 255, section: int = 128, values: Any = F32) -> Tensor:
+    layout = replace(layout_of(tuple(weight.shape), block, section), values=values)
     return ops.sparse_linear(x, pack(weight, layout), bias, layout.numbers(), plan)
 
 
@@ -60,8 +64,19 @@ def test_linear(level: str, tile: int) -> None:
         bias = torch.randn(out_features) if out_features % 2 else None
         for n in (1, 2, 7, 8, 13, 31, 64, 100, 129):
             x = torch.randn(n, in_features)
-            for block, section in ((255, 384), (128, 384), (129, 16), (64, 384), (65, 32), (32, 64), (7, 16)):
+            for block, section in ((255, 128), (128, 112), (127, 128), (129, 16), (64, 128), (65, 32), (32, 64), (7, 16)):
                 check(linear(x, weight, bias, [10**6, tile], block, section), functional.linear, x, weight, bias)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_bfloat16_values(level: str, tile: int) -> None:
+    """Products of the rounded weight: the same bound, so sums are float32."""
+    weight, bias = pruned(150, 300, density=0.2), torch.randn(150)
+    for n in (1, 3, 40):
+        x = torch.randn(n, 300)
+        for block, section in ((255, 128), (127, 48), (60, 16)):
+            y = linear(x, weight, bias, [10**6, tile], block, section, BF16)
+            check(y, functional.linear, x, weight.bfloat16().float(), bias)
 
 
 def test_linear_of_each_plan_entry() -> None:
@@ -107,7 +122,7 @@ def test_convolution(level: str, case: str) -> None:
     for density in (0.0, 0.2, 1.0):
         weight = pruned(out_channels, channels, *kernel, density=density)
         bias = torch.randn(out_channels) if density else None
-        layouts = [layout_of(tuple(weight.shape), block, section) for block, section in ((255, 384), (5, 16))]
+        layouts = [layout_of(tuple(weight.shape), block, section) for block, section in ((255, 128), (5, 16))]
         packed = [pack(weight, layout) for layout in layouts]
         for batch in (0, 1, 3):
             x = torch.randn(batch, channels, *size)
@@ -165,7 +180,7 @@ def test_threads_do_not_change_a_bit(threads: int, set_threads: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, run(), strict=True))
 
 
-@pytest.mark.parametrize("block, section", [(255, 384), (7, 16), (1, 32)])
+@pytest.mark.parametrize("block, section", [(255, 128), (7, 16), (1, 32)])
 def test_pack_and_back(block: int, section: int) -> None:
     """To the bit: -0, denormals and NaN with a payload are stored."""
     weight = pruned(45, 7, 10, density=0.3)
@@ -190,10 +205,10 @@ def arguments() -> dict[str, Any]:
     return {"input": torch.randn(4, 18), "packed": packed, "bias": torch.randn(20), "layout": LAYOUT.numbers(), "plan": []}
 
 
-def parts(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views of the values, the order of rows, the columns, the steps of slices."""
+def parts(packed: Tensor) -> tuple[Tensor, ...]:
+    """Views of the values, the columns, the order of rows, its inverse, the steps of slices."""
     steps = (packed.numel() - 80 - 4) // 80  # 2 bytes for 20 rows in 2 blocks; 2 sections of a slice in 2 blocks
-    return packed.split((64 * steps, 80, 16 * steps, 4))  # type: ignore[return-value]
+    return packed.split((64 * steps, 16 * steps, 40, 40, 4))
 
 
 def changed(part: int, i: int, value: int) -> Any:
@@ -218,16 +233,22 @@ WRONG: dict[str, tuple[Any, str]] = {
         "packed must begin at a multiple",
     ),
     "a step less": (lambda a: a | {"packed": a["packed"][80:]}, "packed must have numbers of steps that add up to"),
-    "a step too many": (changed(3, 0, 200), "packed must have numbers of steps that add up to"),
-    "column beyond the block": (changed(2, 3, 10), "packed must have columns of at most 9, got 10"),
-    "row beyond the section": (changed(1, 0, 16), "packed must have places of rows below 16, got 16"),
-    "row beyond the last section": (changed(1, 79, 1), "packed must have places of rows below 4, got 25"),
-    "layout cut off": (lambda a: a | {"layout": [20, 18, 9]}, "layout must have 4 numbers, got 3"),
-    "no block": (lambda a: a | {"layout": [20, 18, 0, 16]}, "layout must be rows, columns, a block of 1 to 255"),
-    "a block of 256": (lambda a: a | {"layout": [20, 18, 256, 16]}, "layout must be rows, columns, a block of 1 to 255"),
-    "a section of 8": (lambda a: a | {"layout": [20, 18, 9, 8]}, "layout must be rows, columns, a block of 1 to 255"),
-    "too many rows": (lambda a: a | {"layout": [2**60, 18, 1, 16]}, "layout must be rows, columns, a block of 1 to 255"),
-    "more rows than are packed": (lambda a: a | {"layout": [2000, 18, 9, 16]}, "packed must have"),
+    "a step too many": (changed(4, 0, 200), "packed must have numbers of steps that add up to"),
+    "column beyond the block": (changed(1, 3, 10), "packed must have columns of at most 9, got 10"),
+    "row beyond the section": (changed(2, 0, 16), "packed must have places of rows below 16, got 16"),
+    "row beyond the last section": (changed(2, 39, 25), "packed must have places of rows below 4, got 25"),
+    "place beyond the section": (changed(3, 31, 16), "packed must have places of rows below 16, got 16"),
+    "place beyond the last section": (changed(3, 32, 4), "packed must have places of rows below 4, got 4"),
+    "a row twice": (lambda a: changed(2, 1, int(parts(a["packed"])[2][0]))(a), "packed must have each row once"),
+    "a place twice": (lambda a: changed(3, 39, int(parts(a["packed"])[3][38]))(a), "packed must have each row once"),
+    "layout cut off": (lambda a: a | {"layout": [20, 18, 9, 16]}, "layout must have 5 numbers, got 4"),
+    "no block": (lambda a: a | {"layout": [20, 18, 0, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
+    "a block of 256": (lambda a: a | {"layout": [20, 18, 256, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
+    "a section of 8": (lambda a: a | {"layout": [20, 18, 9, 8, 4]}, "layout must be rows, columns, a block of 1 to 255"),
+    "a section of 144": (lambda a: a | {"layout": [20, 18, 9, 144, 4]}, "layout must be rows, columns, a block of 1 to 255"),
+    "values of 3 bytes": (lambda a: a | {"layout": [20, 18, 9, 16, 3]}, "layout must be rows, columns, a block of 1 to 255"),
+    "too many rows": (lambda a: a | {"layout": [2**60, 18, 1, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
+    "more rows than are packed": (lambda a: a | {"layout": [2000, 18, 9, 16, 4]}, "packed must have"),
     "bias too short": (lambda a: a | {"bias": a["bias"][:-1]}, "bias must be a contiguous vector of 20 float32"),
     "plan cut off": (lambda a: a | {"plan": [1]}, "plan must have 2 numbers an entry"),
     "unknown tile": (lambda a: a | {"plan": [9, 12]}, "plan must have a tile of 8, 16, 32, 64 or 128"),

@@ -12,6 +12,8 @@ from ..warning import warn
 from . import ops
 from .weights import best_layout, check_weight, elements, from_bitmask, pack, to_bitmask, unpack
 
+VALUES = (torch.float32, torch.bfloat16)  # dtypes of what is stored
+
 
 class Tie:
     """A Parameter from which sparse layers were made, which they do not keep alive: those of one tie share one again."""
@@ -21,7 +23,7 @@ TIES = WeakTensorKeyDictionary()  # Parameter -> its Tie
 
 
 class SparseLayer(nn.Module):
-    """What both layers share. The weight is held packed, about 5.2 bytes a non-zero, with no dense copy.
+    """What both layers share. The weight is held packed, about 5.4 bytes a non-zero, 3.4 in bfloat16, with no dense copy.
 
     The state dict has `weight.values` and `weight.bitmask`, as files of the export format "bitmask" have them, in place of `weight`;
     a state dict with a dense `weight` is loaded too.
@@ -33,9 +35,11 @@ class SparseLayer(nn.Module):
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, dense: Any, few_rows: bool = False) -> None:
+    def __init__(self, dense: Any, values: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self._few_rows = few_rows
+        if values not in VALUES:
+            raise ValueError(f"{type(self).__name__}: values must be torch.float32 or torch.bfloat16, got {values!r}")
+        self._values = values
         weight, bias = dense.weight, dense.bias
         check_weight(weight)
         self.weight_shape = tuple(weight.shape)
@@ -61,7 +65,7 @@ class SparseLayer(nn.Module):
         return {name: p for name, p in found.items() if (p.shape, p.dtype, p.is_cpu) == (sizes[name], torch.float32, True)}
 
     def _hold(self, weight: Tensor) -> None:
-        layout = best_layout(weight, self._few_rows)
+        layout = best_layout(weight, self._values)
         self.packed, self.layout, self._layout_numbers = pack(weight, layout), layout, layout.numbers()
 
     @property
@@ -85,7 +89,8 @@ class SparseLayer(nn.Module):
         return self.packed.nbytes
 
     def to_dense(self) -> nn.Module:
-        """The dense layer, with the same bits, and with the Parameters that it had where something still holds them."""
+        """The dense layer, with the same bits, and with the Parameters that it had where something still holds them. A weight that was
+        rounded to bfloat16 stays so, unless its Parameter is still held, which was not rounded."""
         return self.to_dense_with({})
 
     def to_dense_with(self, made: dict[Tie, nn.Parameter]) -> nn.Module:
@@ -106,8 +111,10 @@ class SparseLayer(nn.Module):
             p = held[name] if name in held else made.get(tie)
             if p is None or (name not in held and not torch.equal(p, t)):  # loaded since then, each with values of its own
                 p = nn.Parameter(torch.empty_like(t), self._trained.get(name, True))
-            with torch.no_grad():
-                p.copy_(t)
+            unrounded = self._values != torch.float32 and name in held and torch.equal(p.detach().to(self._values).float(), t)
+            if not unrounded:
+                with torch.no_grad():
+                    p.copy_(t)
             dense._parameters[name] = made[tie] = p
         return dense.train(self.training)
 
@@ -152,12 +159,12 @@ class SparseLinear(SparseLayer):
 
     Args:
         linear: a dense float32 layer; it is not changed.
-        few_rows: store the weight in the form that is fastest for inputs of 1 to 4 rows, as `sparsify` does where it sees no others.
+        values: torch.bfloat16 rounds what is stored of the weight, and saves 2 bytes a non-zero; sums stay float32.
 
     Input [..., in_features], output [..., out_features]. A weight that is zero is skipped: 0 * Inf makes no NaN there.
 
     Raises:
-        ValueError: the weight is not float32.
+        ValueError: the weight is not float32, or values is another dtype.
 
     Example:
         >>> layer = SparseLinear(pruned_linear)
@@ -165,10 +172,10 @@ class SparseLinear(SparseLayer):
         ...     y = layer(x)
     """
 
-    def __init__(self, linear: nn.Linear, few_rows: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, values: torch.dtype = torch.float32) -> None:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"SparseLinear: linear must be an nn.Linear, got {type(linear).__name__}")
-        super().__init__(linear, few_rows)
+        super().__init__(linear, values)
         self.out_features, self.in_features = self.weight_shape
 
     def forward(self, input: Tensor) -> Tensor:
@@ -189,6 +196,7 @@ class SparseConv2d(SparseLayer):
 
     Args:
         conv: a dense float32 layer; it is not changed.
+        values: as for SparseLinear.
 
     Input [B, C, H, W] or [C, H, W] in any memory format; the output is contiguous.
     A weight that is zero is skipped: 0 * Inf makes no NaN there.
@@ -200,12 +208,12 @@ class SparseConv2d(SparseLayer):
         sparse = SparseConv2d(model.conv)
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, values: torch.dtype = torch.float32) -> None:
         if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"SparseConv2d: conv must be an nn.Conv2d, got {type(conv).__name__}")
         if (why := why_no_convolution(conv)) is not None:
             raise ValueError(f"SparseConv2d: conv must {why}")
-        super().__init__(conv)
+        super().__init__(conv, values)
         self.out_channels, self.in_channels, *kernel = self.weight_shape
         self.kernel_size, self.stride, self.dilation = kernel, list(conv.stride), list(conv.dilation)
         self.padding = _padding(conv)

@@ -1,10 +1,10 @@
 """A weight with zeros as the kernels of sparse inference read it, and as the bitmask and values that a state dict holds.
 
-The packed form, described in csrc/sparse/matrix.h, is one vector of bytes: values float32 [steps, 16], places int16 [rows * blocks],
-columns uint8 [steps, 16], steps of each slice uint8 [slices].
+The packed form, described in csrc/sparse/matrix.h, is one vector of bytes: values float32 or bfloat16 [steps, 16], columns uint8
+[steps, 16], order uint8 [rows * blocks], its inverse alike, steps of each slice uint8 [slices].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from ..reference.key import pack_bits, unpack_bits
 
 LANES = 16  # rows of a slice
 MAX_BLOCK = 255  # columns of a block: 8 bits, and one more number that stands for no column
-# Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache.
-# Where less is stored larger blocks pay more, since each costs the loading and storing of sums.
-DENSE_BLOCK, DENSER = 128, 0.15
-# Columns of a block of a weight that is multiplied with single rows of input: 64 elements of one are held in 4 registers. Where
-# FEW_ROWS_DENSER or less is stored, the places of the rows would take a byte for each non-zero.
-FEW_ROWS_BLOCK, FEW_ROWS_DENSER = 64, 0.07
-SECTION = 384  # rows of a section, about
+# Columns of a block where more than DENSER of the weight is stored: with 64 columns of activations its panel fits in the first-level cache,
+# and 127 elements of a single row of input, with a 0 behind them, in half of the registers. Where less is stored larger blocks pay more,
+# since each costs the loading and storing of sums.
+DENSE_BLOCK, DENSER = 127, 0.15
+SECTION = 128  # rows of a section: their sums fit in registers
 
 
 @dataclass(frozen=True)
@@ -30,21 +28,21 @@ class Layout:
     columns: int
     block: int
     section: int
+    values: torch.dtype = torch.float32
 
     @property
     def blocks(self) -> int:
         return -(-self.columns // self.block)
 
     def numbers(self) -> list[int]:
-        return [self.rows, self.columns, self.block, self.section]
+        return [self.rows, self.columns, self.block, self.section, self.values.itemsize]
 
 
-def best_layout(weight: Tensor, few_rows: bool = False) -> Layout:
-    """The one that was fastest for weights of such a density, and for up to 4 rows of input or for more."""
+def best_layout(weight: Tensor, values: torch.dtype = torch.float32) -> Layout:
+    """The one that was fastest for weights of such a density."""
     density = weight.count_nonzero().item() / max(1, weight.numel())
-    if few_rows and density > FEW_ROWS_DENSER:
-        return layout_of(tuple(weight.shape), FEW_ROWS_BLOCK)
-    return layout_of(tuple(weight.shape), DENSE_BLOCK if few_rows or density > DENSER else MAX_BLOCK)
+    layout = layout_of(tuple(weight.shape), DENSE_BLOCK if density > DENSER else MAX_BLOCK)
+    return replace(layout, values=values)
 
 
 def layout_of(shape: tuple[int, ...], block: int = MAX_BLOCK, section: int = SECTION) -> Layout:
@@ -80,21 +78,22 @@ def _slices(places: Tensor, steps: Tensor, layout: Layout) -> _Slices:
 
 
 def pack(weight: Tensor, layout: Layout) -> Tensor:
-    """The elements with any bit set, so that -0 and NaN come back.
+    """The elements with any bit set, so that -0 and NaN come back; in bfloat16, if the layout says so, each rounded to its nearest one.
 
     Raises:
         ValueError: weight is not float32 of 2 or more dims, or a row has no element.
     """
     check_weight(weight)
-    matrix = weight.detach().reshape(layout.rows, -1).contiguous()
+    matrix = weight.detach().reshape(layout.rows, -1).contiguous().to(layout.values).float()
     padded = torch.nn.functional.pad(matrix.view(torch.int32) != 0, (0, layout.blocks * layout.block - layout.columns))
     counts = padded.reshape(layout.rows, layout.blocks, layout.block).sum(2)
-    places, steps = [], []
+    orders, places, steps = [], [], []
     for first in range(0, layout.rows, layout.section):
         own, order = counts[first : first + layout.section].T.sort(dim=1, descending=True, stable=True)
-        places.append(order.flatten())
+        orders.append(order.flatten())
+        places.append(order.argsort(dim=1).flatten())
         steps.append(own[:, ::LANES].flatten())  # the first of 16 rows has most
-    slices = _slices(_joined(places), _joined(steps), layout)
+    slices = _slices(_joined(orders), _joined(steps), layout)
     total = int(slices.steps.sum())
     values, columns = matrix.new_zeros(total * LANES), torch.full((total * LANES,), layout.block, dtype=torch.uint8)
     # Where the first non-zero of each row and block goes; the others follow at distances of 16.
@@ -107,7 +106,8 @@ def pack(weight: Tensor, layout: Layout) -> Tensor:
     to = starts.flatten()[run] + LANES * (torch.arange(len(run)) - before[run])
     values[to] = matrix[row, column]
     columns[to] = (column % layout.block).to(torch.uint8)
-    parts = (values, _joined(places).to(torch.int32).to(torch.int16), columns, slices.steps.to(torch.uint8))
+    tables = (part.to(torch.uint8) for part in (_joined(orders), _joined(places), slices.steps))
+    parts = (values.to(layout.values), columns, *tables)
     return torch.cat([part.view(torch.uint8) for part in parts])
 
 
@@ -121,26 +121,27 @@ def check_weight(weight: Tensor) -> None:
 
 
 def elements(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Of each element that is stored, its place in the flattened weight and its value, in the order of the packed form."""
-    places = 2 * layout.rows * layout.blocks
+    """Of each element that is stored, its place in the flattened weight and its value, in the order and the dtype of the packed form."""
+    places = layout.rows * layout.blocks
     sections = [min(layout.section, layout.rows - first) for first in range(0, layout.rows, layout.section)]
-    tables = places + sum(-(-n // LANES) for n in sections) * layout.blocks
-    steps = (packed.numel() - tables) // (5 * LANES)
-    sizes = (4 * LANES * steps, places, LANES * steps, tables - places)
-    values, order, column, of_slice = packed.split(sizes)
-    slices = _slices(order.view(torch.int16).long() & 0xFFFF, of_slice.long(), layout)
+    slices_of_all = sum(-(-n // LANES) for n in sections) * layout.blocks
+    steps = (packed.numel() - 2 * places - slices_of_all) // ((layout.values.itemsize + 1) * LANES)
+    values, column, order, _, of_slice = packed.split(
+        (layout.values.itemsize * LANES * steps, LANES * steps, places, places, slices_of_all)
+    )
+    slices = _slices(order.long(), of_slice.long(), layout)
     slice_of_step = torch.arange(len(slices.steps)).repeat_interleave(slices.steps)
     stored = column.reshape(steps, LANES) != layout.block
     place = slices.row * layout.columns + slices.block[:, None] * layout.block
     at = place[slice_of_step] + column.reshape(steps, LANES).long()
-    return at[stored], values.view(torch.float32).reshape(steps, LANES)[stored]
+    return at[stored], values.view(layout.values).reshape(steps, LANES)[stored]
 
 
 def unpack(packed: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """The dense weight, to the bit."""
     at, values = elements(packed, layout)
     weight = torch.zeros(shape)
-    weight.view(-1)[at] = values
+    weight.view(-1)[at] = values.float()
     return weight
 
 
@@ -163,10 +164,11 @@ def from_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (-(-numel // 8),):
         raise ValueError(f"bitmask must be uint8 [{-(-numel // 8)}] for a weight {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     kept = unpack_bits(mask, numel)
-    if values.dtype != torch.float32 or tuple(values.shape) != (int(kept.sum()),):
-        raise ValueError(f"values must be float32 [{int(kept.sum())}], as the bitmask says, got {values.dtype} {list(values.shape)}")
+    if values.dtype not in (torch.float32, torch.bfloat16) or tuple(values.shape) != (int(kept.sum()),):
+        wanted = f"float32 or bfloat16 [{int(kept.sum())}], as the bitmask says"
+        raise ValueError(f"values must be {wanted}, got {values.dtype} {list(values.shape)}")
     if numel % 8 and int(mask[-1]) >> numel % 8:
         raise ValueError(f"bitmask must have zeros behind its {numel} bits, got others")
     weight = torch.zeros(numel)
-    weight[kept] = values
+    weight[kept] = values.float()
     return weight.reshape(shape)

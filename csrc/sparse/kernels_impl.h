@@ -59,7 +59,7 @@ CRAM_INLINE_KERNEL void store(float* to, typename Vector<width>::Type v, bool st
 
 // `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored.
 template <int tile, bool fresh>
-CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint16_t* order, int rows, const float* panel,
+CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint8_t* order, int rows, const float* panel,
                                          const Sums& s) {
   constexpr int width = Shape<tile>::width, registers = Shape<tile>::registers, group = Shape<tile>::group;
   using V = typename Vector<width>::Type;
@@ -99,7 +99,7 @@ void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
   constexpr int group = Shape<tile>::group;
   const float* values = piece.values;
   const uint8_t* column = piece.column;
-  const uint16_t* order = piece.order;
+  const uint8_t* order = piece.order;
   const uint8_t* steps_of = piece.steps_of;
   int64_t left = piece.rows;
   for (; left >= kLanes; left -= kLanes, order += kLanes, ++steps_of) {
@@ -132,6 +132,29 @@ void accumulate(int tile, const Piece& piece, const float* panel, const Sums& su
   });
 }
 
+void spread(const float* x, int64_t width, int64_t block, float* to) {
+  memcpy(to, x, static_cast<size_t>(width) * sizeof(float));
+  memset(to + width, 0, static_cast<size_t>(block + 1 - width) * sizeof(float));
+}
+
+// The sums of a piece's rows, in its order, go where they belong.
+CRAM_INLINE_KERNEL void hand_out(const Piece& piece, const float* sums, const Sums& s) {
+  const float* start = s.fresh ? s.bias : s.from;
+  for (int64_t row = 0; row < piece.rows; ++row) s.to[row] = start[row] + sums[piece.place[row]];
+}
+
+bool ordered(const Piece& piece) {
+  int wrong = 0;
+  for (int64_t row = 0; row < piece.rows; ++row) wrong |= piece.order[piece.place[row]] ^ static_cast<int>(row);
+  return wrong == 0;
+}
+
+int largest(const uint8_t* bytes, int64_t n) {
+  uint8_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found = bytes[i] > found ? bytes[i] : found;
+  return found;
+}
+
 // A slice times a vector: a lane a row.
 #if defined(__AVX512F__)
 // The elements of x, of which 16 are in a register, that 16 bytes name: each permutation looks up in 32 of them, and the upper bits choose among the
@@ -151,13 +174,13 @@ CRAM_INLINE_KERNEL __m512 look_up(const __m512* x, __m128i column) {
 
 // `registers` hold `block` columns at least. A filler, in column `block`, may be beyond them: it is kept out of the sum.
 template <int registers>
-void dot_slices(const Piece& piece, const float* from, const Sums& s) {
+int dot_slices(const Piece& piece, const float* from, const Sums& s) {
   __m512 x[registers];
 #pragma GCC unroll 16
   for (int i = 0; i < registers; ++i) x[i] = _mm512_loadu_ps(from + i * 16);
   const float* values = piece.values;
   const uint8_t* column = piece.column;
-  const float* start = s.fresh ? s.bias : s.from;
+  float sums[kMaxSection];
   for (int64_t first = 0; first < piece.rows; first += kLanes) {
     __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const auto step = [&](int i) {
@@ -170,43 +193,36 @@ void dot_slices(const Piece& piece, const float* from, const Sums& s) {
     int64_t left = piece.steps_of[first / kLanes];
     for (; left >= 2; left -= 2) step(0), step(1);
     if (left) step(0);
-    float sums[kLanes];
-    _mm512_storeu_ps(sums, _mm512_add_ps(sum[0], sum[1]));
-    const int lanes = piece.rows - first < kLanes ? static_cast<int>(piece.rows - first) : kLanes;
-    const uint16_t* order = piece.order + first;
-    for (int lane = 0; lane < lanes; ++lane) s.to[order[lane]] = start[order[lane]] + sums[lane];
+    _mm512_storeu_ps(sums + first, _mm512_add_ps(sum[0], sum[1]));
   }
+  hand_out(piece, sums, s);
+  return largest(piece.column, column - piece.column);
 }
 
-void dot(const Piece& piece, int64_t block, const float* x, const Sums& s) {
+int dot(const Piece& piece, int64_t block, const float* x, const Sums& s) {
   if (block <= 64) return dot_slices<4>(piece, x, s);
   if (block <= 128) return dot_slices<8>(piece, x, s);
-  dot_slices<16>(piece, x, s);
+  return dot_slices<16>(piece, x, s);
 }
 #else
-void dot(const Piece& piece, int64_t, const float* x, const Sums& s) {
+int dot(const Piece& piece, int64_t, const float* x, const Sums& s) {
   const float* values = piece.values;
   const uint8_t* column = piece.column;
-  const float* start = s.fresh ? s.bias : s.from;
-  for (int64_t first = 0; first < piece.rows; first += kLanes) {
-    float sums[kLanes] = {};
+  float sums[kMaxSection] = {};
+  for (int64_t first = 0; first < piece.rows; first += kLanes)
     for (int64_t steps = piece.steps_of[first / kLanes]; steps > 0; --steps, values += kLanes, column += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) sums[lane] += values[lane] * x[column[lane]];
-    const int lanes = piece.rows - first < kLanes ? static_cast<int>(piece.rows - first) : kLanes;
-    const uint16_t* order = piece.order + first;
-    for (int lane = 0; lane < lanes; ++lane) s.to[order[lane]] = start[order[lane]] + sums[lane];
-  }
+      for (int lane = 0; lane < kLanes; ++lane) sums[first + lane] += values[lane] * x[column[lane]];
+  hand_out(piece, sums, s);
+  return largest(piece.column, column - piece.column);
 }
 #endif
 
-template <class Number>
-int largest_of(const Number* numbers, int64_t n) {
-  Number largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = numbers[i] > largest ? numbers[i] : largest;
-  return largest;
+void widen(const uint16_t* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = uint32_t{from[i]} << 16;
+    memcpy(to + i, &bits, sizeof bits);
+  }
 }
-int largest8(const uint8_t* bytes, int64_t n) { return largest_of(bytes, n); }
-int largest16(const uint16_t* numbers, int64_t n) { return largest_of(numbers, n); }
 
 #if defined(__AVX2__)
 CRAM_INLINE_KERNEL void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -289,7 +305,9 @@ void split_row(const float* __restrict from, int64_t width, int64_t stride, int6
   for (; i < length; ++i) to[i] = 0;
 }
 
-constexpr SparseKernels kSparse = {CRAM_ISA_NAME, dot, accumulate, transpose, copy_rows, gather_rows, split_row, largest8, largest16};
+constexpr SparseKernels kSparse = {CRAM_ISA_NAME, spread,      dot,       nullptr, accumulate, transpose,
+                                   copy_rows,     gather_rows, split_row, widen,   ordered,
+                                   largest};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

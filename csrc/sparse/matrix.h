@@ -7,7 +7,7 @@ namespace cram {
 
 constexpr int kLanes = 16;           // rows of a slice
 constexpr int64_t kMaxBlock = 255;   // a column within a block is 8 bits, and one more number stands for no column
-constexpr int64_t kMaxSection = 4096;
+constexpr int64_t kMaxSection = 128;
 
 // The matrix is cut into sections of `section` rows and blocks of `block` columns. Within a section and block the rows are ordered by their
 // number of non-zeros, and every 16 of them are a slice: all have as many steps as the longest, so that no branch depends on a single row. Element
@@ -16,9 +16,11 @@ constexpr int64_t kMaxSection = 4096;
 // Slices are stored by section, then block, then number of non-zeros.
 struct SparseMatrix {
   int64_t rows, columns, block, section;
-  const float* values;      // [steps, 16]
+  const float* values;      // [steps, 16]; null where they are bfloat16:
+  const uint16_t* half;     // [steps, 16]
   const uint8_t* column;    // [steps, 16], within the block
-  const uint16_t* order;    // [rows of the matrix * blocks]: of each section and block, which of the section's rows comes first, second, ...
+  const uint8_t* order;     // [rows of the matrix * blocks]: of each section and block, which of the section's rows comes first, second, ...
+  const uint8_t* place;     // the other way: of each row of the section, which one it is in this order
   const uint8_t* steps_of;  // [slices]
   int64_t steps;            // of all slices
 
@@ -36,9 +38,8 @@ struct SparseMatrix {
 struct Piece {
   int64_t rows;
   const float* values;
-  const uint8_t* column;
-  const uint16_t* order;
-  const uint8_t* steps_of;
+  const uint16_t* half;
+  const uint8_t *column, *order, *place, *steps_of;
 };
 
 // What a product with one piece adds to. The first block of a section starts from the bias instead.
@@ -56,8 +57,13 @@ struct Sums {
 struct SparseKernels {
   const char* name;
 
-  // to[row] = from[row] or bias[row], plus the row times x, where x[block] is 0 and x has 256 elements.
-  void (*dot)(const Piece&, int64_t block, const float* x, const Sums&);
+  // What dot reads of `width` elements of x, and of a 0 in column `block`: up to 256 numbers in a form of its own.
+  void (*spread)(const float* x, int64_t width, int64_t block, float* to);
+
+  // to[row] = from[row] or bias[row], plus the row times what was spread. Returns the largest column, which must not be beyond `block`: the numbers
+  // are wrong then, but nothing is read or written that is not there.
+  int (*dot)(const Piece&, int64_t block, const float* spread, const Sums&);
+  int (*dot_half)(const Piece&, int64_t block, const float* spread, const Sums&);  // of bfloat16 values; null where they are to be widened before
 
   // to[row][tile] = from[row][tile] or bias[row], plus the row times the panel, [block + 1][tile].
   void (*accumulate)(int tile, const Piece&, const float* panel, const Sums&);
@@ -74,15 +80,21 @@ struct SparseKernels {
   // to[i] = from[i * stride + shift], i in [0, length); zero where that is outside of [0, width).
   void (*split_row)(const float* from, int64_t width, int64_t stride, int64_t shift, float* to, int64_t length);
 
-  // The largest of n bytes, and of n 16-bit numbers; 0 where n is 0.
-  int (*largest8)(const uint8_t*, int64_t n);
-  int (*largest16)(const uint16_t*, int64_t n);
+  // bfloat16 to float.
+  void (*widen)(const uint16_t* from, int64_t n, float* to);
+
+  // Whether `order` and `place`, of numbers below piece.rows, are the inverse of each other: both have each row once then.
+  bool (*ordered)(const Piece&);
+
+  // The largest of n bytes; 0 where n is 0.
+  int (*largest)(const uint8_t*, int64_t n);
 };
 
 const SparseKernels& sparse_portable();
 #if defined(__x86_64__)
 const SparseKernels& sparse_avx2();
 const SparseKernels& sparse_avx512();
+const SparseKernels& sparse_vbmi();  // AVX-512 and permutations of bytes
 #endif
 
 }  // namespace cram

@@ -8,7 +8,7 @@ namespace cram {
 const SparseKernels& sparse_kernels(const char* level) {
 #if defined(__x86_64__)
   const bool fma = __builtin_cpu_supports("fma");
-  if (fma && strcmp(level, "avx512") == 0) return sparse_avx512();
+  if (fma && strcmp(level, "avx512") == 0) return __builtin_cpu_supports("avx512vbmi") ? sparse_vbmi() : sparse_avx512();
   if (fma && strcmp(level, "avx2") == 0) return sparse_avx2();
 #endif
   (void)level;
@@ -40,10 +40,29 @@ std::vector<int64_t> piece_starts(const SparseMatrix& a) {
   return starts;
 }
 
+int64_t steps_of(const Piece& piece) {
+  int64_t steps = 0;
+  for (int64_t slice = 0; slice < SparseMatrix::slices(piece.rows); ++slice) steps += piece.steps_of[slice];
+  return steps;
+}
+
 Piece piece_of(const SparseMatrix& a, const std::vector<int64_t>& starts, int64_t section, int64_t block) {
   const int64_t rows = a.rows_of(section), start = starts[section * a.blocks() + block] * kLanes;
-  return {rows, a.values + start, a.column + start, a.order + section * a.section * a.blocks() + block * rows,
-          a.steps_of + (section * SparseMatrix::slices(a.section) * a.blocks() + block * SparseMatrix::slices(rows))};
+  const int64_t places = section * a.section * a.blocks() + block * rows;
+  const int64_t slice = section * SparseMatrix::slices(a.section) * a.blocks() + block * SparseMatrix::slices(rows);
+  const float* values = a.values == nullptr ? nullptr : a.values + start;
+  const uint16_t* half = a.half == nullptr ? nullptr : a.half + start;
+  return {rows, values, half, a.column + start, a.order + places, a.place + places, a.steps_of + slice};
+}
+
+Piece widened(const SparseKernels& kernels, const Piece& piece) {
+  if (piece.half == nullptr) return piece;
+  const int64_t n = steps_of(piece) * kLanes;
+  Piece found = piece;
+  float* values = Scratch::mine().values(n);
+  kernels.widen(piece.half, n, values);
+  found.values = values;
+  return found;
 }
 
 namespace {
@@ -55,9 +74,11 @@ void refuse(const char* what, int64_t limit, int64_t found) {
 }  // namespace
 
 void validate(const SparseKernels& kernels, const SparseMatrix& a, const Piece& piece) {
-  int64_t steps = 0;
-  for (int64_t slice = 0; slice < SparseMatrix::slices(piece.rows); ++slice) steps += piece.steps_of[slice];
-  if (const int largest = kernels.largest8(piece.column, steps * kLanes); largest > a.block) refuse("columns of at most ", a.block, largest);
+  if (const int largest = kernels.largest(piece.column, steps_of(piece) * kLanes); largest > a.block) refuse("columns of at most ", a.block, largest);
+}
+
+void validate_order(const SparseKernels& kernels, const Piece& piece) {
+  if (!kernels.ordered(piece)) throw std::invalid_argument("packed must have each row once in the order of a block, and its place, got another order");
 }
 
 void validate(const SparseKernels& kernels, const SparseMatrix& a) {
@@ -66,11 +87,15 @@ void validate(const SparseKernels& kernels, const SparseMatrix& a) {
   for (int64_t slice = 0; slice < a.all_slices(); ++slice) steps += a.steps_of[slice];
   if (steps != a.steps) refuse("numbers of steps that add up to ", a.steps, steps);
   const int64_t whole = (a.sections() - 1) * a.section * a.blocks(), last = a.rows_of(a.sections() - 1);
-  if (const int largest = kernels.largest16(a.order, whole); whole > 0 && largest >= a.section) refuse("places of rows below ", a.section, largest);
-  if (const int largest = kernels.largest16(a.order + whole, last * a.blocks()); largest >= last) refuse("places of rows below ", last, largest);
+  for (const uint8_t* rows : {a.order, a.place}) {
+    if (const int largest = kernels.largest(rows, whole); whole > 0 && largest >= a.section) refuse("places of rows below ", a.section, largest);
+    if (const int largest = kernels.largest(rows + whole, last * a.blocks()); largest >= last) refuse("places of rows below ", last, largest);
+  }
 }
 
 namespace {
+
+constexpr int64_t kSpread = kMaxBlock + 1;
 
 struct Rows {
   const SparseKernels& kernels;
@@ -105,27 +130,26 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
   const Start start(bias, a.rows);
   const int64_t blocks = a.blocks();
   Pool team = pool;
-  const int64_t worth = a.steps * kLanes * n / (kWorkOfThread / 4) + 1;  // a gather is slower than a multiplication
+  const int64_t worth = a.steps * kLanes * n / kWorkOfThread + 1;
   if (worth < team.threads) team.threads = static_cast<int>(worth);
-  // Each block of x with a 0 behind it.
-  const int64_t length = blocks * (a.block + 1);
-  float* spread = Scratch::mine().panel(n * length + kMaxBlock);
+  float* spread = Scratch::mine().panel(n * blocks * kSpread);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t k = block * a.block, width = k + a.block < a.columns ? a.block : a.columns - k;
-      float* to = spread + i * length + block * (a.block + 1);
-      memcpy(to, x + i * a.columns + k, static_cast<size_t>(width) * sizeof(float));
-      memset(to + width, 0, static_cast<size_t>(a.block + 1 - width) * sizeof(float));
+      kernels.spread(x + i * a.columns + k, width, a.block, spread + (i * blocks + block) * kSpread);
     }
   for_tasks(team, a.sections(), [&](int, int64_t section) {
     const int64_t row = section * a.section;
     for (int64_t block = 0; block < blocks; ++block) {
-      const Piece piece = piece_of(a, starts, section, block);
-      validate(kernels, a, piece);
+      const bool half = a.half != nullptr && kernels.dot_half != nullptr;
+      Piece piece = piece_of(a, starts, section, block);
+      validate_order(kernels, piece);
+      if (!half) piece = widened(kernels, piece);
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
-        kernels.dot(piece, a.block, spread + i * length + block * (a.block + 1),
-                    Sums{start.data() + row, block == 0, to, 1, to, 1, false});
+        const int largest = (half ? kernels.dot_half : kernels.dot)(piece, a.block, spread + (i * blocks + block) * kSpread,
+                                                                    Sums{start.data() + row, block == 0, to, 1, to, 1, false});
+        if (largest > a.block) refuse("columns of at most ", a.block, largest);
       }
     }
   });

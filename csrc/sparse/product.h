@@ -31,11 +31,14 @@ void sparse_conv2d(const Pool&, const SparseKernels&, const SparseMatrix&, const
 // just before they are used, which also brings them into the cache.
 void validate(const SparseKernels&, const SparseMatrix&);
 void validate(const SparseKernels&, const SparseMatrix&, const Piece&);
+void validate_order(const SparseKernels&, const Piece&);  // each row once, where the places of rows are within the section
 
 // The first step of every (section, block), in the order of their storage.
 std::vector<int64_t> piece_starts(const SparseMatrix&);
 
 Piece piece_of(const SparseMatrix&, const std::vector<int64_t>& starts, int64_t section, int64_t block);
+int64_t steps_of(const Piece&);
+Piece widened(const SparseKernels&, const Piece&);  // bfloat16 values as float, in this thread's memory
 
 // The columns [first, first + valid) of a dense matrix, or less than a tile of them.
 struct Tile {
@@ -51,6 +54,7 @@ void append_tiles(std::vector<Tile>&, int64_t image, int64_t n, int tile);
 struct Scratch {
   float* panel(int64_t floats) { return grown(panel_, floats); }
   float* sums(int64_t floats) { return grown(sums_, floats); }
+  float* values(int64_t floats) { return grown(values_, floats); }
   static Scratch& mine() {
     static thread_local Scratch scratch;
     return scratch;
@@ -61,7 +65,7 @@ struct Scratch {
     if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(static_cast<size_t>(floats) + 16);
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   }
-  std::vector<float> panel_, sums_;
+  std::vector<float> panel_, sums_, values_;
 };
 
 // The bias, or zeros.
@@ -126,8 +130,8 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
         Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width, false};
         if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride, s.stream = target.stream;
         const Piece piece = piece_of(a, starts, section, block);
-        if (unit < begin + sections) validate(kernels, a, piece);
-        kernels.accumulate(tile.width, piece, panel, s);
+        if (unit < begin + sections) validate(kernels, a, piece), validate_order(kernels, piece);
+        kernels.accumulate(tile.width, widened(kernels, piece), panel, s);
       }
       if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
     }

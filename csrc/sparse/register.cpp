@@ -20,23 +20,28 @@ constexpr int64_t kLargest = int64_t{1} << 28;  // rows, columns
 SparseMatrix matrix_of(const Check& check, const Tensor& packed, const Integers& layout, int64_t columns) {
   if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous())
     check.refuse("packed", "be a contiguous vector of " + show(ScalarType::Byte), show(packed.scalar_type()) + " of shape " + show(packed.sizes()));
-  if (layout.size() != 4) check.refuse("layout", "have 4 numbers", std::to_string(layout.size()));
-  SparseMatrix a{layout[0], layout[1], layout[2], layout[3], nullptr, nullptr, nullptr, nullptr, 0};
+  if (layout.size() != 5) check.refuse("layout", "have 5 numbers", std::to_string(layout.size()));
+  SparseMatrix a{layout[0], layout[1], layout[2], layout[3], nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+  const int64_t value_bytes = layout[4];
   if (a.rows < 0 || a.rows > kLargest || a.columns < 1 || a.columns > kLargest || a.block < 1 || a.block > kMaxBlock || a.section < kLanes ||
-      a.section > kMaxSection || a.section % kLanes != 0)
-    check.refuse("layout", "be rows, columns, a block of 1 to 255 and a section of 16 to 4096, divisible by 16",
-                 std::to_string(a.rows) + ", " + std::to_string(a.columns) + ", " + std::to_string(a.block) + ", " + std::to_string(a.section));
+      a.section > kMaxSection || a.section % kLanes != 0 || (value_bytes != 2 && value_bytes != 4))
+    check.refuse("layout", "be rows, columns, a block of 1 to 255, a section of 16 to 128, divisible by 16, and values of 2 or 4 bytes",
+                 show(torch::headeronly::IntHeaderOnlyArrayRef(layout.data(), layout.size())));
   if (columns != a.columns) check.refuse("input", "meet " + std::to_string(a.columns) + " columns of the weight", std::to_string(columns));
-  const int64_t bytes = packed.numel(), places = a.rows * a.blocks(), tables = 2 * places + a.all_slices(), step = kLanes * (sizeof(float) + 1);
+  const int64_t bytes = packed.numel(), places = a.rows * a.blocks(), tables = 2 * places + a.all_slices(), step = kLanes * (value_bytes + 1);
   if (bytes < tables || (bytes - tables) % step != 0)
-    check.refuse("packed", "have " + std::to_string(tables) + " bytes and 80 a step", std::to_string(bytes));
+    check.refuse("packed", "have " + std::to_string(tables) + " bytes and " + std::to_string(step) + " a step", std::to_string(bytes));
   a.steps = (bytes - tables) / step;
   const char* memory = static_cast<const char*>(packed.data_ptr());
   if (reinterpret_cast<uintptr_t>(memory) % sizeof(float) != 0) check.refuse("packed", "begin at a multiple of 4 bytes", "another address");
-  a.values = reinterpret_cast<const float*>(memory);
-  a.order = reinterpret_cast<const uint16_t*>(a.values + a.steps * kLanes);
-  a.column = reinterpret_cast<const uint8_t*>(a.order + places);
-  a.steps_of = a.column + a.steps * kLanes;
+  if (value_bytes == 4)
+    a.values = reinterpret_cast<const float*>(memory);
+  else
+    a.half = reinterpret_cast<const uint16_t*>(memory);
+  a.column = reinterpret_cast<const uint8_t*>(memory) + a.steps * kLanes * value_bytes;
+  a.order = a.column + a.steps * kLanes;
+  a.place = a.order + places;
+  a.steps_of = a.place + places;
   return a;
 }
 

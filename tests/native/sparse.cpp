@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 
 #include "../../csrc/cpu/simd.h"
@@ -16,19 +17,31 @@ using namespace cram;
 // Exactly as large as their contents: a stray access is seen.
 struct Weight {
   std::vector<float> dense, values;
-  std::vector<uint8_t> column, steps_of;
-  std::vector<uint16_t> order;
+  std::vector<uint16_t> half;  // the same values, which bfloat16 can express
+  std::vector<uint8_t> column, order, place, steps_of;
   int64_t rows, columns, block, section;
-  SparseMatrix matrix() const {
-    return {rows, columns, block, section, values.data(), column.data(), order.data(), steps_of.data(), static_cast<int64_t>(values.size()) / kLanes};
+  SparseMatrix matrix(bool as_half) const {
+    SparseMatrix a{rows, columns, block, section, nullptr, nullptr, column.data(), order.data(), place.data(), steps_of.data(), 0};
+    a.values = as_half ? nullptr : values.data();
+    a.half = as_half ? half.data() : nullptr;
+    a.steps = static_cast<int64_t>(values.size()) / kLanes;
+    return a;
   }
 };
 
-Weight make(int64_t rows, int64_t columns, double density, std::mt19937& random) {
+float bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits &= 0xffff0000;
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+Weight make(int64_t rows, int64_t columns, int64_t block, double density, std::mt19937& random) {
   std::normal_distribution<float> normal;
   std::bernoulli_distribution kept(density);
-  Weight w{std::vector<float>(static_cast<size_t>(rows * columns)), {}, {}, {}, {}, rows, columns, 48, 64};
-  for (float& v : w.dense) v = kept(random) ? normal(random) : 0.0f;
+  Weight w{std::vector<float>(static_cast<size_t>(rows * columns)), {}, {}, {}, {}, {}, {}, rows, columns, block, 64};
+  for (float& v : w.dense) v = kept(random) ? bfloat16(normal(random)) : 0.0f;
   for (int64_t top = 0; top < rows; top += w.section)
     for (int64_t left = 0; left < columns; left += w.block) {
       const int64_t here = std::min(w.section, rows - top), right = std::min(left + w.block, columns);
@@ -36,10 +49,12 @@ Weight make(int64_t rows, int64_t columns, double density, std::mt19937& random)
       for (int64_t r = 0; r < here; ++r)
         for (int64_t c = left; c < right; ++c)
           if (w.dense[(top + r) * columns + c] != 0) kept_columns[r].push_back(static_cast<uint8_t>(c - left));
-      std::vector<uint16_t> order(static_cast<size_t>(here));
-      for (int64_t r = 0; r < here; ++r) order[r] = static_cast<uint16_t>(r);
-      std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return kept_columns[a].size() > kept_columns[b].size(); });
+      std::vector<uint8_t> order(static_cast<size_t>(here)), place(static_cast<size_t>(here));
+      for (int64_t r = 0; r < here; ++r) order[r] = static_cast<uint8_t>(r);
+      std::stable_sort(order.begin(), order.end(), [&](uint8_t a, uint8_t b) { return kept_columns[a].size() > kept_columns[b].size(); });
+      for (int64_t r = 0; r < here; ++r) place[order[r]] = static_cast<uint8_t>(r);
       w.order.insert(w.order.end(), order.begin(), order.end());
+      w.place.insert(w.place.end(), place.begin(), place.end());
       for (int64_t first = 0; first < here; first += kLanes) {
         const size_t steps = kept_columns[order[first]].size();
         w.steps_of.push_back(static_cast<uint8_t>(steps));
@@ -51,7 +66,13 @@ Weight make(int64_t rows, int64_t columns, double density, std::mt19937& random)
           }
       }
     }
-  w.values.shrink_to_fit(), w.column.shrink_to_fit(), w.order.shrink_to_fit(), w.steps_of.shrink_to_fit();
+  for (float v : w.values) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    w.half.push_back(static_cast<uint16_t>(bits >> 16));
+  }
+  w.values.shrink_to_fit(), w.half.shrink_to_fit(), w.column.shrink_to_fit();
+  w.order.shrink_to_fit(), w.place.shrink_to_fit(), w.steps_of.shrink_to_fit();
   return w;
 }
 
@@ -66,12 +87,12 @@ bool close(float actual, double expected, double magnitudes, int64_t terms) {
   return std::fabs(actual - expected) <= static_cast<double>(terms + 2) * std::ldexp(1.0, -24) * magnitudes * 1.001;
 }
 
-bool linear_is_right(const Pool& pool, const SparseKernels& kernels, int tile, std::mt19937& random) {
-  const Weight w = make(300, 130, 0.2, random);
+bool linear_is_right(const Pool& pool, const SparseKernels& kernels, int tile, int64_t block, bool half, std::mt19937& random) {
+  const Weight w = make(300, 330, block, 0.2, random);
   const int64_t n = 77, rows = 300;
   const std::vector<float> x = numbers(n * w.columns, random), bias = numbers(rows, random);
   std::vector<float> out(static_cast<size_t>(n * rows));
-  sparse_linear(pool, kernels, w.matrix(), x.data(), n, bias.data(), tile, out.data());
+  sparse_linear(pool, kernels, w.matrix(half), x.data(), n, bias.data(), tile, out.data());
   bool right = true;
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -89,10 +110,10 @@ bool linear_is_right(const Pool& pool, const SparseKernels& kernels, int tile, s
 bool convolution_is_right(const Pool& pool, const SparseKernels& kernels, int tile, std::mt19937& random) {
   const Convolution c{3, 20, 23, 21, {3, 2}, {2, 1}, {1, 1}, {1, 2}};
   const int64_t rows = 70, height = c.out_size(0), width = c.out_size(1);
-  const Weight w = make(rows, c.channels * 6, 0.2, random);
+  const Weight w = make(rows, c.channels * 6, 48, 0.2, random);
   const std::vector<float> x = numbers(c.batch * c.channels * c.height * c.width, random);
   std::vector<float> out(static_cast<size_t>(c.batch * rows * height * width));
-  sparse_conv2d(pool, kernels, w.matrix(), c, x.data(), nullptr, tile, out.data());
+  sparse_conv2d(pool, kernels, w.matrix(false), c, x.data(), nullptr, tile, out.data());
   bool right = true;
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t r = 0; r < rows; ++r)
@@ -115,16 +136,22 @@ bool convolution_is_right(const Pool& pool, const SparseKernels& kernels, int ti
 
 int sparse_failures(void (*run_threads)(int, void (*)(void*, int), void*), int& checks) {
   int failures = 0;
-  for (const std::string& level : simd_levels())
+  std::vector<const SparseKernels*> all;
+  for (const std::string& level : simd_levels()) all.push_back(&sparse_kernels(level.c_str()));
+#if defined(__x86_64__)
+  if (all.back() != &sparse_avx512() && simd_levels().back() == "avx512") all.push_back(&sparse_avx512());  // of a CPU that permutes no bytes
+#endif
+  for (const SparseKernels* kernels : all)
     for (int threads : {1, 4})
       for (int tile : {1, 8, 16, 32, 64, 128}) {
         std::mt19937 random(7);
         const Pool pool{threads, run_threads};
-        const SparseKernels& kernels = sparse_kernels(level.c_str());
-        const bool right = linear_is_right(pool, kernels, tile, random) && (tile == 1 || convolution_is_right(pool, kernels, tile, random));
+        bool right = tile == 1 || convolution_is_right(pool, *kernels, tile, random);
+        for (int64_t block : {48, 127, 255})
+          for (bool half : {false, true}) right = right && linear_is_right(pool, *kernels, tile, block, half, random);
         ++checks;
         failures += !right;
-        if (!right) printf("FAILED: sparse product, %s, %d threads, tile %d\n", level.c_str(), threads, tile);
+        if (!right) printf("FAILED: sparse product, %s, %d threads, tile %d\n", kernels->name, threads, tile);
       }
   return failures;
 }
