@@ -1,6 +1,7 @@
-"""Loads the Triton backend, as torch ops of a namespace of their own; remembers why it is missing instead of failing the import.
+"""Loads the Triton backend, or remembers why it cannot run here: `import cram_kernels` never fails for it.
 
-The ops have the schemas of the native ones, so that torch.compile sees one node for each, and both backends for a GPU can be there at once.
+Its kernels are torch ops in a namespace of their own, with the schemas of the native ops. So torch.compile sees one node for each, and
+the CUDA and the Triton backend can be loaded side by side.
 """
 
 import contextlib

@@ -59,15 +59,16 @@ class frozen_batchnorm(AbstractContextManager[None]):  # named as what it is use
     CrAM's second pass runs in train mode on perturbed, pruned weights. It normalises with the statistics of the batch, but the running ones
     must follow the first pass alone. An optimizer that knows its model uses this by itself; use it for passes of your own.
 
-    - `nn.BatchNorm*d`, `nn.SyncBatchNorm`: running_mean, running_var and num_batches_tracked are not touched, whatever the batch holds
-      (with a momentum of 0, one that is not finite would make them 0 * Inf = NaN); `state_dict()` has them within the block, too.
-    - All other buffers of the model are copied on entry and put back, to the bit, at the end of the block: `nn.InstanceNorm*d`, subclasses
-      of batch norm and norms of other libraries, the vectors of spectral norm, codebooks, queues, observers, counters. That costs two
-      copies of these buffers, no more, and nothing for a model that has none. Statistics that are no buffers move.
+    - `nn.BatchNorm*d`, `nn.SyncBatchNorm`: running_mean, running_var and num_batches_tracked are not touched, even by a batch with Inf or
+      NaN. (A momentum of 0 would not protect them: 0 * Inf is NaN.) Within the block `state_dict()` has them, too.
+    - All other buffers of the model are copied on entry, and put back, to the bit, at the end of the block. Such are the buffers of
+      `nn.InstanceNorm*d`, of norms of other libraries and of spectral norm, and codebooks, queues, observers, counters. It costs two
+      copies of these buffers. Statistics that are kept elsewhere than in buffers are not put back.
 
-    In eval mode modules work as ever. Blocks may be nested or overlap; the last one that ends puts back. A copy of the model made within
-    stays frozen. Works through `torch.compile` (one more graph) and DDP (which, with broadcast_buffers, copies rank 0's statistics to the
-    others at any forward). Call `backward()` within the block: past its end torch refuses to go through a buffer that was put back.
+    In eval mode modules work as without the block. Blocks may be nested or overlap; the end of the last one puts the buffers back. A copy
+    of the model that is made within the block stays frozen. It works through `torch.compile` (with one more graph) and DDP (which, with
+    broadcast_buffers, copies rank 0's statistics to the others at any forward). Call `backward()` within the block: after its end torch
+    refuses to go back through a buffer that was restored.
 
     Args:
         model: any module.

@@ -2,7 +2,8 @@
 
 A trailing underscore mutates. T is a parameter's own dtype: float32, bfloat16 or float16, mixed freely in a list. In the arguments
 marked * a tensor with 0 elements means "absent for this parameter", and an empty list "absent for all". Everything that belongs to a
-parameter has its shape and strides. Bad input raises RuntimeError before anything is changed: op, argument, wanted, found.
+parameter has its shape and strides. Bad input raises RuntimeError before anything is changed. The message names the op and the argument,
+and says what is wanted and what was found.
 """
 
 # mypy: disable-error-code="empty-body"

@@ -35,16 +35,18 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = ()
     """Set the weights that `pattern` drops to zero, in place, and report for every parameter what happened or why it stayed dense.
 
     This is the one-shot pruning of the paper's evaluation: no retraining, only `tune_batchnorm` afterwards. The rule is the optimizer's
-    (docs/contract.md): of n weights that are ranked together, those stay whose magnitude is larger than the k-th largest,
-    k = ceil(n * (1 - sparsity)); N:M keeps the n largest of each m along the input channels.
+    (docs/contract.md). Of n weights that are ranked together, those stay whose magnitude is larger than the k-th largest,
+    k = ceil(n * (1 - sparsity)). N:M keeps the n largest of each m along the input channels.
 
-    Pruned are the parameters of 2 or more dims and of floating dtype, frozen ones (`requires_grad=False`) too. Left dense, and reported
-    with the reason, are excluded parameters, embedding tables, what N:M does not fit (axis 1 is not a multiple of m, or not the input
-    channels: transposed convolutions, transformers' Conv1D), and frozen parameters of a kind that cannot be pruned (another dtype or
-    layout, no data, a tensor subclass). Parameters that are tied count once, under their first name.
+    Parameters of 2 or more dims and of floating dtype are pruned, frozen ones (`requires_grad=False`) too. These stay dense, and the report
+    says why:
 
-    Everything is checked and counted before anything is changed: where this raises, and where a warning is turned into an error, the
-    model is as it was.
+    - excluded parameters and embedding tables;
+    - what N:M does not fit: axis 1 is not a multiple of m, or not the input channels (transposed convolutions, transformers' Conv1D);
+    - frozen parameters that cannot be pruned: another dtype or layout, no data, a tensor subclass.
+
+    Tied parameters count once, under their first name. Everything is checked and counted before anything is changed. So the model is as it
+    was if this raises, or if a warning is turned into an error.
 
     Args:
         model: its weights are float32, bfloat16 or float16, mixed freely, dense in any memory order, on one device.
@@ -60,10 +62,10 @@ def prune(model: nn.Module, pattern: Pattern, exclude: Iterable[str] | None = ()
         CrAMWarning: nothing is pruned; a layer has only zeros left; ties or tiny tensors lead to far more zeros than were asked for.
 
     Raises:
-        ValueError: a weight to be pruned is NaN, has another dtype, is not dense, not initialised, spread over ranks, perturbed by an
-            open step, shares memory with another parameter, or is one of the parts that a weight is computed from (weight norm, spectral
-            norm, orthogonal, torch.nn.utils.prune); the scope is "group", and a model has no parameter groups; a pattern in `exclude`
-            matches no parameter.
+        ValueError: a weight to be pruned cannot be: it is NaN, not initialised, not dense, of another dtype, sharded over ranks, or
+            perturbed by a step of CrAM that is not over. Or it shares memory with another parameter. Or the layer's weight is computed from
+            it (weight norm, spectral norm, `orthogonal`, torch.nn.utils.prune). Also if the scope is "group", for a model has no parameter
+            groups, and if a pattern in `exclude` matches no parameter.
 
     Example:
         >>> report = prune(model, TopK(sparsity=0.9), exclude=["head.*"])

@@ -27,12 +27,15 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
     """Fit the weights that `prune` left to what the dense network computes, layer by layer; weights that are zero stay zero.
 
     Use it after `prune`. Batch norms take the statistics of the dense network, so `tune_batchnorm` is not needed before it, and does harm
-    after it. For every Linear, Conv and projection of nn.MultiheadAttention in the order of execution, X being its (unfolded) input in
-    the pruned network, repaired up to there, and Y its output in the dense one, both about their means, A = X'X, B = X'Y,
-    e = 1e-3 * mean(diag A): each output channel with the weights S that are not zero becomes `w_S = (A_SS + e I)^-1 (B_S + e w_S)`, and
-    the bias `mean Y - w mean X`, in the layer or in the batch norm that alone reads its output. A layer with neither is fitted through the
-    origin: A and B are not about the means. Layerwise reconstruction as in AdaPrune (Hubara et al., 2021, arXiv 2102.08124) and
-    OBC (Frantar and Alistarh, 2022, arXiv 2208.11580).
+    after it. Every Linear, Conv and projection of nn.MultiheadAttention is fitted by ridge regression, in the order of execution. X is its
+    (unfolded) input in the pruned network, repaired up to there. Y is its output in the dense network. Both are centred: their means are
+    taken away. With
+
+        A = X'X        B = X'Y        e = 1e-3 * mean(diag A)
+
+    the non-zero weights S of each output channel become `w_S = (A_SS + e I)^-1 (B_S + e w_S)`. The bias becomes `mean Y - w mean X`, in the
+    layer or in the batch norm that alone reads its output. A layer with neither is fitted without centring. This is layerwise
+    reconstruction as in AdaPrune (Hubara et al., 2021, arXiv 2102.08124) and OBC (Frantar and Alistarh, 2022, arXiv 2208.11580).
 
     Both networks run in eval mode. Layers with the same input (query, key, value) cost one pass together, so the time is that of about
     one forward pass of both networks a layer, and of the algebra. Memory: a copy of the weights; 8 * in * (in + out) bytes of sums for the

@@ -1,4 +1,5 @@
-"""The documentation is readable: short sentences on average, counted by tools/sentences.py, which is checked by hand-made pages."""
+"""The documentation is readable: short sentences on average, on every page and in the public docstrings of every module. They are counted
+by tools/sentences.py, which is checked by hand-made pages."""
 
 import sys
 from pathlib import Path
@@ -10,11 +11,49 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import sentences
 
 
-@pytest.mark.parametrize("page", sentences.PAGES, ids=lambda page: str(page.relative_to(sentences.ROOT)))
+@pytest.mark.parametrize("page", [*sentences.PAGES, *sentences.MODULES], ids=lambda page: str(page.relative_to(sentences.ROOT)))
 def test_a_page_has_short_sentences(page: Path) -> None:
     text = sentences.text_of(page)
     longest = max(sentences.sentences(text), key=lambda s: len(sentences.words(s)), default="")
     assert sentences.average(text) <= sentences.LIMIT, f"the longest: {longest}"
+
+
+MODULE = '''"""The module has this sentence of eight words."""
+
+class Public:
+    """It counts this sentence, too.
+
+    Args:
+        first, second: the name before a colon
+            is left out.
+        third: so this is one more paragraph.
+
+    Example:
+        not = counted at all
+    """
+
+    def method(self):
+        """Methods are counted as well.
+
+        Returns:
+            What comes back, in a sentence.
+        """
+
+        def inner():
+            """What is inside of them is not counted."""
+
+    def _private(self):
+        """What is private is not counted."""
+
+def _hidden():
+    """Nor is this."""
+'''
+
+
+def test_the_docstrings_of_a_module(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(MODULE)
+    found = sentences.sentences(sentences.text_of(tmp_path / "a.py"))
+    assert [len(sentences.words(s)) for s in found] == [8, 5, 8, 6, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Words a sentence, for every page of the documentation: python tools/sentences.py [PAGE ...].
+"""Words a sentence, for every page of the documentation and the public docstrings of every module: python tools/sentences.py [FILE ...].
 
 Counted are paragraphs and list items, and those cells of tables that have 12 words or more. A sentence ends at . ? ! or at the end of its
 paragraph, item or cell. Inline code is one word. Code blocks, formulas (indented, but for what belongs to a list item, a tab or a note),
-headings, tags, and what has fewer than 4 words are left out.
+headings, tags, and what has fewer than 4 words are left out. In a docstring an entry under `Args:` and its like is a paragraph, without the
+name before its colon.
 """
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted(path for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".md", ".ipynb")),
 ]
-LIMIT = 20  # on average, on every page
+MODULES = sorted((ROOT / "cram_kernels").rglob("*.py"))
+LIMIT = 20  # on average, on every page and in every module
+SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Warns:")
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")  # as many backticks at its end as at its beginning
 CELL = re.compile(r"(?<!\\)\|")
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|vs|cf|approx|incl|resp|no|nos|fig|figs|sec|eq|p|pp|ch|dr|st)\.(?=\s)", re.IGNORECASE)
@@ -62,8 +66,34 @@ def sentences(text: str) -> list[str]:
     return found
 
 
+def docstrings(tree: ast.AST) -> Iterator[str]:
+    """Those of a module and of its public classes, functions and methods, as Markdown."""
+    if isinstance(tree, ast.Module | ast.ClassDef | ast.FunctionDef):
+        yield from filter(None, [ast.get_docstring(tree)])
+    if not isinstance(tree, ast.FunctionDef):
+        for node in ast.iter_child_nodes(tree):
+            if not getattr(node, "name", "_").startswith("_"):
+                yield from docstrings(node)
+
+
+def markdown(docstring: str) -> str:
+    """A docstring with each entry of its sections as a paragraph, and without its example."""
+    lines, section = [], ""
+    for line in docstring.splitlines():
+        if line and not line.startswith(" "):
+            section = line if line in (*SECTIONS, "Example:") else ""
+        if not section:
+            lines.append(line)
+        elif section in SECTIONS and line.strip() and line != section:
+            entry = re.fullmatch(r"    ([\w*., /]+: )?(\S.*)", line)  # else it goes on with the one above
+            lines += ["", entry[2]] if entry else [line.strip()]
+    return "\n".join([*lines, ""])
+
+
 def text_of(page: Path) -> str:
-    """Markdown, of a notebook too."""
+    """Markdown, of a notebook and of the docstrings of a module, too."""
+    if page.suffix == ".py":
+        return "\n\n".join(markdown(docstring) for docstring in docstrings(ast.parse(page.read_text())))
     return notebooks.markdown(page) if page.suffix == ".ipynb" else page.read_text()
 
 
@@ -77,8 +107,8 @@ def average(text: str) -> float:
 
 
 def main(given: list[str]) -> int:
-    pages = [Path(name) for name in given] or PAGES
-    print(f"{'page':28} {'sentences':>9} {'words each':>10}  longest")
+    pages = [Path(name) for name in given] or [*PAGES, *MODULES]
+    print(f"{'page or module':28} {'sentences':>9} {'words each':>10}  longest")
     failed = False
     for page in pages:
         text = text_of(page)

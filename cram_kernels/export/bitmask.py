@@ -1,8 +1,8 @@
 """The format "bitmask": smaller files for any zeros, in no engine's layout; `read` gives the dense tensors back, bit for bit.
 
-A tensor NAME of 2 or more dims is stored as NAME.values, the numbers with a bit set (so -0 is one) in row-major order, and NAME.bitmask,
-uint8 [ceil(numel / 8)]: bit i % 8 of byte i // 8 is 1 where element i, in row-major order, is in the values. Where that is not smaller,
-NAME is stored dense.
+A tensor NAME of 2 or more dims is stored in two parts, both in row-major order. NAME.values holds every number that is not +0; -0 is kept.
+NAME.bitmask, uint8 [ceil(numel / 8)], says where they are: bit i % 8 of byte i // 8 is 1 if element i is among the values. Where that is
+not smaller, NAME is stored dense.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The weights of an ONNX model: what a node multiplies with decides which axis is the input channels.
 
-Whatever depends on constants only is computed first, node by node, with onnx.reference: a weight behind a mask, a cast, a scale, a split or
-a transpose is checked as the product gets it, and named as the file stores it.
+Nodes that depend on constants only are computed first, with onnx.reference. So a weight behind a mask, a cast, a scale, a split or a
+transpose is checked as the matrix product gets it. Reports name it as the file does.
 """
 
 import functools
@@ -50,10 +50,12 @@ VIEWS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.uint8, "float8_e5m2": t
 class Value:
     """What a name stands for.
 
-    array: its numbers; None where only a run gives them.
-    sources: the stored tensors of 2 or more dims whose numbers it has, one by one.
-    activation: it comes from a product or a lookup.
-    origin, moved: the value whose numbers these are, and how they were moved (None: not at all); for stored tensors both are None.
+    Attributes:
+        array: its numbers; None where they are known only when the model runs.
+        sources: the stored tensors of 2 or more dims from which it takes its numbers unchanged.
+        activation: whether it comes from a product or a lookup.
+        origin: the value whose numbers these are, in another order or shape; None for a stored tensor.
+        moved: how they were moved; None: not at all.
     """
 
     name: str

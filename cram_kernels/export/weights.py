@@ -27,15 +27,16 @@ NO_DATA = torch.empty(0, device="meta")
 class Weight:
     """One entry of a state dict. Tied names share one.
 
-    name, aliases: its names in the model or file.
-    tensor: [K, C, ...], axis 1 the input channels; a view, in any memory order.
-    kind: what uses it.
-    groups: of the convolution, where known.
-    why_dense: why it cannot be n:m, or cannot be checked, where its use or its class says so.
-    unchecked: it may be the weight of a product, but its numbers or its axis are not known.
-    is_tensor: False where the entry is no tensor at all, and `tensor` stands for it.
-    shape, index: where an ONNX file stores the weight in another shape or order: that shape, and a function that gives, for each
-        number of `tensor`, its place in the flattened stored tensor.
+    Attributes:
+        name, aliases: its names in the model or file.
+        tensor: [K, C, ...], with the input channels on axis 1. It is a view, in any memory order.
+        kind: the kind of layer that uses it.
+        groups: of the convolution, where known.
+        why_dense: why it cannot be n:m, or cannot be checked, where its use or its class says so.
+        unchecked: whether it may be the weight of a product, though its numbers or its axis are not known.
+        is_tensor: False where the entry is no tensor at all, and `tensor` stands for it.
+        shape: the shape in an ONNX file that stores the weight in another shape or order.
+        index: a function that gives, for each number of `tensor`, its place in that stored tensor, flattened.
     """
 
     name: str
@@ -51,9 +52,9 @@ class Weight:
 
 
 def weights_of(source: nn.Module | Mapping[str, Any]) -> list[Weight]:
-    """Every entry of a model or a state dict, as what the model computes with: masks of torch.nn.utils.prune are multiplied in,
-    parametrizations are evaluated, semi-structured and quantized tensors are unpacked. Buffers, which a state dict does not tell, are
-    "other".
+    """Every entry of a model or a state dict, as the model computes with it. Masks of torch.nn.utils.prune are multiplied in,
+    parametrizations are evaluated, semi-structured and quantized tensors are unpacked. Buffers of a module have the kind "other"; a state
+    dict does not tell them from weights.
 
     Raises:
         TypeError: neither, or a state dict without any tensor.
@@ -106,7 +107,7 @@ def _computed(model: nn.Module) -> dict[str, Any]:
 
 
 def is_masked(model: nn.Module) -> str | None:
-    """The name of a weight that the model computes from others (a mask of torch.nn.utils.prune, a parametrization), if there is one."""
+    """The name of a weight that the model computes from other tensors, as with a mask or a parametrization; None if there is none."""
     own, computed = model.state_dict(), _computed(model)
     return next((name for name in computed if name not in own), None)
 

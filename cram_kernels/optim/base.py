@@ -147,8 +147,8 @@ class Wrapper(Optimizer):
     # --- groups ---
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; options that the group does not have are those of the constructor. Where a step is open, it is given up: the next
-        `step()` raises.
+        """As in torch. Options that the group does not have are those of the constructor. A step that is open is given up: the weights are
+        restored, and the next `step()` raises.
 
         Raises:
             ValueError: as the constructor. Nothing was changed.
@@ -175,8 +175,8 @@ class Wrapper(Optimizer):
     # --- checkpoints and copies ---
 
     def state_dict(self) -> dict[str, Any]:
-        """As of the base optimizer, into which it loads; with `mask_period` also the masks, under a key of their own that torch ignores.
-        Patterns and schedules are not part of it.
+        """A state dict in the base optimizer's format, which the base optimizer can load, too. With `mask_period` above 1 it also holds the
+        kept masks, under the key `cram_masks`, which torch ignores. Patterns and schedules are not part of it.
 
         Raises:
             RuntimeError: a step is open; or the base has a `state_dict` of its own, such as ZeRO's, that holds more than torch's.
@@ -190,8 +190,8 @@ class Wrapper(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ours, or one of the base optimizer: options that it lacks keep their values, and so do patterns and schedules; masks that it
-        lacks are computed anew. Where a step is open, it is given up: the next `step()` raises."""
+        """Load a state dict of CrAM or of the base optimizer. Options that it lacks keep their values, and so do patterns and schedules.
+        Masks that it lacks are computed anew. A step that is open is given up: the weights are restored, and the next `step()` raises."""
         if not (isinstance(state_dict, dict) and "param_groups" in state_dict) and not self._optimizer_load_state_dict_pre_hooks:
             raise ValueError(
                 f"CrAM: state_dict must be what state_dict() of an optimizer gave, got {type(state_dict).__name__} of another kind"

@@ -18,7 +18,7 @@ NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
 
 class Slot:
     """One parameter: its place in the groups, the tensor that the ops work on, and the memory beside it that lasts from step to step.
-    `nothing`, of 0 elements, stands for what is absent, as in the ops."""
+    `nothing` is an empty tensor, the ops' convention for an absent argument."""
 
     def __init__(self, param: Tensor, group: int, position: int, name: str | None = None) -> None:
         self.param, self.group, self.position, self.name = param, group, position, name

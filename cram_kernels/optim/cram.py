@@ -40,17 +40,17 @@ class CrAM(Attachable, Wrapper):
         with opt.perturbed(): loss(model).backward()
         opt.step()
 
-    Whatever is raised in between, the weights come back to the bit: at once in the first form and in the `with` block, else with
-    `restore()`, the next `perturb()`, another optimizer over the same parameters, or the end of this one. Storage never moves. A parameter
-    without a gradient in the first pass is not perturbed; without one in the second it is updated with g alone (`plus`) or not at all.
-    `maximize` of the base concerns its update only. Schedulers, hooks and copies work as in torch, and checkpoints of the base optimizer go
-    both ways.
+    Whatever is raised in between, the weights come back to the bit: at once in the first form and in the `with` block. Otherwise they come
+    back with `restore()`, the next `perturb()`, another optimizer over the same parameters, or when this one is deleted. The parameters
+    keep their memory. A parameter without a gradient in the first pass is not perturbed. One without a gradient in the second pass is
+    updated with g alone (`plus`) or not at all. `maximize` of the base concerns its update only. Schedulers, hooks and copies work as in
+    torch. CrAM loads checkpoints of the base optimizer, and the base optimizer those of CrAM.
 
     Args:
-        params: the model, which is then also attached (see `attach`), gives the parameters their names, and keeps embedding tables and
-            parts of parametrized weights dense, and what N:M does not fit, as `prune` does; or as in torch tensors, (name, tensor) or
-            groups; or an instance of a base optimizer. A group may have its own `rho`, `plus`, `sparse_grad`, `prune` and `compression`.
-            Parameters are float32, bfloat16 or float16, dense in any memory order.
+        params: best the model. It is then attached (see `attach`) and names the parameters. Embedding tables, parts of parametrized weights
+            and what N:M does not fit stay dense, as with `prune`. Or, as in torch, tensors, (name, tensor) pairs or groups; or an instance
+            of a base optimizer. A group may have its own `rho`, `plus`, `sparse_grad`, `prune` and `compression`. Parameters are float32,
+            bfloat16 or float16, dense in any memory order.
         base_optimizer: a class, or an instance over the same parameters. SGD, Adam and AdamW are fused with the restore, any other takes
             its own step.
         compression: `TopK` and `NM` patterns; each step takes one, by a hash of `seed` and the number of steps. A callable, such as
@@ -66,11 +66,11 @@ class CrAM(Attachable, Wrapper):
             second before the mask.
         grad_norms: put the gradient norms of both passes into `last`, also where no other option needs them.
         master_weights: keep a float32 copy of each 16-bit parameter, which the update steps, with state in float32; needs SGD or Adam(W).
-        mask_period: a pattern's masks are computed at every mask_period-th use of that pattern. They are part of `state_dict()`, not of
-            torch.distributed.checkpoint's files: after those they are computed anew.
-        seed: of the draw of the pattern.
+        mask_period: a pattern's masks are computed at every mask_period-th use of that pattern, and used again in between. `state_dict()`
+            holds them. Files of torch.distributed.checkpoint do not: after loading one they are computed anew.
+        seed: decides, with the number of the step, which pattern a step draws.
         exclude: names, as in `fnmatch`, of parameters that are not pruned: ["head.*"]; needs named parameters.
-        base_options: for the class: lr, momentum, ...
+        base_options: options of the base optimizer, where `base_optimizer` is a class: lr, momentum, ...
 
     Raises:
         ValueError: an option of another type or out of its range, `differentiable`, `exclude` without names; a parameter that is sparse,
@@ -157,8 +157,8 @@ class CrAM(Attachable, Wrapper):
 
     @torch._disable_dynamo  # the public name would import dynamo with the package
     def perturb(self, scaler: GradScaler | None = None) -> None:
-        """Move the weights uphill and prune them; the gradients are used up: p.grad becomes None. Warns where a step is open,
-        which is given up, and where no parameter has a gradient.
+        """Add rho times the gradient to the weights, and prune them. This consumes the gradients: p.grad becomes None. It warns if no
+        parameter has a gradient. It also warns if a step is open already, and gives that one up.
 
         Args:
             scaler: what has scaled the gradients; they are unscaled here. `scaler.step(optimizer)` follows: where either pass overflowed
@@ -203,9 +203,9 @@ class CrAM(Attachable, Wrapper):
             The clean loss; None without a closure.
 
         Raises:
-            RuntimeError: a GradScaler calls it with a closure, or after a `perturb()` that was not given the scaler, or does not call it
-                after one that was; the step was given up, by a loaded model, a new group or another optimizer. The weights are the clean
-                ones, nothing is updated.
+            RuntimeError: a GradScaler calls it with a closure, or after a `perturb()` that was not given the scaler. Or `perturb()` was
+                given a scaler, and something else calls it. Or the step was given up, by a loaded model, a new group or another optimizer.
+                In each case the weights are the clean ones, and nothing is updated.
         """
         if closure is not None:
             if not schedule.is_function(closure):

@@ -1,4 +1,5 @@
-"""A model that knows of its optimizer: its state_dict() has no perturbed weights, what is loaded stays, its batch norms keep still."""
+"""Hooks of the model: `state_dict()` gives the unperturbed weights, loading a checkpoint first restores them, and batch norms keep their
+statistics while the weights are perturbed."""
 
 import weakref
 from collections.abc import Callable
@@ -92,9 +93,9 @@ class Attachable:
     give_up: Callable[[str], None]
 
     def attach(self: Self, model: nn.Module) -> Self:
-        """From now on, while the weights are perturbed, batch norms of the model keep their statistics, and `state_dict()` of it or of a
-        part of it gives the unperturbed weights (copies of them). Modules that are added later are not covered. An optimizer that was made
-        over the model is attached to it already. Returns the optimizer.
+        """Let the model take part in the steps. While the weights are perturbed, its batch norms keep their statistics, and `state_dict()`
+        of it or of a part of it gives copies of the unperturbed weights. Modules that are added later are not covered. An optimizer that
+        was made with the model is attached already. Returns the optimizer.
 
         Raises:
             ValueError: not a module, or one without parameters of this optimizer.
@@ -109,7 +110,7 @@ class Attachable:
         return self
 
     def detach(self) -> None:
-        """Undo `attach`. Where a step is open, it is given up: the next `step()` raises."""
+        """Undo `attach`. A step that is open is given up: the weights are restored, and the next `step()` raises."""
         self.give_up("the optimizer was attached or detached between perturb() and step()")
         if self._hooks is not None:
             self._hooks.remove()

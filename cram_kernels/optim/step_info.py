@@ -13,17 +13,19 @@ from .bucket import Bucket
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What `perturb()`, and then `step()`, did. Thresholds and statistics have one entry a set of weights that were ranked together by a
-    `TopK`; they are None for N:M, without a pattern, and where masks of an earlier step were used. On a sharded model thresholds are over
-    all ranks, statistics of this rank.
+    """What `perturb()`, and then `step()`, did.
+
+    Thresholds and statistics have one entry for each set of weights that a `TopK` ranked together. They are None for N:M, without a
+    pattern, and where the masks of an earlier step were used. On a sharded model the thresholds are those over all ranks, and statistics
+    count the weights of this rank.
 
     Attributes:
         patterns: the pattern of each parameter group, None where it was not pruned.
-        level: the index of the first group's pattern in its `compression`.
+        level: which entry of its `compression` the first group drew.
         thresholds: int32 [sets], magnitude keys as `ops.topk_threshold` gives them.
         stats: int64 [sets, 3], see `ops.prune_topk_`.
         numels: how many weights each set has on this rank.
-        ranked: for `emptied`.
+        ranked: what `emptied` needs to find the weights again; not for users.
         first_grad_norm, second_grad_norm: float32 [], the norm of the gradients of each pass, unscaled and before clipping; None where no
             option needed it and `grad_norms` is False.
 
@@ -46,8 +48,8 @@ class StepInfo:
 
     @property
     def emptied(self) -> tuple[str, ...]:
-        """The parameters of which the thresholds of the step leave nothing, as their weights are now. Waits for the device, and reads all
-        ranked weights; sharded ones are left out, and so are all once the parameters or their groups have changed."""
+        """The names of the parameters that would be pruned to zero by the step's thresholds, judged by their present weights. Waits for the
+        device, and reads all ranked weights. Sharded parameters are left out. It is empty once the parameters or groups have changed."""
         found: list[str] = []
         buckets = [bucket for held in self.ranked if (bucket := held()) is not None]  # all of a step, or none
         limits = [] if self.magnitudes is None else self.magnitudes.tolist()
@@ -80,12 +82,12 @@ class StepInfo:
 
     @property
     def candidate_share(self) -> Tensor | None:
-        """float32 []: the share of the weights that the backend looked at twice."""
+        """float32 []: the share of ranked weights so close to the threshold that the backend looked twice; it affects speed only."""
         return self._share(1)
 
     @property
     def fallback(self) -> Tensor | None:
-        """bool []: whether a guessed bracket missed the threshold somewhere, and a slower selection was taken."""
+        """bool []: whether the backend's first estimate missed a threshold, so that it took a slower way to the same result."""
         return None if self.stats is None else self.stats[:, 2].any()
 
     def to_dict(self) -> dict[str, Any]:
