@@ -1,11 +1,11 @@
 """Is one run of a benchmark slower than another, or is it noise? `python -m benchmarks.compare A.json B.json`.
 
-What is compared is a contestant's time over that of the copy in the same round, or of plain SGD where a training step is timed. So a
-machine that is slower as a whole in one run is not taken for slower code. The optimizer's part of a training step, over plain SGD's whole
-one, is judged by itself: what it adds is small beside the passes. What A measured and B did not is as bad as slower. A difference counts
-where the exact two-sided Mann-Whitney test of the rounds, corrected for the number of comparisons (Holm), rejects chance at 5 %, and the
-medians differ by more than --least. A case of so few rounds that no times whatever could pass that test is left out of it (Tarone,
-Biometrics 46, 1990); its verdict is "cannot tell".
+What is compared is a contestant's time over that of the copy in the same round, or of plain SGD where a training step is timed, or of
+torch's fused optimizer where the time of the host is. So a machine that is slower as a whole in one run is not taken for slower code. The
+optimizer's part of a training step, over plain SGD's whole one, is judged by itself: what it adds is small beside the passes. What A
+measured and B did not is as bad as slower. A difference counts where the exact two-sided Mann-Whitney test of the rounds, corrected for
+the number of comparisons (Holm), rejects chance at 5 %, and the medians differ by more than --least. A case of so few rounds that no times
+whatever could pass that test is left out of it (Tarone, Biometrics 46, 1990); its verdict is "cannot tell".
 """
 
 import argparse
@@ -24,7 +24,7 @@ from cram_kernels.terminal import Help, say, show
 
 LEVEL, RESAMPLES = 0.05, 2000
 OK, SLOWER, CANNOT = 0, 1, 2
-UNITS = ("copy_", "streaming copy", "SGD")
+UNITS = ("copy_", "streaming copy", "SGD", "torch.optim.SGD(fused=True).step()", "torch.optim.AdamW(fused=True).step()")
 VERDICTS = ("slower", "faster", "within noise", "cannot tell", "gone", "red")
 Samples = dict[tuple[str, str], list[float]]
 

@@ -17,7 +17,7 @@ from cram_kernels.patterns import NM, Pattern, TopK
 from . import gate, inputs, run
 from .eager import Eager
 from .inputs import RHO
-from .measure import ROUNDS, Contest, Contestant, Setup
+from .measure import PUBLISHED_ROUNDS, ROUNDS, Contest, Contestant, Setup
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
@@ -34,13 +34,20 @@ BOUNDS: dict[tuple[Pattern, str], tuple[float, float]] = {
 }
 
 
-class Step:
-    """A contestant: parameters of its own, and gradients that are the same for all. `refresh` brings back what a step overwrote."""
+GIB = 2**30
+MEMORY = {"ResNet-50": 6 * GIB, "BERT-base": 16 * GIB, "ViT-B": 14 * GIB}
 
-    def __init__(self, start: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+
+class Step:
+    """A contestant: parameters of its own, and gradients that are the same for all.
+
+    Most contestants write to `grads`, a copy of the second gradients, which several may share; `refresh` brings it back before each step.
+    """
+
+    def __init__(self, start: list[Tensor], first: list[Tensor], second: list[Tensor], grads: list[Tensor] | None = None) -> None:
         self.params = [nn.Parameter(p.clone()) for p in start]
         self.first, self.second = first, second
-        self.grads = [g.clone() for g in second]  # which most contestants write to
+        self.grads = [g.clone() for g in second] if grads is None else grads
 
     def refresh(self) -> None:
         torch._foreach_copy_(self.grads, self.second)
@@ -142,8 +149,9 @@ def same_weights(name: str, ours: Step, other: Step, start: list[Tensor], patter
     """After one step from the same weights: perturbed weights and masks are equal to the bit, so the update differs in roundings only, by 4
     units in the last place of each term. The published N:M lets groups straddle kernel positions where m does not divide the input
     channels: these tensors are not compared."""
-    ours()
-    other()
+    for one in (ours, other):
+        one.refresh()
+        one()
     eps = torch.finfo(start[0].dtype).eps
     for i, (a, b, w) in enumerate(zip(ours.params, other.params, start, strict=True)):
         if name == "published" and isinstance(pattern, NM) and w.dim() > 1 and pattern.why_dense(w.shape) is not None:
@@ -157,6 +165,7 @@ def step(model: str, pattern: Pattern, base: str, setup: Setup, dtype: str = "fp
     """compiled: torch.compile beside us, which takes minutes. Eager torch is written for fp32."""
     shapes = setup.shapes(model)
     lists = [inputs.tensors(shapes, role, inputs.DTYPES[dtype], setup.device) for role in ("params", "first_grads", "grads")]
+    lists.append([g.clone() for g in lists[2]])
     torch._dynamo.reset()
     torch._logging.set_logs(dynamo=logging.ERROR)  # a graph break where the threshold is read is meant
     # Compiling takes minutes; --quick only traces, which shows as well that it can be done.
@@ -167,10 +176,12 @@ def step(model: str, pattern: Pattern, base: str, setup: Setup, dtype: str = "fp
         if base == "SGD" and compiled:  # the base that has a target
             steps["torch.compile"] = CompiledStep(pattern, compile, *lists)
     fused = Fused(base, *lists)
-    bounds = BOUNDS if base == "SGD" and dtype == "fp32" else {}
+    bounds = BOUNDS if (model, base, dtype) == ("ResNet-50", "SGD", "fp32") else {}
     contestants = [
         Contestant(name, s, s.refresh, bounds.get((pattern, name), (0, math.inf)), ours=isinstance(s, Ours)) for name, s in steps.items()
     ]
+    if model != "ResNet-50":
+        contestants[1].rounds = PUBLISHED_ROUNDS
     contestants.append(
         Contestant(f"torch.optim.{base}(fused=True)", fused, fused.refresh, bounds.get((pattern, "plain fused"), (0, math.inf)))
     )
@@ -190,6 +201,9 @@ def cases() -> Iterator[run.Case]:
     for base in BASES:
         for pattern in PATTERNS:
             yield run.Case(f"ResNet-50 {base} {pattern}", partial(step, "ResNet-50", pattern, base))
+    for model in ("BERT-base", "ViT-B"):
+        for pattern in PATTERNS:
+            yield run.Case(f"{model} AdamW {pattern}", partial(step, model, pattern, "AdamW"), MEMORY[model])
 
 
 if __name__ == "__main__":

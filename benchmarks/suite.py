@@ -12,11 +12,11 @@ from cram_kernels.patterns import NM, TopK
 from cram_kernels.report import table as aligned
 from cram_kernels.terminal import Help
 
-from . import bench_adam, bench_nm, bench_sgd, bench_topk, charts, compare, end_to_end, growth, report, run
+from . import bench_adam, bench_nm, bench_sgd, bench_topk, charts, compare, end_to_end, growth, host, report, run
 from .measure import ROUNDS, Row, Setup
 from .run import Case
 from .shapes import BILLION, MODELS
-from .step import step
+from .step import GIB, MEMORY, step
 
 EPILOG = """Examples:
   cram-kernels bench --quick
@@ -25,7 +25,6 @@ EPILOG = """Examples:
 Exit status: 0; 1, a result is wrong; 2, it cannot run here, or no case has the text of --only in its name. For those of compare see
 `bench compare --help`.
 """
-GIB = 2**30
 
 
 def plain_topk(setup: Setup):
@@ -48,7 +47,9 @@ def cases() -> Iterator[Case]:
     ):
         compiled = (pattern, base) == (TopK(0.9), "SGD")  # compiling takes a minute
         build = partial(step, "ResNet-50", pattern, base, dtype=dtype, compiled=compiled)
-        yield Case(f"step ResNet-50 {base} {pattern} {dtype}", lambda setup, build=build: build(setup=setup), 6 * GIB)
+        yield Case(f"step ResNet-50 {base} {pattern} {dtype}", lambda setup, build=build: build(setup=setup), MEMORY["ResNet-50"])
+    for model, pattern in (("BERT-base", TopK(0.9)), ("ViT-B", TopK(0.9)), ("ViT-B", NM(2, 4))):
+        yield Case(f"step {model} AdamW {pattern} fp32", partial(step, model, pattern, "AdamW"), MEMORY[model])
     for model in MODELS:
         large = (0 if model == "ResNet-50" else 5) * GIB
         for sparsity in (0.5, 0.9):
@@ -65,6 +66,8 @@ def cases() -> Iterator[Case]:
     yield Case("prune_topk_ ResNet-50 90 %", partial(bench_topk.prune, "ResNet-50"))
     for op in growth.MAKE:
         yield Case(f"{op} by weights", partial(growth.by_weights, op, millions=(16, 1, 4, 64)), 4 * GIB)
+    for case in host.cases():
+        yield Case(f"host time {case.name}", case.build)
 
 
 class Summary:

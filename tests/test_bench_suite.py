@@ -39,11 +39,13 @@ def test_cases_cover_what_they_should() -> None:
         assert f"training step {model}" in names
         for op in ("perturb_topk_ {} 50 %", "perturb_topk_ {} 90 %", "perturb_nm_ {} 2:4", "restore_sgd_ {}", "restore_adam_ {}"):
             assert op.format(model) in names
+    assert {"step BERT-base AdamW 90 % fp32", "step ViT-B AdamW 90 % fp32", "step ViT-B AdamW 2:4 fp32"} <= set(names)
+    assert {f"host time {base}, {count} tensors" for base in ("SGD", "AdamW") for count in (4, 161)} <= set(names)
     assert any("bf16" in name for name in names) and any(shapes.BILLION in name for name in names)
 
 
 def test_quick_run_writes_record_table_and_charts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for chosen in ("90 % by weights", "training step ResNet-50", "step ResNet-50 AdamW 90 % bf16"):
+    for chosen in ("90 % by weights", "training step ResNet-50", "step BERT-base AdamW 90 % fp32", "host time AdamW, 4 tensors"):
         assert bench(tmp_path, "--only", chosen) == run.OK, capsys.readouterr().out
         record = json.loads((tmp_path / "suite.json").read_text())
         (result,) = [result for result in record["results"] if result["case"].endswith(chosen)]
@@ -56,6 +58,31 @@ def test_quick_run_writes_record_table_and_charts(tmp_path: Path, capsys: pytest
     for chart in ("parts", "growth", "roofline"):
         assert ElementTree.parse(tmp_path / f"{chart}.svg").getroot().tag.endswith("svg")
     assert "cram_kernels" in (tmp_path / "parts.svg").read_text()  # text is text, that a reader can select
+
+
+def test_the_page_shows_host_time_once_the_record_has_it(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tools" / "site"))
+    import bench_tables
+
+    page = "before\n<!-- bench: host -->\n\n\n\n<!-- end -->\nafter\n"
+    assert bench_tables.filled(page, {"results": []}) == page
+    assert bench(tmp_path, "--only", "host time SGD, 4 tensors") == run.OK
+    record = json.loads((tmp_path / "suite.json").read_text())
+    ours, fused = record["results"][0]["rows"]
+    filled = bench_tables.filled(page, record)
+    assert f"| SGD, 4 tensors | {ours['median_ms']:.3f} |" in filled and f"| {ours['calls']} | {fused['calls']} |" in filled
+    assert bench_tables.filled(filled, record) == filled and bench_tables.filled(filled, {"results": []}) == page
+    (case,) = {case for case, _ in compare.samples(record, all_rows=False)}  # in times of torch's fused step
+    (values,) = compare.samples(record, all_rows=False).values()
+    assert case == "host time SGD, 4 tensors" and values == [a / b for a, b in zip(ours["rounds_ms"], fused["rounds_ms"], strict=True)]
+
+
+def test_a_slow_peer_may_stop_earlier() -> None:
+    runs: Counter[str] = Counter()
+    contestants = [Contestant(name, lambda name=name: runs.update([name]), rounds=rounds) for name, rounds in (("a", None), ("b", 2))]
+    times = measure.interleave(contestants, 5, "cpu")
+    assert runs == {"a": 6, "b": 3} and {name: len(own) for name, own in times.items()} == {"a": 5, "b": 2}
+    assert measure.ratio([3.0, 8.0], [1.0, 2.0, 100.0]) == 3.5
 
 
 def test_parts_of_a_training_step_are_the_whole() -> None:

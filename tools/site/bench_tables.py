@@ -70,7 +70,7 @@ def ops(record: Row) -> str:
     lines = ["| | ms | spread | of a copy | rivals, in times of ours |", "|---|---|---|---|---|"]
     for result in record["results"]:
         case = result["case"].replace(", dtypes", "").replace("1 B list", f"list of {result.get('weights', 0) / 1e6:.0f} M")
-        if case.startswith("training") or "by weights" in case:
+        if case.startswith(("training", "host")) or "by weights" in case:
             continue
         peers = [row for row in result["rows"] if not row["ours"] and "copy" not in row["name"]]
         told = ", ".join(f"{peer['name'].removeprefix('torch.optim.')} {peer['x_ours']:.3g}" for peer in peers)
@@ -78,6 +78,19 @@ def ops(record: Row) -> str:
             name = re.sub(r"^(\w+_|topk_threshold) ", r"`\1` ", case if row["name"] == "cram_kernels" else f"{case}, {row['name']}")
             lines.append(f"| {name} | {row['median_ms']:.3g} | {row['spread']:.0%} | {row['share_of_copy']:.0%} | {told} |")
     return "\n".join(lines)
+
+
+def host(record: Row) -> str:
+    """What Python and torch do for a step; nothing where the record has no such cases."""
+    intro = "The time of the host, over tensors so small that there is nothing to compute, and the functions of Python and C that it calls:"
+    lines = [intro, "", "| base, tensors | ms | spread | over torch's fused base | calls | calls of torch's |", "|" + "---|" * 6]
+    for result in record["results"]:
+        if result["case"].startswith("host time "):
+            (ours, fused), name = result["rows"], result["case"].removeprefix("host time ")
+            over = f"{1 / fused['x_ours']:.1f}"
+            cells = (name, f"{ours['median_ms']:.3f}", f"{ours['spread']:.0%}", over, str(ours["calls"]), str(fused["calls"]))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def missed(record: Row) -> str:
@@ -94,7 +107,7 @@ def missed(record: Row) -> str:
     )
 
 
-MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "missed": missed}
+MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "missed": missed, "host": host}
 
 
 def filled(text: str, record: Row) -> str:
