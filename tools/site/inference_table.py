@@ -15,6 +15,7 @@ HEAD = "| | 70 % | 80 % | 90 % | 95 % | 2:4 |\n|---|---|---|---|---|---|"
 # What was set beforehand; of convolutions the median and the slowest one.
 TARGETS: dict[str, tuple[Any, ...]] = {
     "Linear, 1 row": (1.3, 2.2, 5, 10, 1.25),
+    "Linear, 1 row, bfloat16 weights": (None, None, None, None, 2),
     "Linear, 8 rows": (1.5, 2.3, 5, 10, 1),
     "Linear, 32 rows": (1.8, 2.8, 5, 9, 1.3),
     "Linear, 128 rows": (1.7, 2.3, 4, 6, 1.25),
@@ -31,6 +32,7 @@ def ratios(run: dict[str, Any], label: str, sparsity: str) -> list[float]:
     """Of the cases of a row of the table."""
     kind = "linear" if "Linear" in label else "bert" if "BERT" in label else "conv" if "convolutions" in label else "resnet50"
     rows = [case for case in run["cases"].get(kind, []) if case["sparsity"] == sparsity]
+    rows = [case for case in rows if ("values" in case) == ("bfloat16" in label)]
     if kind in ("linear", "bert"):
         rows = [case for case in rows if case["input"][0] == int(re.findall(r"(\d+) (?:row|token)", label)[0])]
     elif kind == "resnet50":
