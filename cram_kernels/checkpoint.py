@@ -19,6 +19,6 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
         save({"model": model.state_dict(), "optimizer": opt.state_dict()}, "checkpoint.pt")
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"save: path must be a path, and follow what is saved, got {type(path).__name__}")
+        raise TypeError(f"save: path, the second argument, must be a path, got {type(path).__name__}")
     with replacing("save", Path(path)) as partial:
         torch.save(obj, partial)

@@ -434,7 +434,7 @@ def test_arguments_of_another_kind_are_refused(call, words):
         ),
         (lambda: CrAM(LINEAR, lr=0.1).step(LINEAR), "CrAM: closure must be a function that computes the loss"),
         (lambda: CrAM(LINEAR, lr=0.1).plain_step(CrAM(LINEAR, lr=0.1)), "scaler must be a torch.amp.GradScaler, got CrAM"),
-        (lambda: cram_kernels.save("a.pt", {}), "save: path must be a path, and follow what is saved, got dict"),
+        (lambda: cram_kernels.save("a.pt", {}), "save: path, the second argument, must be a path, got dict"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -184,7 +184,7 @@ class Wrapper(Optimizer):
         base = type(self.base_optimizer)
         if base.state_dict is not Optimizer.state_dict or base.load_state_dict is not Optimizer.load_state_dict:
             message = f"{base.__name__} has one of its own, and a checkpoint of CrAM would lose what it holds: save that of base_optimizer"
-            raise RuntimeError(f"CrAM: state_dict() must be that of torch.optim.Optimizer, got a base whose is not: {message}")
+            raise RuntimeError(f"CrAM: state_dict() must be that of torch.optim.Optimizer, got a base optimizer with its own: {message}")
         self.refuse_within_step("state_dict()")
         options.check_groups(self.base_optimizer)
         return super().state_dict()
