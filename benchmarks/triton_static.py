@@ -45,8 +45,8 @@ STREAMS = {  # kernel, and constants as `name=value` -> what it reads and writes
     "stream_kernel PERTURB=False": ("T", ""),
     "count_kernel PERTURB=True": ("PMT", ""),
     "count_kernel PERTURB=False": ("T", ""),
-    "finish_kernel PERTURB=True": ("PMT", "T"),
-    "finish_kernel PERTURB=False": ("T", "T"),
+    "finish_kernel": ("PMT", "T"),
+    "prune_kernel": ("T", "T"),
     "histogram_kernel PERTURB=True": ("PMT", ""),
     "histogram_kernel PERTURB=False": ("T", ""),
     "nm_kernel FORM=single": ("", ""),  # group by group: no number lies beside the next

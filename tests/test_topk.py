@@ -72,18 +72,26 @@ def test_large_selections(backend, name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case("two", "uneven", dtype) for dtype in DTYPES], ids=str)
 def test_a_threshold_between_heavy_ties_costs_time_and_no_bits(backend, case: Case) -> None:
-    """The k-th largest is the last of half a million equal ones: every bracket holds all weights. The CPU counts them, others fall back."""
+    """The k-th largest is the last of half a million equal ones: every bracket holds all weights. CUDA falls back, others count them."""
     arguments = perturb(case, "amp" if case.dtype == "fp32" else "masters")
     for g in arguments["grads"]:
         g.zero_()
     weights = arguments["masters"] if "masters" in arguments else arguments["params"]
     k = sum(int((w.abs() > 0.3).sum()) for w in weights)
     _, stats = check(backend, "perturb_topk_", arguments | {"sets": [0] * len(weights), "k": torch.tensor([k])})
-    assert stats[0, 2] == (backend.name != "cpu"), f"statistics {stats.tolist()}"
+    assert stats[0, 2] == backend.name.startswith("cuda"), f"statistics {stats.tolist()}"
 
 
-def without_fallback(cpu, weights: list[Tensor], k: int) -> None:
-    """perturb_topk_ of the CPU on weights that are not moved."""
+@pytest.fixture
+def counts_ties(backend):
+    """The CPU's backend, or Triton's."""
+    if backend.name != "cpu" and not backend.name.startswith("triton"):
+        pytest.skip(f"{backend.name} writes down keys that many weights share, or falls back: tests/test_cuda_topk.py")
+    return backend
+
+
+def without_fallback(backend, weights: list[Tensor], k: int) -> None:
+    """perturb_topk_ on weights that are not moved."""
     arguments: dict[str, Any] = {
         "params": weights,
         "grads": [torch.zeros_like(w) for w in weights],
@@ -94,30 +102,30 @@ def without_fallback(cpu, weights: list[Tensor], k: int) -> None:
         "sets": [0] * len(weights),
         "k": torch.tensor([k]),
     }
-    _, stats = check(cpu, "perturb_topk_", arguments)
+    _, stats = check(backend, "perturb_topk_", arguments)
     assert stats[0, 2] == 0 and stats[0, 1] <= 0.07 * sum(w.numel() for w in weights), f"statistics {stats.tolist()}"
 
 
 @pytest.mark.parametrize("place", [-20, -1, 0, 1, 2, 20])
 @pytest.mark.parametrize("edge", ["first", "last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heavy_ties_need_no_fallback_on_the_cpu(cpu, dtype: str, edge: str, place: int) -> None:
+def test_heavy_ties_need_no_fallback(counts_ties, dtype: str, edge: str, place: int) -> None:
     """A fifth of the weights has one magnitude; k is around the first or the last of them."""
     w = torch.randn(120_000, generator=torch.Generator().manual_seed(place)).to(DTYPES[dtype])
     largest = w.abs().sort(descending=True).values
     tie = largest[40_000]
     w = torch.where((w.abs() <= tie) & (w.abs() > largest[64_000]), tie.copysign(w), w)
     k = int((w.abs() > tie).sum()) + 1 if edge == "first" else int((w.abs() >= tie).sum())
-    without_fallback(cpu, list(w.split(50_000)), k + place)
+    without_fallback(counts_ties, list(w.split(50_000)), k + place)
 
 
 @pytest.mark.parametrize("place", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_pruned_model_needs_no_fallback_on_the_cpu(cpu, dtype: str, place: int) -> None:
+def test_a_pruned_model_needs_no_fallback(counts_ties, dtype: str, place: int) -> None:
     """Half of the weights are zero, and half are to be."""
     w = torch.randn(120_000, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     w[torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
-    without_fallback(cpu, list(w.split(50_000)), int(w.count_nonzero()) + place)
+    without_fallback(counts_ties, list(w.split(50_000)), int(w.count_nonzero()) + place)
 
 
 def sampled(numel: int) -> Tensor:

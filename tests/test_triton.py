@@ -29,7 +29,8 @@ OPS = [HERE / f"test_{op}.py" for op in ("topk", "nm", "perturb", "restore", "sg
 # Of the op tests, what takes the interpreter two minutes: `make test-triton` runs all of them.
 SOME = (
     "(test_perturb_topk_variants and bits-shapes) or (test_prune_topk and groups and (nan-shapes or ties-shapes or bits-orders)) or "
-    "test_ordinary_weights or (test_a_threshold and fp32) or (test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
+    "test_ordinary_weights or (test_a_threshold and fp32) or (test_heavy_ties and fp32-last-0) or (test_a_pruned_model and bf16) or "
+    "(test_perturb_nm and bits and 4-8) or (test_prune_nm and ties and 7-16) or "
     "(test_perturb_masked and bits-shapes) or (test_restore_combine and bits-shapes) or (test_restore and bits-orders) or "
     "(test_a_combination_a_tensor and (bits-shapes or denormal-scales)) or test_the_opposite or (test_bias_correction and 12345) or "
     "test_the_order_of_additions or (test_grad_norm and bits-shapes) or (test_first_digit and bits-shapes)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import perturb
+from calls import perturb, selection
 from cases import Drawn, Spec
 from compare import compare_all, contract_part, named_tensors
 from test_optim_every_line import Trace, python_answers_ctrl_c
@@ -108,7 +108,7 @@ def test_a_second_perturbation_is_refused_where_the_flag_can_be_read() -> None:
         ops.perturb_masked_(**arguments)
 
 
-@pytest.mark.parametrize("op, allocations", [("perturb_topk_", 7), ("perturb_nm_", 1), ("restore_adam_", 1)])
+@pytest.mark.parametrize("op, allocations", [("perturb_topk_", 5), ("perturb_nm_", 1), ("restore_adam_", 1)])
 def test_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, op: str, allocations: int) -> None:
     """Each of the op's own allocations fails in turn: the flag and the weights are as before."""
     arguments, expected = SAMPLES[op](), SAMPLES[op]()
@@ -176,6 +176,17 @@ def test_interrupted_by_each_launch(monkeypatch: pytest.MonkeyPatch, op: str) ->
         getattr(kernels, op)(**arguments)
     getattr(reference, op)(**expected)
     compare_all(op, arguments, expected)
+
+
+def test_launches_of_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of tensors, of one kind; the flag is an eighth."""
+    arguments = perturb(Drawn("normal", [Spec((100,))] * 450))
+    arguments |= selection("half", arguments["params"])
+    sent: list[str] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *_, **__: sent.append(kernel.__name__))
+    kernels.perturb_topk_(**arguments)
+    passes = ["sample", "bracket", "stream", "count", "count", "count", "finish"]
+    assert sent == [f"{name}_kernel" for name in passes]
 
 
 def test_launches_of_another_thread() -> None:

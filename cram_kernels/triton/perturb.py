@@ -41,12 +41,23 @@ def save(row, start, i, valid, T: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: 
 
 
 @triton.jit
+def gradient_at(row, start, i, valid, inv_scale, T: tl.constexpr, ALIGNED: tl.constexpr):
+    return scaled(widen(tl.load(column(row, GRAD, start, T, ALIGNED) + i, mask=valid, other=0)), inv_scale)
+
+
+@triton.jit
+def note_bad(found_inf, valid, g):
+    """Sets found_inf to 1 where a gradient, float32, is not finite."""
+    bad = valid & ((g.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= INF_KEY)
+    tl.store(found_inf, 1.0, mask=tl.max(tl.max(bad.to(tl.int32), 1), 0) != 0)
+
+
+@triton.jit
 def uphill(w, row, start, i, valid, rho, inv_scale, found_inf, T: tl.constexpr, ALIGNED: tl.constexpr):
     """w float32 -> u as stored numbers: product and sum are rounded on their own. A gradient that is not finite sets found_inf to 1."""
-    g = scaled(widen(tl.load(column(row, GRAD, start, T, ALIGNED) + i, mask=valid, other=0)), inv_scale)
+    g = gradient_at(row, start, i, valid, inv_scale, T, ALIGNED)
     if found_inf is not None:
-        bad = tl.max(tl.max((valid & (magnitude_key(g) >= INF_KEY)).to(tl.int32), 1), 0)
-        tl.store(found_inf, 1.0, mask=bad != 0)
+        note_bad(found_inf, valid, g)
     return rounded(w + rho * g, T)
 
 

@@ -238,13 +238,28 @@ class Table:
 
 @triton.jit
 def chunk_of(rows, chunks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr = 8):
-    """Of this program: tensor int64, its row, the first element (or other unit) int64, elements int32 (ALIGNED: a multiple of WHOLE)."""
-    chunk = chunks + tl.program_id(0).to(tl.int64) * 3
+    """`chunk_at` of this program."""
+    return chunk_at(rows, chunks, tl.program_id(0).to(tl.int64), BLOCK, ALIGNED, WHOLE)
+
+
+@triton.jit
+def chunk_at(rows, chunks, index, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr = 8):
+    """Of a chunk: tensor int64, its row, the first element (or other unit) int64, elements int32 (ALIGNED: a multiple of WHOLE)."""
+    chunk = chunks + index * 3
     tensor = tl.load(chunk).to(tl.int64)
     size = tl.load(chunk + 2)
     if ALIGNED:
         size = tl.multiple_of(size, WHOLE)
     return tensor, rows + tensor * WIDTH, tl.load(chunk + 1).to(tl.int64) * BLOCK, size
+
+
+@triton.jit
+def group_of(rows, chunks, number, GROUP: tl.constexpr):
+    """The GROUP chunks of this program, of `number` in all: which they are int64, which of them there are, their rows and PLACE."""
+    chunk = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+    there = chunk < number
+    row = rows + tl.load(chunks + chunk * 3, mask=there, other=0).to(tl.int64) * WIDTH
+    return chunk, there, row, tl.load(row + PLACE, mask=there, other=0)
 
 
 @triton.jit
@@ -292,7 +307,12 @@ def load_bits(row, start, size, BLOCK: tl.constexpr):
 @triton.jit
 def store_bits(row, start, size, keep, BLOCK: tl.constexpr):
     """keep bool [BLOCK / 8, 8], False beyond the chunk, into the mask, where there is one."""
+    store_bytes(row, start, size, tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], 1), BLOCK)
+
+
+@triton.jit
+def store_bytes(row, start, size, bytes, BLOCK: tl.constexpr):
+    """The lowest 8 bits of bytes int32 [BLOCK / 8]."""
     byte = tl.arange(0, BLOCK // 8)
     there = tl.load(row + MASK) != 0
-    bytes = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, :], 1)
     tl.store(column(row, MASK, start // 8, tl.uint8, False) + byte, bytes.to(tl.uint8), mask=only(byte * 8 < size, there))

@@ -15,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Action, launch, send
-from .number import NAN_KEY, magnitude_key, rounded, widen
-from .perturb import perturb_table, raise_flag, rho_of, save, uphill, weight_at
-from .table import MASK, PARAM, PLACE, SAVED, Table, chunk_of, column, constant, elements_of, only, store_bits
+from .number import INF_KEY, NAN_KEY, magnitude_key, rounded, widen
+from .perturb import gradient_at, note_bad, perturb_table, raise_flag, rho_of, save, uphill, weight_at
+from .table import MASK, PARAM, PLACE, SAVED, Table, chunk_at, chunk_of, column, constant, elements_of, group_of, store_bits, store_bytes
 from .topk_bracket import (
     ABOVE,
     BASE,
     CAPACITY,
     CUT,
+    DRAWN,
     FALLBACK,
     FIELDS,
     FOUND,
@@ -33,23 +34,32 @@ from .topk_bracket import (
     SAMPLE_BINS,
     STATES,
     STRATA,
+    TIE,
+    TIES,
     bracket_kernel,
     make_sets,
     sample_kernel,
 )  # fmt: skip
-from .topk_select import ROUNDS, SEARCH_BINS, count_kernel, narrow_kernel, verify_kernel
-from .tuning import records
+from .topk_select import ROUNDS, SEARCH_BINS, count_kernel
+from .tuning import group
 
-SETS = 128  # a program of `verify_kernel`
+NOWHERE = tl.constexpr(-2)  # the key of what is beyond the chunk
+
+
+@triton.jit
+def store_pruned(row, start, i, valid, u, key, threshold, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store u, stored numbers with these keys, where the key is larger than the threshold or of a NaN, else +0; returns where."""
+    stays = key > tl.minimum(threshold, NAN_KEY - 1)
+    tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(stays, u, 0).to(T), mask=valid)
+    return stays
 
 
 @triton.jit
 def prune(row, start, size, i, valid, u, threshold, T: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Store u, stored numbers, where the key is larger than the threshold, else +0, and the mask bits."""
+    """Weights u, stored numbers, and the mask bits."""
     key = magnitude_key(widen(u))
-    keep = valid & (key > threshold) & (key < NAN_KEY)
-    tl.store(column(row, PARAM, start, T, ALIGNED) + i, tl.where(keep | (key == NAN_KEY), u, 0).to(T), mask=valid)
-    store_bits(row, start, size, keep, BLOCK)
+    stays = store_pruned(row, start, i, valid, u, key, threshold, T, ALIGNED)
+    store_bits(row, start, size, valid & stays & (key < NAN_KEY), BLOCK)
 
 
 @triton.jit
@@ -58,88 +68,196 @@ def stream_kernel(
     PERTURB: tl.constexpr, RHO_EACH: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The one pass: count what is above the bracket, append the candidates in it; PERTURB: save, move uphill, prune on the guess."""
+    """The one pass: count what is above the bracket, write down the candidates in it; PERTURB: save, move uphill, prune on the guess."""
     tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
-    i, valid = elements_of(size, BLOCK)
+    LANES: tl.constexpr = 16 // (T.primitive_bitwidth // 8)  # of a row, which a thread loads as a whole: rows need no exchange then
+    lane, first_of_row = tl.arange(0, LANES)[None, :], tl.arange(0, BLOCK // LANES) * LANES
+    i = first_of_row[:, None] + lane
+    valid = i < size
+    if ALIGNED:  # whole rows
+        valid = first_of_row[:, None] + lane * 0 < size
     s = tl.load(row + PLACE)
     state, own = state + s * STATES, sets + s * FIELDS
     low, high = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
+    tie, other_tie = tl.load(state + TIE).to(tl.int32), tl.load(state + TIE + 1).to(tl.int32)
     if PERTURB:
+        g = gradient_at(row, start, i, valid, inv_scale, T, ALIGNED)  # on its way before the first store
         w = save(row, start, i, valid, T, MASTERS, ALIGNED)
-        u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, found_inf, T, ALIGNED)
-        prune(row, start, size, i, valid, u, tl.load(state + CUT).to(tl.int32), T, ALIGNED, BLOCK)
-        wide = widen(u)
+        u = rounded(w + rho_of(tensor, rho, RHO_EACH) * g, T)
+        bits = widen(u).to(tl.int32, bitcast=True)
+        key = bits & 0x7FFFFFFF  # every NaN is the canonical one
     else:
-        wide = weight_at(row, start, i, valid, PARAM, T, False, ALIGNED)
-    key = magnitude_key(wide)
-    two = (valid & (key > high)).to(tl.int32) + ((valid & (key == NAN_KEY)).to(tl.int32) << 16)
-    two = tl.sum(tl.sum(two, 1), 0)  # both sums at once: a chunk has at most 2 ** 15 elements
-    tl.atomic_add(state + ABOVE, (two & 0xFFFF).to(tl.int64), sem="relaxed")
-    tl.atomic_add(state + NANS, ((two >> 16) & 0xFFFF).to(tl.int64), sem="relaxed")
+        key = magnitude_key(weight_at(row, start, i, valid, PARAM, T, False, ALIGNED))
+        bits = key
+    if not ALIGNED:
+        key = tl.where(valid, key, NOWHERE)
 
-    candidate = valid & (key > low) & (key <= high)
-    in_row = tl.sum(candidate.to(tl.int32), 1)
-    count = tl.sum(in_row, 0)
-    found = tl.atomic_add(state + FOUND, count.to(tl.int64), sem="relaxed")
+    # Of a row, in bits: which are candidates (0-7), how many are (8-11), how many are above the bracket (12-15), how many are ties
+    # (16-19 and 20-23), which stay (24-31). Bits of candidates are added up: of the only one in a row they are what is wanted.
+    listed = (key > low) & (key <= high) & (key != tie) & (key != other_tie)
+    word = tl.where(key == tie, 1 << 16, tl.where(key == other_tie, 1 << 20, 0))
+    word = tl.where(listed, (1 << lane) + (1 << 8), tl.where(key > high, 1 << 12, word))
+    if PERTURB:
+        stays = store_pruned(row, start, i, valid, u, key, tl.load(state + CUT).to(tl.int32), T, ALIGNED)
+        word += tl.where(stays, 1 << (lane + 24), 0)
+    word, bits_of_row, odd = tl.sum(word, 1), tl.sum(tl.where(listed, bits, 0), 1), tl.max(key, 1) >= INF_KEY
+    if ALIGNED:
+        word, odd = tl.where(first_of_row < size, word, 0), odd & (first_of_row < size)
+    left, in_row, above = word & 255, (word >> 8) & 15, (word >> 12) & 15
+    if PERTURB:
+        store_bytes(row, start, size, bytes_of((word >> 24) & 255, LANES, BLOCK), BLOCK)
+    two = tl.sum(in_row + (above << 16), 0)  # both sums at once: a chunk has at most 2 ** 15 elements
+    crowded = tl.max(in_row + tl.where(odd, 256, 0), 0)
+    count = (two & 0xFFFF).to(tl.int64)
+    found = tl.atomic_add(state + FOUND, count, sem="relaxed")
+    tl.atomic_add(state + ABOVE, ((two >> 16) & 0xFFFF).to(tl.int64), sem="relaxed")
+    if (tie >= 0) | (other_tie >= 0):
+        ties = tl.sum(((word >> 16) & 15) + ((word >> 4) & 0xF0000), 0)
+        tl.atomic_add(state + TIES, (ties & 0xFFFF).to(tl.int64), sem="relaxed")
+        tl.atomic_add(state + TIES + 1, ((ties >> 16) & 0xFFFF).to(tl.int64), sem="relaxed")
+    if crowded >= 256:  # infinities or NaNs
+        nan = valid & (key == NAN_KEY)
+        tl.atomic_add(state + NANS, tl.sum(tl.sum(nan.to(tl.int32), 1), 0).to(tl.int64), sem="relaxed")
+        crowded = tl.max(in_row, 0)
+        if PERTURB:
+            kept = tl.sum((valid & stays & (key < NAN_KEY)).to(tl.int32) << lane, 1)
+            store_bytes(row, start, size, bytes_of(kept, LANES, BLOCK), BLOCK)
+            if found_inf is not None:
+                note_bad(found_inf, valid, g)
+
     fits = found + count <= tl.load(own + CAPACITY)
-    before = (tl.cumsum(in_row, 0) - in_row)[:, None] + tl.cumsum(candidate.to(tl.int32), 1) - 1
     first = tl.load(own + BASE) + found
-    bits = tl.where(key == NAN_KEY, NAN_KEY, wide.to(tl.int32, bitcast=True))
-    tl.store(candidates + first + before, bits, mask=only(candidate, fits))
-    tl.store(places + first + before, i.to(tl.int16), mask=only(candidate, fits))
     span = spans + tl.program_id(0).to(tl.int64) * 2
     tl.store(span, first)
-    tl.store(span + 1, tl.where(fits, count, 0).to(tl.int64))
+    tl.store(span + 1, tl.where(fits, count, 0))
+    at, left = tl.cumsum(in_row, 0) - in_row, tl.where(fits, left, 0)
+    while crowded > 1:  # the first candidate of each row that has several left
+        lowest = left & -left
+        here, several = lane_of(lowest), left != lowest
+        own_bits = tl.sum(tl.where(lane == here[:, None], bits, 0), 1)
+        tl.store(candidates + first + at, own_bits, mask=several)
+        tl.store(places + first + at, (first_of_row + here).to(tl.int16), mask=several)
+        bits_of_row = tl.where(several, bits_of_row - own_bits, bits_of_row)
+        left, at = tl.where(several, left - lowest, left), tl.where(several, at + 1, at)
+        crowded -= 1
+    tl.store(candidates + first + at, bits_of_row, mask=left != 0)
+    tl.store(places + first + at, (first_of_row + lane_of(left)).to(tl.int16), mask=left != 0)
 
 
 @triton.jit
-def finish_kernel(
-    rows, chunks, spans, candidates, places, state, rho, inv_scale,
-    PERTURB: tl.constexpr, RHO_EACH: tl.constexpr, RECORDS: tl.constexpr,
+def bytes_of(bits, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the bits of rows of LANES weights those of 8: int32 [BLOCK / 8]."""
+    if LANES < 8:
+        place = tl.arange(0, 8 // LANES)[None, :] * LANES
+        bits = tl.sum(tl.reshape(bits, [BLOCK // 8, 8 // LANES]) << place, 1)
+    return bits
+
+
+@triton.jit
+def lane_of(bit):
+    """The place of the only bit of a byte."""
+    return ((bit & 0xAA) != 0).to(tl.int32) + ((bit & 0xCC) != 0).to(tl.int32) * 2 + ((bit & 0xF0) != 0).to(tl.int32) * 4
+
+
+@triton.jit
+def prune_kernel(
+    rows, chunks, state,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Set the candidates right; without PERTURB and after a fallback, prune the whole chunk by the threshold."""
-    tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    """Prune the weights as they are by the threshold."""
+    _tensor, row, start, size = chunk_of(rows, chunks, BLOCK, ALIGNED)
+    i, valid = elements_of(size, BLOCK)
+    u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
+    threshold = tl.load(state + tl.load(row + PLACE) * STATES + HIGH).to(tl.int32)
+    prune(row, start, size, i, valid, u, threshold, T, ALIGNED, BLOCK)
+
+
+@triton.jit(do_not_specialize=["number"])
+def finish_kernel(
+    rows, chunks, spans, candidates, places, state, rho, inv_scale, number,
+    RHO_EACH: tl.constexpr, GROUP: tl.constexpr, RECORDS: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Set the candidates right that the guess got wrong; where it got others wrong, too, prune the whole chunk once more."""
+    chunk, there, row, s = group_of(rows, chunks, number, GROUP)
+    own = state + s * STATES
+    anew = there & is_wrong(own, there)
+    threshold, cut = tl.load(own + HIGH, mask=there, other=0).to(tl.int32), tl.load(own + CUT, mask=there, other=0).to(tl.int32)
+    span = spans + chunk * 2
+    fixed = there & (anew.to(tl.int32) == 0) & (threshold != cut)
+    first, count = tl.load(span, mask=fixed, other=0)[:, None], tl.load(span + 1, mask=fixed, other=0).to(tl.int32)
+    start = tl.load(chunks + chunk * 3 + 1, mask=there, other=0).to(tl.int64) * BLOCK
+    param = tl.load(row + PARAM, mask=there, other=0).to(tl.pointer_type(T)) + start
+    address = tl.load(row + MASK, mask=there, other=0)
+    mask = address.to(tl.pointer_type(tl.uint8)) + start // 8
+    for at in range(0, tl.max(count, 0), RECORDS):
+        j = at + tl.arange(0, RECORDS)[None, :]
+        inside = j < count[:, None]
+        fix_up(
+            param[:, None], mask[:, None], inside, inside & (address != 0)[:, None], candidates + (first + j), places + (first + j),
+            j, count[:, None], threshold[:, None], cut[:, None], T,
+        )  # fmt: skip
+    if tl.max(anew.to(tl.int32), 0) != 0:
+        begin = tl.program_id(0) * GROUP
+        for one in range(begin, tl.minimum(begin + GROUP, number)):
+            prune_anew(rows, chunks, one, state, rho, inv_scale, RHO_EACH, T, MASTERS, ALIGNED, BLOCK)
+
+
+@triton.jit
+def is_wrong(state, there):
+    """Whether the guess was wrong about more weights of a set than the candidates that are written down."""
+    threshold, cut = tl.load(state + HIGH, mask=there, other=0), tl.load(state + CUT, mask=there, other=0)
+    wrong = tl.load(state + FALLBACK, mask=there, other=0) != 0
+    for which in tl.static_range(2):
+        tie = tl.load(state + TIE + which, mask=there, other=0)
+        wrong = wrong | ((tie >= 0) & ((tie > threshold) != (tie > cut)))
+    return wrong
+
+
+@triton.jit
+def fix_up(param, mask, there, masked, candidates, places, j, count, threshold, cut, T: tl.constexpr):
+    """Candidates of several chunks, of each in the order of their places. The first in a mask byte turns over the bits of all in it."""
+    bits, i = tl.load(candidates, mask=there, other=0), tl.load(places, mask=there, other=0).to(tl.int32)
+    key = bits & 0x7FFFFFFF
+    stays, wrong = key > threshold, there & is_between(key, threshold, cut)
+    tl.store(param + i, tl.where(stays, rounded(bits.to(tl.float32, bitcast=True), T), 0).to(T), mask=wrong)
+
+    before = tl.load(places - 1, mask=there & (j > 0), other=-8).to(tl.int32)
+    leads = masked & (before >> 3 != i >> 3)
+    turned = tl.where(wrong, 1 << (i & 7), 0)
+    ahead = 1
+    going = leads & (j + ahead < count)
+    while tl.max(tl.max(going.to(tl.int32), 1), 0) != 0:
+        other = tl.load(places + ahead, mask=going, other=-8).to(tl.int32)
+        going = going & (other >> 3 == i >> 3)
+        key = tl.load(candidates + ahead, mask=going, other=0) & 0x7FFFFFFF
+        turned |= tl.where(going & is_between(key, threshold, cut), 1 << (other & 7), 0)
+        ahead += 1
+        going = going & (j + ahead < count)
+    leads = leads & (turned != 0)
+    kept = tl.load(mask + (i >> 3), mask=leads, other=0).to(tl.int32)
+    tl.store(mask + (i >> 3), (kept ^ turned).to(tl.uint8), mask=leads)
+
+
+@triton.jit
+def is_between(key, threshold, cut):
+    """Whether pruning at one key and at the other differ."""
+    return ((key > threshold) != (key > cut)) & (key < NAN_KEY)
+
+
+@triton.jit
+def prune_anew(
+    rows, chunks, index, state, rho, inv_scale,
+    RHO_EACH: tl.constexpr, T: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a set that the guess was wrong about."""
+    tensor, row, start, size = chunk_at(rows, chunks, tl.cast(index, tl.int64), BLOCK, ALIGNED)
     state = state + tl.load(row + PLACE) * STATES
-    threshold = tl.load(state + HIGH).to(tl.int32)
-    span = spans + tl.program_id(0).to(tl.int64) * 2
-    if not PERTURB:
-        i, valid = elements_of(size, BLOCK)
-        u = tl.load(column(row, PARAM, start, T, ALIGNED) + i, mask=valid, other=0)
-        prune(row, start, size, i, valid, u, threshold, T, ALIGNED, BLOCK)
-    elif tl.load(state + FALLBACK) != 0:
+    if is_wrong(state, True):
         i, valid = elements_of(size, BLOCK)
         w = weight_at(row, start, i, valid, SAVED, T, MASTERS, ALIGNED)
         u = uphill(w, row, start, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, ALIGNED)
-        prune(row, start, size, i, valid, u, threshold, T, ALIGNED, BLOCK)
-    else:
-        first, count = tl.load(span), tl.load(span + 1)
-        for at in range(0, count, RECORDS):
-            fix_up(row, start, candidates + first, places + first, at, count, threshold, T, RECORDS)
-
-
-@triton.jit
-def fix_up(row, start, candidates, places, at, count, threshold, T: tl.constexpr, RECORDS: tl.constexpr):
-    """RECORDS candidates of a chunk, in the order of their places. The first one in a mask byte sets the bits of all that are in it."""
-    j = at + tl.arange(0, RECORDS)
-    there = j < count
-    bits = tl.load(candidates + j, mask=there, other=0)
-    key = bits & 0x7FFFFFFF
-    i = tl.load(places + j, mask=there, other=0).to(tl.int32)
-    stays = ((key > threshold) & (key < NAN_KEY)) | (key == NAN_KEY)
-    tl.store(column(row, PARAM, start, T, False) + i, tl.where(stays, rounded(bits.to(tl.float32, bitcast=True), T), 0).to(T), mask=there)
-
-    before = tl.load(places + j - 1, mask=there & (j > 0), other=-8).to(tl.int32)
-    leads = only(there & (before >> 3 != i >> 3), tl.load(row + MASK) != 0)
-    byte = column(row, MASK, start // 8, tl.uint8, False) + (i >> 3)
-    kept = tl.load(byte, mask=leads, other=0).to(tl.int32)
-    for ahead in tl.static_range(8):
-        inside = leads & (j + ahead < count)
-        other = tl.load(places + j + ahead, mask=inside, other=-8).to(tl.int32)
-        other_key = tl.load(candidates + j + ahead, mask=inside, other=0) & 0x7FFFFFFF
-        bit = tl.where(inside & (other >> 3 == i >> 3), 1 << (other & 7), 0)
-        kept = tl.where((other_key > threshold) & (other_key < NAN_KEY), kept | bit, kept & ~bit)
-    tl.store(byte, kept.to(tl.uint8), mask=leads)
+        prune(row, start, size, i, valid, u, tl.load(state + HIGH).to(tl.int32), T, ALIGNED, BLOCK)
 
 
 def upload_fields(upload: Callable[[Tensor], Tensor], fields: tuple[int, ...]) -> Tensor:
@@ -161,35 +279,48 @@ def solve(
     fields = constant(upload_fields, device, own.fields)
     thresholds = torch.empty(num_sets, dtype=torch.int32, device=device)
     stats = torch.empty(num_sets, 3, dtype=torch.int64, device=device)
-    state = torch.zeros(num_sets + 1, STATES.value, dtype=torch.int64, device=device)
-    samples = torch.zeros(own.slots, SAMPLE_BINS.value, dtype=torch.int32, device=device)
-    histogram = torch.zeros(num_sets + 1, SEARCH_BINS.value, dtype=torch.int64, device=device)  # a fallback counts all weights
+    # What is zero at the start. A fallback counts all weights: in int64.
+    shapes = [
+        (num_sets + 1, STATES.value),
+        (num_sets + 1, SEARCH_BINS.value),
+        (own.slots, DRAWN.value),
+        (own.slots, SAMPLE_BINS.value // 2),
+    ]
+    sizes = [rows * columns for rows, columns in shapes]
+    zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+    state, histogram, drawn, samples = (part.view(shape) for part, shape in zip(zeros, shapes, strict=True))
+    samples = samples.view(torch.int32)
     candidates = torch.empty(own.candidates, dtype=torch.int32, device=device)
     places = torch.empty(own.candidates, dtype=torch.int16, device=device)
     served = list(table.chunks(lambda i: perturbation["PERTURB"] or sets[i] >= 0))
     spans = [torch.empty(len(chunks), 2, dtype=torch.int64, device=device) for _, chunks in served]
 
-    def each(kernel: Any, *args: Any, **more: Any) -> list[Action]:
+    def each(kernel: Any, **more: Any) -> list[Action]:
+        """A pass over the chunks, one a program or a GROUP."""
+        group = more.get("GROUP", 1)
         return [
             launch(
-                kernel, len(chunks), table.rows, chunks, span, candidates, *args,
-                **(perturbation | kind.options | more),
+                kernel, -(-len(chunks) // group), table.rows, chunks, span, candidates,
+                state=state, **({"number": len(chunks)} if group > 1 else {}), **more, **kind.options,
             )
             for (kind, chunks), span in zip(served, spans, strict=True)
         ]  # fmt: skip
 
     actions: list[Action] = [] if perturbed is None else [partial(raise_flag, "perturb_topk_", perturbed)]
-    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA):
-        options = kind.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
-        actions.append(launch(sample_kernel, len(chunks), table.rows, chunks, fields, histogram=samples, **perturbation, **options))
-    actions.append(launch(bracket_kernel, num_sets + 1, fields, k, samples, state, num_sets, num_warps=16, enable_fp_fusion=False))
-    actions += each(stream_kernel, places, fields, state, found_inf=found_inf)
+    for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA, 1):
+        options = perturbation | kind.options | {"BLOCK": STRATA, "ALIGNED": False}  # single weights
+        actions.append(launch(sample_kernel, len(chunks), table.rows, chunks, fields, histogram=samples, drawn=drawn, **options))
+    options = {"num_warps": 16, "enable_fp_fusion": False}
+    actions.append(launch(bracket_kernel, num_sets + 1, fields, k, samples, drawn, state, thresholds, stats, num_sets, **options))
+    actions += each(stream_kernel, places=places, sets=fields, found_inf=found_inf, **perturbation)
     if num_sets > 0:
-        actions.append(launch(verify_kernel, -(-num_sets // SETS), fields, k, state, num_sets, SETS=SETS, num_warps=4))
-        narrow = launch(narrow_kernel, num_sets, state, histogram, thresholds, stats, num_warps=8)
-        actions += [*each(count_kernel, state, histogram=histogram, RECORDS=records()), narrow] * ROUNDS
-        if write:
-            actions += each(finish_kernel, places, state, RECORDS=records())
+        results = {"histogram": histogram, "thresholds": thresholds, "stats": stats}
+        actions += each(count_kernel, sets=fields, k=k, num_sets=num_sets, **results, **perturbation, **group()) * ROUNDS
+    if num_sets > 0 and write and perturbation["PERTURB"]:
+        moves = {name: value for name, value in perturbation.items() if name != "PERTURB"}
+        actions += each(finish_kernel, places=places, **moves, **group())
+    elif num_sets > 0 and write:
+        actions += table.launches(prune_kernel, state, among=lambda i: sets[i] >= 0)
     send(actions)
     return thresholds, stats
 

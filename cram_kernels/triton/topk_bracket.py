@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .number import KEEP_ALL, NAN_KEY, magnitude_key, widen
 from .perturb import rho_of, uphill, weight_at
-from .table import NUMBER, PARAM, PLACE, chunk_of
+from .table import NUMBER, PARAM, PLACE, chunk_of, only
 
 DIRECT = 16384  # sets up to this size: every weight is a candidate
 SAMPLE = 65536  # weights of a set, about, and at most an eighth
@@ -17,6 +17,8 @@ DEVIATIONS = tl.constexpr(4.0)  # half width of the bracket: the guess fails abo
 SAMPLE_BINS = tl.constexpr(1 << 14)  # by exponent and 6 bits of mantissa
 BIN_SHIFT = tl.constexpr(17)
 HALF_BIN = tl.constexpr(1 << 16)
+DRAWN = tl.constexpr(1024)  # keys of the sample that are kept, to find one that many weights share
+TIED = tl.constexpr(32)  # shared by one weight in so many: more than candidates have room for would be twice as many
 NUMEL = NUMBER  # of the tensor
 
 # What is known of a set beforehand, int64.
@@ -33,10 +35,13 @@ HIGH = tl.constexpr(1)
 CUT = tl.constexpr(2)  # the guess that weights are pruned on
 ABOVE = tl.constexpr(3)  # weights with a key above HIGH
 NANS = tl.constexpr(4)
-FOUND = tl.constexpr(5)  # candidates, with a key in the first (LOW, HIGH]
-RANK = tl.constexpr(6)  # of the threshold among the keys in (LOW, HIGH], the largest being 1
+FOUND = tl.constexpr(5)  # candidates, with a key in the first (LOW, HIGH] that is no TIE
+RANK = tl.constexpr(6)  # of the threshold among the keys in (LOW, HIGH], the largest being 1; 0: nobody has looked yet
 FALLBACK = tl.constexpr(7)
-STATES = tl.constexpr(8)
+TIE = tl.constexpr(8)  # and the one behind it: keys in (LOW, HIGH] that many weights share; these are counted, not written down
+TIES = tl.constexpr(10)  # and the one behind it: weights with such a key
+DONE = tl.constexpr(12)  # weights whose keys are counted in this round
+STATES = tl.constexpr(14)
 
 
 class Sets(NamedTuple):
@@ -87,24 +92,28 @@ def scramble(x):
 
 @triton.jit
 def sample_kernel(
-    rows, chunks, sets, rho, inv_scale, histogram,
+    rows, chunks, sets, rho, inv_scale, histogram, drawn,
     PERTURB: tl.constexpr, RHO_EACH: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, MASTERS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the keys of one weight a stratum, at a hashed place. A chunk is strata of one tensor."""
+    """Count the keys of one weight a stratum, at a hashed place, and draw some of them. A chunk is strata of one tensor."""
     tensor, row, first, size = chunk_of(rows, chunks, BLOCK, False)
     own = sets + tl.load(row + PLACE) * FIELDS
     stratum = tl.load(own + STRATUM)
     lane = tl.arange(0, BLOCK)
     begin = (first + lane) * stratum
     length = tl.maximum(tl.minimum(stratum, tl.load(row + NUMEL) - begin), 1)
-    i = begin + scramble((first + lane + tensor * 0x10001).to(tl.uint32)).to(tl.int64) % length
+    hash = scramble((first + lane + tensor * 0x10001).to(tl.uint32))
+    i = begin + hash.to(tl.int64) % length
     valid = lane < size
     w = weight_at(row, 0, i, valid, PARAM, T, MASTERS, False)
     if PERTURB:
         w = widen(uphill(w, row, 0, i, valid, rho_of(tensor, rho, RHO_EACH), inv_scale, None, T, False))
-    bin = magnitude_key(w) >> BIN_SHIFT
-    tl.atomic_add(histogram + tl.load(own + SLOT) * SAMPLE_BINS + bin, 1, mask=valid, sem="relaxed")
+    key, slot = magnitude_key(w), tl.load(own + SLOT)
+    tl.atomic_add(histogram + slot * SAMPLE_BINS + (key >> BIN_SHIFT), 1, mask=valid, sem="relaxed")
+    lot = scramble(hash + 1)  # of the keys that come to a place the highest lot stays, in whatever order
+    place = drawn + slot * DRAWN + (lot % DRAWN).to(tl.int64)
+    tl.atomic_max(place, ((lot // DRAWN).to(tl.int64) << 32) + key + 1, mask=valid, sem="relaxed")
 
 
 @triton.jit
@@ -114,30 +123,53 @@ def bin_at(larger, position):
 
 
 @triton.jit
-def bracket_kernel(sets, k, histogram, state, num_sets):
-    """LOW, HIGH and CUT of each set. A threshold that no weight decides needs no candidates: LOW = HIGH."""
+def tied_in(drawn, bin):
+    """The key of a bin that many weights share, of most of its keys that were drawn (-1: none); KEEP_ALL if there is none."""
+    inside, bits = (drawn >> BIN_SHIFT) == bin, tl.arange(0, 32)
+    ones = tl.sum(tl.where(inside[:, None], (drawn[:, None] >> bits[None, :]) & 1, 0), 0)
+    key = tl.sum(tl.where(ones * 2 > tl.sum(inside.to(tl.int32), 0), 1 << bits, 0), 0)
+    share = tl.sum((inside & (drawn == key)).to(tl.int32), 0) * TIED
+    return tl.where(share >= tl.sum((drawn >= 0).to(tl.int32), 0), key, KEEP_ALL).to(tl.int64)
+
+
+@triton.jit
+def bracket_kernel(sets, k, histogram, drawn, state, thresholds, stats, num_sets):
+    """LOW, HIGH, CUT and TIE of each set. A threshold that no weight decides needs no candidates: LOW = HIGH."""
     s = tl.program_id(0).to(tl.int64)
     own, state = sets + s * FIELDS, state + s * STATES
     rank, numel = tl.load(k + s, mask=s < num_sets, other=1), tl.load(own + SET_NUMEL)
     low, high = tl.full([], KEEP_ALL, tl.int64), tl.full([], NAN_KEY, tl.int64)
-    cut = low
+    cut, tie, other_tie = low, low, low
     if tl.load(own + STRATUM) > 0:
-        count = tl.load(histogram + tl.load(own + SLOT) * SAMPLE_BINS + tl.arange(0, SAMPLE_BINS))
+        slot = tl.load(own + SLOT)
+        count = tl.load(histogram + slot * SAMPLE_BINS + tl.arange(0, SAMPLE_BINS))
         total = tl.sum(count, 0)
         larger = total - tl.cumsum(count, 0)
         share = rank.to(tl.float32) / numel.to(tl.float32)
         middle = share * total.to(tl.float32)
         width = DEVIATIONS * tl.sqrt(tl.maximum(middle * (1 - share), 0.0)) + 1
         upper, lower = tl.floor(middle - width).to(tl.int32) - 1, tl.ceil(middle + width).to(tl.int32)
-        if upper >= 0:
-            high = tl.minimum(high, ((bin_at(larger, upper) + 1) << BIN_SHIFT) - 1)
-        if lower < total:
-            low = (bin_at(larger, lower) << BIN_SHIFT) - 1
         guess = tl.minimum(tl.maximum(middle.to(tl.int32) - 1, 0), total - 1)
-        cut = (bin_at(larger, guess) << BIN_SHIFT) + HALF_BIN
+        upper_bin, lower_bin = bin_at(larger, tl.maximum(upper, 0)), bin_at(larger, tl.minimum(lower, total - 1))
+        bin = bin_at(larger, guess)
+        keys = (tl.load(drawn + slot * DRAWN + tl.arange(0, DRAWN)) & 0xFFFFFFFF).to(tl.int32) - 1
+        # A key between the ends is shared by fewer weights than lie between them, which are not many.
+        tie, other_tie = tied_in(keys, upper_bin), tied_in(keys, lower_bin)
+        tied = tl.where(bin == upper_bin, tie, tl.where(bin == lower_bin, other_tie, KEEP_ALL))
+        cut = tl.where(tied >= 0, tied, (bin << BIN_SHIFT) + HALF_BIN)
+        other_tie = tl.where(other_tie == tie, KEEP_ALL, other_tie)
+        if upper >= 0:
+            high = tl.minimum(high, ((upper_bin + 1) << BIN_SHIFT) - 1)
+        if lower < total:
+            low = (lower_bin << BIN_SHIFT) - 1
     none, all = rank < 1, rank > numel
     low = tl.where(none, NAN_KEY, tl.where(all, KEEP_ALL, low))
     high = tl.where(none, NAN_KEY, tl.where(all, KEEP_ALL, high))
     tl.store(state + LOW, low)
     tl.store(state + HIGH, high)
     tl.store(state + CUT, tl.minimum(tl.maximum(cut, low), high))
+    tl.store(state + TIE, tl.where(low < high, tie, KEEP_ALL))  # KEEP_ALL: none
+    tl.store(state + TIE + 1, tl.where(low < high, other_tie, KEEP_ALL))
+    real = s < num_sets  # what is reported where the set has no weights
+    tl.store(thresholds + s, high.to(tl.int32), mask=real)
+    tl.store(stats + s * 3 + tl.arange(0, 4), tl.zeros([4], tl.int64), mask=only(tl.arange(0, 4) < 3, real))

@@ -52,6 +52,6 @@ def tuning(dtype: torch.dtype) -> Tuning:
     return next(row for dtypes, row in rows.items() if dtype in dtypes)
 
 
-def records() -> int:
-    """Top-k candidates of a chunk at a time."""
-    return 2048 if knobs.runtime.interpret else 128
+def group() -> dict[str, int]:
+    """Of the phases of top-k that serve its candidates: chunks a program, candidates of each at a time."""
+    return {"GROUP": 8, "RECORDS": 2048} if knobs.runtime.interpret else {"GROUP": 32, "RECORDS": 32}
