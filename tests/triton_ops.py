@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from cram_kernels import _triton, ops, reference
 from cram_kernels import triton as kernels
 from cram_kernels.backend import available, use_backend
-from cram_kernels.triton import launch, nm, table, tuning
+from cram_kernels.triton import launch, nm, table, topk, tuning
 
 OP = pytest.mark.parametrize("op", SAMPLES)
 
@@ -187,6 +187,20 @@ def test_launches_of_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.perturb_topk_(**arguments)
     passes = ["sample", "bracket", "stream", "count", "count", "count", "finish"]
     assert sent == [f"{name}_kernel" for name in passes]
+
+
+def test_many_tensors_in_small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks as small as on a GPU, of which a program of the later passes has those of several sets, and a set is in several programs."""
+    monkeypatch.setattr(tuning, "TABLE", {"interpreter": tuning.TABLE["cuda"]})
+    monkeypatch.setattr(topk, "group", lambda: {"GROUP": 32, "RECORDS": 4})
+    sizes = [1000 if i % 10 == 0 else 1 + 37 * i % 100 for i in range(200)]  # of set 0, which is sampled, and of the others
+    sets = [0 if i % 10 == 0 else -1 if i % 7 == 0 else 1 + i % 14 for i in range(200)]
+    numels = [sum(size for size, s in zip(sizes, sets, strict=True) if s == own) for own in range(15)]
+    more = {"sets": sets, "k": torch.tensor([numel // (2 + own % 3) for own, numel in enumerate(numels)])}
+    arguments, expected = (perturb(Drawn("normal", [Spec((size,)) for size in sizes])) | more for _ in range(2))
+    results = ops.perturb_topk_(**arguments), reference.perturb_topk_(**expected)
+    compare_all("perturb_topk_", arguments, expected)
+    compare_all("perturb_topk_", *map(contract_part, results))
 
 
 def test_launches_of_another_thread() -> None:

@@ -123,7 +123,7 @@ def count_weights(
         count_bins(histogram + s * SEARCH_BINS, (key - below - 1) >> shift_of(high - low), inside, SEARCH_BINS)
 
 
-@triton.jit
+@triton.jit(noinline=True)  # in place, its registers would add to those of `count_kernel`, which spills then
 def narrow(sets, k, state, histogram, thresholds, stats, s):
     """A round for a set whose keys are counted: (LOW, HIGH] becomes the threshold's bin. After the last one HIGH is the threshold."""
     own, state, bins = sets + s * FIELDS, state + s * STATES, tl.arange(0, SEARCH_BINS)

@@ -54,4 +54,4 @@ def tuning(dtype: torch.dtype) -> Tuning:
 
 def group() -> dict[str, int]:
     """Of the phases of top-k that serve its candidates: chunks a program, candidates of each at a time."""
-    return {"GROUP": 8, "RECORDS": 2048} if knobs.runtime.interpret else {"GROUP": 32, "RECORDS": 32}
+    return {"GROUP": 8, "RECORDS": 2048} if knobs.runtime.interpret else {"GROUP": 16, "RECORDS": 32}
