@@ -13,6 +13,8 @@ sys.path[:0] = [str(ROOT / "tools" / "site"), str(ROOT)]
 import bench_tables  # noqa: E402
 import figures  # noqa: E402
 import inference_table  # noqa: E402
+import pytest  # noqa: E402
+import study_tables  # noqa: E402
 
 from benchmarks.measure import ROUNDS  # noqa: E402
 
@@ -94,7 +96,8 @@ def measured_accuracies() -> set[str]:
     """Of every method, pattern and repair."""
     methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
     cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
-    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells} | set(study().values()) | set(study("bbc-study").values())
+    studies = ("mnist5k-study", "bbc-study", *study_tables.COLUMNS)
+    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells}.union(*(study(name).values() for name in studies))
 
 
 def table_of(page: str, first: str, which: int = 1) -> list[list[str]]:
@@ -124,14 +127,23 @@ def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
         assert cells[:2] == [known[label, pattern, state] for label in labels], (pattern, repair)
 
 
-def test_every_cell_of_the_advice_on_a_bert_is_of_its_row_and_column() -> None:
-    known = study("bbc-study")
-    head, *rows = table_of("when-it-pays.md", "pruned to", 2)
-    assert head[2:4] == ["CrAM+", "AdamW"] and len(rows) == 7
+@pytest.mark.parametrize("record", study_tables.COLUMNS)
+def test_tables_of_the_studies_are_those_of_the_records(record: str) -> None:
+    """As the script makes them, and each cell as counted here."""
+    for page in study_tables.PAGES:
+        text = page.read_text()
+        assert study_tables.filled(text) == text, f"run python tools/site/study_tables.py: {page.name}"
+    known, labels = study(record), study_tables.COLUMNS[record]
+    text = (ROOT / "docs" / "when-it-pays.md").read_text().split(f"<!-- advice: {record} -->\n\n")[1].split("\n\n<!-- end -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert head == ["pruned to", "repaired by", *labels] and {key[0] for key in known} == set(labels.values())
+    states, seen = {repair: state for state, repair in study_tables.REPAIRS.items()}, 0
     for pattern, repair, *cells in rows:
-        key = {"": ("dense",), "nothing": (pattern, "as pruned"), "`reconstruct`": (pattern, "reconstructed")}[repair]
-        labels = ("CrAM+ {50 %, 60 %, 70 %}, 1.5 epochs", "AdamW, 3 epochs")
-        assert cells[:2] == [known[(label, *key)] for label in labels], (pattern, repair)
+        key = (pattern, states[repair]) if repair else ("dense",)
+        wanted = [known.get((label, *key), "") for label in labels.values()]
+        assert cells == wanted, (pattern, repair)
+        seen += len([cell for cell in wanted if cell])
+    assert seen == len(known)
 
 
 def test_accuracies_have_a_spread_and_were_measured() -> None:

@@ -1,5 +1,6 @@
-"""What README and docs/performance.md show of docs/data/bench.json, a record of `make bench`: python tools/site/bench_tables.py writes the
-tables, between their marks, and the charts. All figures of a table are of one run on one machine, which a line of its own names.
+"""What README, docs/performance.md and docs/when-it-pays.md show of docs/data/bench.json, a record of `make bench`:
+python tools/site/bench_tables.py writes the tables, between their marks, and the charts. All figures of a table are of one run on one
+machine, which a line of its own names.
 A new record comes from build/benchmarks/suite.json: python tools/site/bench_tables.py build/benchmarks/suite.json."""
 
 import json
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-RECORD, PAGES = ROOT / "docs" / "data" / "bench.json", (ROOT / "README.md", ROOT / "docs" / "performance.md")
+RECORD = ROOT / "docs" / "data" / "bench.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "when-it-pays.md")
 METHODS = {"SGD": "SGD", "published": "CrAM, published algorithm", "cram_kernels": "CrAM, cram_kernels"}
 Row = dict[str, Any]
 
