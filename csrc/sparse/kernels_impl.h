@@ -57,6 +57,21 @@ CRAM_INLINE_KERNEL void store(float* to, typename Vector<width>::Type v, bool st
   *reinterpret_cast<typename Vector<width>::Unaligned*>(to) = v;
 }
 
+// Value i of a group, in all elements. Of 8 of them one load and permutations: with as many columns two loads a non-zero are what takes longest.
+template <int tile>
+CRAM_INLINE_KERNEL typename Vector<Shape<tile>::width>::Type factor_of(const float* value, int i) {
+  using V = typename Vector<Shape<tile>::width>::Type;
+#if defined(__AVX2__)
+  if constexpr (tile == 8) {
+    const __m256 all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), _mm256_set1_epi32(i));
+    V factor;
+    memcpy(&factor, &all, sizeof factor);
+    return factor;
+  }
+#endif
+  return value[i] - V{};
+}
+
 // `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored.
 template <int tile, bool fresh>
 CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint8_t* order, int rows, const float* panel,
@@ -76,7 +91,7 @@ CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* colu
     for (int i = 0; i < group; ++i) {
       const uint64_t at = i % 2 == 0 ? word & 255 : word >> 8 & 255;
       if (i % 2 == 1) word >>= 16;
-      const V factor = value[i] - V{};
+      const V factor = factor_of<tile>(value, i);
       const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + at * (tile * sizeof(float)));
 #pragma GCC unroll 16
       for (int r = 0; r < registers; ++r) sum[i][r] += factor * row[r];
