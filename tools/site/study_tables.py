@@ -1,5 +1,5 @@
-"""Tables of docs/results.md and docs/when-it-pays.md from the records of studies in docs/data/: python tools/site/study_tables.py writes
-them between their marks. A record is study.json of examples/language/classify_study.py, or evaluation.json of examples/images."""
+"""Tables of README.md, docs/results.md and docs/when-it-pays.md from the records of studies in docs/data/: python
+tools/site/study_tables.py writes them between their marks. A record is study.json of examples/language/classify_study.py, or evaluation.json of examples/images."""
 
 import json
 import re
@@ -11,7 +11,7 @@ sys.path.append(str(ROOT / "examples"))
 
 from comparison import Summary, cell, summarise, table  # noqa: E402
 
-DATA, PAGES = ROOT / "docs" / "data", (ROOT / "docs" / "results.md", ROOT / "docs" / "when-it-pays.md")
+DATA, PAGES = ROOT / "docs" / "data", (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when-it-pays.md")
 RISE = "sparsities rise over 50 %, 2 epochs"
 COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the runs
     "bbc-64-study": {
