@@ -1,5 +1,8 @@
-"""Tables of README.md, docs/results.md and docs/when-it-pays.md from the records of studies in docs/data/: python
-tools/site/study_tables.py writes them between their marks. A record is study.json of examples/language/classify_study.py, or evaluation.json of examples/images."""
+"""Tables of README.md, docs/results.md and docs/when-it-pays.md from the records of studies in docs/data/.
+
+python tools/site/study_tables.py writes them between their marks. A record is study.json of examples/language/classify_study.py, or
+evaluation.json of examples/images.
+"""
 
 import json
 import re
