@@ -320,6 +320,15 @@ def test_export(always: list[tuple[int, ...]]) -> None:
         assert torch.equal(loaded(x[:1].repeat(5, 1, 1, 1)), model(x[:1].repeat(5, 1, 1, 1)))
 
 
+def test_dense_bfloat16_competes_where_the_cpu_has_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ratio is in the report, beside ours."""
+    linear = _linear(pruned(32, 64, density=0.2))
+    for there in (True, False):
+        monkeypatch.setattr(trial, "matrix_units", lambda there=there: there)
+        found = trial.try_layer(linear, SparseLinear(linear), (4, 64), rounds=2)
+        assert (found.bf16_speedup is not None) == there == ("dense bfloat16 (AMX): " in str(found))
+
+
 def test_plan_from_trials() -> None:
     """Each trial's tile is used up to half way, geometrically, to the next one; a dot product a row for 4 rows at most."""
     trials = [Trial((n, 9), n, tile, 2.0, None) for n, tile in ((32, 32), (1, 1), (8, 8))]
