@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("out", type=Path, help="NAME.safetensors, or a torch checkpoint; replaced in one step when all is written")
     rule = prune.add_mutually_exclusive_group(required=True)
     rule.add_argument("--sparsity", type=_sparsity, metavar="0.9", help="the share of the weights that becomes zero")
-    rule.add_argument("--pattern", type=_pattern, metavar="2:4", help="N:M, keep N of M input channels")
+    rule.add_argument("--pattern", type=_pattern, metavar="2:4", help="N:M, keep N of every M weights along the input channels")
     prune.add_argument("--scope", choices=("model", "tensor"), help="with --sparsity: rank all tensors together (default), or each alone")
     prune.add_argument("--prune-embeddings", action="store_true", help="prune what has the name of an embedding table too")
     prune.set_defaults(run=run_prune)
@@ -85,7 +85,11 @@ def add_commands(commands: Any) -> None:
     write.set_defaults(run=run_export)
     for command in (check, write):
         command.add_argument(
-            "--pattern", type=_pattern, default=NM(2, 4), metavar="2:4", help="N:M, at most N of M input channels; 2:4 if absent"
+            "--pattern",
+            type=_pattern,
+            default=NM(2, 4),
+            metavar="2:4",
+            help="N:M, at most N of every M weights along the input channels; 2:4 if absent",
         )
     for command in (check, prune, write):
         command.add_argument("--key", metavar="A.B", help="where a torch checkpoint has its state dict; the usual keys if absent")

@@ -48,7 +48,8 @@ def table(run: dict[str, Any]) -> str:
             found = ratios(run, label, sparsity)
             value = (min if "slowest" in label else statistics.median)(found) if found else None
             cells.append("" if value is None else f"**{value:.2f}**" if target is not None and round(value, 2) < target else f"{value:.2f}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        if any(cells):  # a row that the record has no case of is left out
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
