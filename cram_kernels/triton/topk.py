@@ -297,14 +297,15 @@ def solve(
 
     def each(kernel: Any, **more: Any) -> list[Action]:
         """A pass over the chunks, one a program or a GROUP."""
-        group = more.get("GROUP", 1)
-        return [
-            launch(
-                kernel, -(-len(chunks) // group), table.rows, chunks, span, candidates,
-                state=state, **({"number": len(chunks)} if group > 1 else {}), **more, **kind.options,
-            )
-            for (kind, chunks), span in zip(served, spans, strict=True)
-        ]  # fmt: skip
+        of_one = more.get("GROUP", 1)
+        passes: list[Action] = []
+        for (kind, chunks), span in zip(served, spans, strict=True):
+            given = kind.options | more
+            if of_one > 1:
+                given["number"] = len(chunks)
+                given.pop("maxnreg", None)  # programs are few, and narrowing takes more registers
+            passes.append(launch(kernel, -(-len(chunks) // of_one), table.rows, chunks, span, candidates, state=state, **given))
+        return passes
 
     actions: list[Action] = [] if perturbed is None else [partial(raise_flag, "perturb_topk_", perturbed)]
     for kind, chunks in table.chunks(lambda i: own.strata[i] > 0, own.strata, lambda kind, i: STRATA, 1):
