@@ -45,11 +45,11 @@ class Op:
 GRADIENTS = ("saved", "grad", "first grad")
 NM = ("nm_kernel<4>", "nm_kernel<8>", "nm_kernel<0>")
 OPS = (
-    Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 8, 2),
+    Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 5, 2),
     Op("topk_histogram", "cuda", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
     # a pass that only looks, then one that writes: unlike perturb_topk_, it has no copy from which a wrong guess could be set right
-    Op("prune_topk_", "cuda", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 8, passes=2),
-    Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 8, 2),
+    Op("prune_topk_", "cuda", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 5, passes=2),
+    Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 5, 2),
     Op("prune_nm_", "cuda", NM, ("weight",), ("weight",), 1, 1, 2),
     Op("perturb_nm_", "cuda", NM, ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
@@ -93,10 +93,8 @@ VECTORS = {
     # vectors that are cut, and those that are not; without a gradient u is the weight itself
     "stream_kernel<false>": Vectors(2 * PERTURB.load),
     "stream_kernel<true>": Vectors(2 * PERTURB.load, 2 * PERTURB.store),
-    "finish_kernel": Vectors(LOOK.load + OWN + 2 * DIGIT, OWN),  # the parameter too, whose bits stay where nothing moves
-    "radix_kernel<0>": LOOK,
-    "radix_kernel<1>": Vectors(LOOK.load + DIGIT),
-    "radix_kernel<2>": Vectors(LOOK.load + DIGIT),
+    # the passes that count digits, then the one that writes: the parameter too, whose bits stay where nothing moves
+    "finish_kernel": Vectors(2 * LOOK.load + OWN + 3 * DIGIT, OWN),
     "histogram_kernel<false>": LOOK,
     "histogram_kernel<true>": LOOK,
     # tensors that are not pruned, with vectors that are cut and without; for m = 4 and 8 also groups within a vector

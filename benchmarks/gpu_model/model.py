@@ -30,12 +30,11 @@ SERIAL: dict[str, dict[str, float]] = {
         "the last block's counter and the steps": 4,
     },
     "perturb_topk_": {
-        "sample: set, weights, gradients, counters": 4,
-        "bracket: counter, four rounds of sums, the bins of three ranks side by side": 7,
-        "stream: set, rho": 2,
-        "select: set, first digit, two rounds of candidates, counter, second digit": 9,
-        "radix: three launches that look at a flag": 3,
-        "finish: of each of a warp's four chunks record, candidates, weights": 12,
+        "sample: the tensor in the table, set, weights beside gradients, the histogram's sums": 4,
+        "bracket: counter, sums, the bins of three ranks side by side": 3,
+        "stream: the tensor in the table, set": 2,
+        "select: set, candidates beside the first digit, the second digit's sums, counter, second digit": 5,
+        "finish: records, set of the tensor beside candidates, threshold, tensor, weights beside the mask": 5,
     },
 }
 

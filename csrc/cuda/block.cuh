@@ -44,11 +44,16 @@ struct Ranked {
   int64_t count;  // in the bin
 };
 
-// Finds numbers by rank in a histogram of kBins counts in global memory: count() first, then after a barrier find(), by whole warps. What is read is
-// coalesced, and past the first-level cache: other blocks of this launch may have written the bins.
+// Finds numbers by rank in a histogram of kBins counts in global memory: count() or take() first, then after a barrier find(), by whole warps. What is
+// read is coalesced, and past the first-level cache: other blocks of this launch may have written the bins.
 template <int kBins, class Count>
 class RankedBins {
  public:
+  // The sums of the groups, which are known.
+  __device__ __forceinline__ void take(const Count* sums) {
+    for (int g = threadIdx.x; g < kGroups; g += kThreads) sums_[g] = __ldcg(sums + g);
+  }
+
   // The sums of groups of bins, a warp a group. All threads of the block.
   __device__ __forceinline__ void count(const Count* bins) {
     constexpr int kAhead = (kGroups + kWarps - 1) / kWarps < 8 ? (kGroups + kWarps - 1) / kWarps : 8;  // loads before the first is waited for
@@ -62,6 +67,7 @@ class RankedBins {
         if (begin + i * kWarps >= kGroups) continue;
         const Count sum = warp_sum(four[i].sum());
         if (lane_of() == 0) sums_[begin + i * kWarps] = sum;
+        if constexpr (kKept) kept_[(begin + i * kWarps) * 32 + lane_of()] = four[i];
       }
     }
   }
@@ -79,16 +85,20 @@ class RankedBins {
     if (group.index < 0) return {0, group.rank, 0};
     const int first = (kGroups - 1 - group.index) * kGroup;
     Four four;
-    four.load(bins + first + (31 - lane_of()) * 4);
+    if constexpr (kKept)
+      four = kept_[first / 4 + 31 - lane_of()];
+    else
+      four.load(bins + first + (31 - lane_of()) * 4);
     const Count counts[4] = {four.x[3], four.x[2], four.x[1], four.x[0]};
     const Place bin = place(counts, group.rank);
     return {first + kGroup - 1 - bin.index, bin.rank, bin.count};
   }
 
  private:
-  static constexpr int kGroup = 128, kGroups = kBins / kGroup;
+  static constexpr int kGroup = kGroupBins, kGroups = kBins / kGroup;
+  static constexpr bool kKept = sizeof(Count) * kBins <= 8192;  // count() keeps the bins: find() loads nothing
 
-  struct Four {
+  struct alignas(16) Four {
     Count x[4];
     __device__ __forceinline__ void load(const Count* p) {
       const uint4* const words = reinterpret_cast<const uint4*>(p);
@@ -131,6 +141,7 @@ class RankedBins {
   }
 
   Count sums_[kGroups];
+  Four kept_[kKept ? kBins / 4 : 1];
 };
 
 // The bin of one rank (RankedBins). All threads of the block.

@@ -36,7 +36,8 @@ struct Table {
   static_assert(std::is_trivially_copyable<Entry>::value, "passed by value to kernels");
 
   int32_t count = 0;
-  int64_t tasks_before = 0;  // tasks of the tables before this one
+  int32_t entries_before = 0;  // of the tables before this one
+  int64_t tasks_before = 0;
   uint32_t ends[kCapacity];  // tasks (chunks, unless said otherwise) of the entries up to and including this one
   Entry entries[kCapacity];
 };
@@ -50,7 +51,9 @@ std::vector<Table<Entry>> make_tables(size_t n, MakeEntry entry, Tasks tasks) {
     const int64_t own = tasks(i);
     if (own <= 0) continue;
     if (tables.back().count == Table<Entry>::kCapacity || total + own - tables.back().tasks_before > INT32_MAX) {
+      const int32_t entries = tables.back().entries_before + tables.back().count;
       tables.emplace_back();
+      tables.back().entries_before = entries;
       tables.back().tasks_before = total;
     }
     total += own;

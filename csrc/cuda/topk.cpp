@@ -65,15 +65,16 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
   sets = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return ceil_div(tally_bytes(entries[s].samples), kClearBytes); });
   slices = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return int64_t{entries[s].slices}; });
 
-  const int64_t num_chunks = chunks.back().tasks_before + tasks_in(chunks.back());
+  num_chunks = chunks.back().tasks_before + tasks_in(chunks.back());
   const auto place = [&](int64_t size) {
     const int64_t at = bytes;
     bytes += ceil_div(size, 256) * 256;
     return at;
   };
-  place(sizeof(int32_t));  // any_fallback
+  place(sizeof(Progress));
   sets_at = place(num_sets * sizeof(SetState));
   tallies_at = place(tallied);
+  tensors_at = place(order.size() * sizeof(StreamedTensor));
   records_at = place(num_chunks * sizeof(CandidateRecord));
   keys_at = place(candidates * sizeof(int32_t));
   offsets_at = place(candidates * sizeof(uint16_t));
@@ -81,8 +82,13 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
 
 TopkMemory TopkPlan::memory(void* workspace) const {
   unsigned char* p = static_cast<unsigned char*>(workspace);
-  return {reinterpret_cast<int32_t*>(p), reinterpret_cast<SetState*>(p + sets_at), reinterpret_cast<CandidateRecord*>(p + records_at),
-          reinterpret_cast<int32_t*>(p + keys_at), reinterpret_cast<uint16_t*>(p + offsets_at)};
+  return {reinterpret_cast<Progress*>(p),
+          reinterpret_cast<SetState*>(p + sets_at),
+          reinterpret_cast<StreamedTensor*>(p + tensors_at),
+          reinterpret_cast<CandidateRecord*>(p + records_at),
+          num_chunks,
+          reinterpret_cast<int32_t*>(p + keys_at),
+          reinterpret_cast<uint16_t*>(p + offsets_at)};
 }
 
 namespace {
@@ -96,7 +102,6 @@ void topk(const std::vector<Item>& items, const Perturbation& p, TopkMode mode, 
   topk_sample(plan, memory, p, c.stream);
   topk_stream(plan, memory, p, perturbs, c.stream);
   topk_select(plan, memory, c.stream);
-  topk_radix(plan, memory, p, perturbs, c.stream);
   topk_finish(plan, memory, p, mode, selection.thresholds, selection.stats, c.stream);
 }
 

@@ -1,95 +1,103 @@
-// Sets right what the guess got wrong, the candidates between it and the threshold; writes anew the sets whose guess has failed; results.
+// Sets right what the guess got wrong, the candidates between it and the threshold. Where a guess has failed: the threshold from all keys, digit after
+// digit, and all weights anew. Results.
 #include "launch.h"
 #include "mask.cuh"
-#include "topk_digits.cuh"
+#include "topk_fallback.cuh"
 
 namespace cram {
 namespace cuda {
 namespace {
 
-struct Threshold {
-  int32_t key;
-  int64_t larger;  // keys above
+// ---- Where the guess held ----
+
+// The weights that change sides in the chunks of a warp, a few of each.
+struct Moves {
+  static constexpr int kRoom = 128;
+  uint32_t flips[kPiece * kChunk / 32];  // mask bits to turn over; clear between two lists
+  uint32_t places[kRoom];                // number among the warp's chunks * kChunk + offset in it
 };
 
-// All threads of a block.
-__device__ __forceinline__ Threshold threshold_of(const SetState& state) {
-  if (!state.fallback) return {state.threshold, state.larger};
-  const Ranked found = digits_before(state, kPasses);
-  return {found.bin, state.k - found.rank};
-}
+// What lane c < kPiece of a warp knows of its chunk c.
+struct Fix {
+  CandidateRecord record = {};
+  int64_t first = 0;               // of its candidates among those of all sets
+  int32_t low = 0, high = 0;       // the keys that change sides: low < key <= high
+  bool keep = false;
 
-// Mask bits to turn over in the chunk of a warp.
-struct Flips {
-  uint32_t words[kWarps][kChunk / 32];
+  __device__ Fix() = default;
+  __device__ __forceinline__ Fix(const TopkMemory& memory, int64_t chunk) : record(memory.records[chunk]) {
+    const int32_t set = memory.tensors[record.tensor].entry.set;
+    if (record.count == 0) return;
+    const SetState& state = memory.sets[set];
+    first = state.first + record.first;
+    low = min(state.cut, state.threshold), high = max(state.cut, state.threshold);
+    keep = state.threshold < state.cut;
+    if (state.fallback || low == high) record.count = 0;
+  }
 };
 
-// By a warp: a chunk has some thirty candidates, and those between cut and threshold change sides.
-template <class T, class W>
-__device__ __forceinline__ void fix_up(const PerturbEntry& entry, uint32_t number, const SetState& state, const CandidateRecord& record,
-                                       const TopkMemory& memory, const Perturbation& p, uint32_t* flips) {
-  T* const param = static_cast<T*>(entry.param);
-  const Chunk chunk(param, entry.numel, number);
-  const Source<T, W> source(entry, entry.saved, p);
-  const int32_t low = min(state.cut, state.threshold), high = max(state.cut, state.threshold);
-  const bool keep = state.threshold < state.cut;
-  for (int b = lane_of(); b < kChunk / 32; b += 32) flips[b] = 0;
+// Moves `count` weights, and clears their flips. By a warp.
+__device__ __forceinline__ void apply(const TopkMemory& memory, const Perturbation& p, const Fix& fix, int64_t begin, int count, Moves& moves) {
+  for (int i = lane_of(); i < count; i += 32) atomicXor(moves.flips + moves.places[i] / 32, 1u << (moves.places[i] % 32));
   __syncwarp();
-  for (int j = lane_of(); j < record.count; j += 32) {
-    const int64_t at = state.first + record.first + j;
-    const int32_t key = memory.keys[at];
-    if (key <= low || key > high || key == kNanKey) continue;
-    const int offset = memory.offsets[at];
-    const int64_t i = chunk.begin + offset;
-    bool ignored = false;
-    param[i] = narrowed(keep ? source.at(i, &ignored) : 0.0f, T{});
-    atomicXor(flips + offset / 32, 1u << (offset % 32));
-  }
-  __syncwarp();
-  if (entry.mask == nullptr) return;
-  for (int b = lane_of(); b < kChunk / 8; b += 32) {
-    const uint8_t turned = static_cast<uint8_t>(flips[b / 4] >> (b % 4 * 8));
-    if (turned != 0) entry.mask[chunk.begin / 8 + b] ^= turned;
-  }
-  __syncwarp();  // the warp's next chunk begins with new flips
-}
-
-// What is written for a vector: u, or the weights' own bits where they did not move; +0 where `kept` has no bit, but a NaN stays.
-template <class T, int kLanes>
-__device__ __forceinline__ Vector<T> pruned(Vector<T> raw, const Lanes<kLanes>& u, uint32_t kept, bool moves) {
-#pragma unroll
-  for (int i = 0; i < kLanes; ++i) {
-    if ((kept >> i & 1) == 0 && u[i] == u[i])
-      raw.set(i, T{});
-    else if (moves)
-      raw.set(i, narrowed(u[i], T{}));
-  }
-  return raw;
-}
-
-template <class T, class W>
-__device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t number, int32_t threshold, const Perturbation& p, MaskStage& mask) {
-  constexpr int kLanes = Vector<T>::kLanes;
-  T* const param = static_cast<T*>(entry.param);
-  const Chunk chunk(param, entry.numel, number);
-  const Source<T, W> source(entry, entry.saved != nullptr ? entry.saved : param, p);
-  for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
-    Lanes<kLanes> u = load_floats(source.weights, span);
-    bool ignored = false;
-    source.move(u, span, &ignored);
-    uint32_t kept = 0;
-#pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
-      const int32_t key = magnitude_key(u[i]);
-      kept |= (key > threshold && key != kNanKey ? 1u : 0u) << i;
+  for (int first = 0; first < count; first += 32) {
+    const bool mine = first + lane_of() < count;
+    const uint32_t place = mine ? moves.places[first + lane_of()] : 0;
+    const int chunk = static_cast<int>(place / kChunk), offset = static_cast<int>(place % kChunk);
+    const StreamedTensor& tensor = memory.tensors[__shfl_sync(kAllLanes, fix.record.tensor, chunk)];
+    const bool keep = __shfl_sync(kAllLanes, static_cast<int>(fix.keep), chunk) != 0;
+    if (mine) {
+      const PerturbEntry& entry = tensor.entry;
+      const int64_t at = (begin + chunk - tensor.first) * chunk_size(aligned(entry.param)) + offset;
+      // The first that comes turns over all bits of a byte.
+      const uint32_t shift = place % 32 / 8 * 8, turned = atomicAnd(moves.flips + place / 32, ~(0xffu << shift)) >> shift & 0xffu;
+      uint8_t* const mask = entry.mask != nullptr && turned != 0 ? entry.mask + at / 8 : nullptr;
+      const uint32_t before = mask != nullptr ? *mask : 0;
+      with_types(entry, [&](auto t, auto w) {
+        using T = decltype(t);
+        bool ignored = false;
+        static_cast<T*>(entry.param)[at] = narrowed(keep ? Source<T, decltype(w)>(entry, entry.saved, p).at(at, &ignored) : 0.0f, T{});
+      });
+      if (mask != nullptr) *mask = static_cast<uint8_t>(before ^ turned);
     }
-    store(param, pruned(load(param, span), u, kept, entry.grad != nullptr), span);
-    mask.put<T>(j, kept & span.lanes());
-  });
-  __syncthreads();
-  if (entry.mask != nullptr) mask.write<T>(chunk, param, entry.mask);
-  __syncthreads();
+    __syncwarp();
+  }
 }
+
+// kPiece chunks from `begin` on, whose candidates are thought of as one list. By a warp.
+__device__ __forceinline__ void fix_up(const TopkMemory& memory, const Perturbation& p, int64_t begin, Moves& moves) {
+  constexpr int kAhead = Moves::kRoom / 32;
+  const bool exists = lane_of() < kPiece && begin + lane_of() < memory.num_chunks;
+  const Fix fix = exists ? Fix(memory, begin + lane_of()) : Fix();
+  const int end = warp_inclusive_sum(fix.record.count), total = __shfl_sync(kAllLanes, end, kPiece - 1);
+  for (int from = 0; from < total; from += Moves::kRoom) {
+    int32_t key[kAhead], chunk[kAhead];
+    uint16_t offset[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = from + j * 32 + lane_of();
+      chunk[j] = 0;
+#pragma unroll
+      for (int c = 0; c < kPiece - 1; ++c) chunk[j] += i >= __shfl_sync(kAllLanes, end, c) ? 1 : 0;
+      const int64_t at = __shfl_sync(kAllLanes, fix.first - (end - fix.record.count), chunk[j]) + i;
+      key[j] = i < total ? memory.keys[at] : kNanKey;
+      offset[j] = i < total ? memory.offsets[at] : 0;
+    }
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int32_t low = __shfl_sync(kAllLanes, fix.low, chunk[j]), high = __shfl_sync(kAllLanes, fix.high, chunk[j]);
+      const bool moves_over = key[j] > low && key[j] <= high && key[j] != kNanKey;
+      const uint32_t all = __ballot_sync(kAllLanes, moves_over);
+      if (moves_over) moves.places[count + __popc(all & ((1u << lane_of()) - 1))] = static_cast<uint32_t>(chunk[j] * kChunk + offset[j]);
+      count += __popc(all);
+    }
+    __syncwarp();
+    apply(memory, p, fix, begin, count, moves);
+  }
+}
+
+// ---- Results ----
 
 struct Results {
   int32_t* thresholds;  // [num_sets]
@@ -97,9 +105,11 @@ struct Results {
   int64_t num_sets;
 };
 
-__device__ __forceinline__ void report(const TopkMemory& memory, const Results& results) {
-  for (int64_t s = blockIdx.x; s < results.num_sets; s += gridDim.x) {
+// Of the sets first, first + step, ... whose guess has failed, or of those whose guess held. All threads of a block.
+__device__ __forceinline__ void report(const TopkMemory& memory, const Results& results, int64_t first, int64_t step, bool fallback) {
+  for (int64_t s = first; s < results.num_sets; s += step) {
     const SetState& state = memory.sets[s];
+    if (state.fallback != fallback) continue;
     const Threshold threshold = threshold_of(state);
     if (threadIdx.x > 0) continue;
     results.thresholds[s] = threshold.key;
@@ -110,55 +120,35 @@ __device__ __forceinline__ void report(const TopkMemory& memory, const Results& 
   }
 }
 
-// Two modes. provisional (perturb_topk_): `stream` has written every weight, pruned at `cut`. A set whose guess held needs only its candidates
-// between cut and threshold, a warp a chunk (fix_up); a set whose guess failed is written anew, a block a chunk (rewrite). Not provisional
-// (prune_topk_): nothing has been written yet, and every set is (rewrite).
+// perturb_topk_: `stream` has written every weight, pruned at `cut`. A set whose guess held needs only its candidates between cut and threshold,
+// some chunks a warp; one whose guess failed is written anew. prune_topk_: nothing has been written yet, and every set is. topk_threshold: nothing is.
 __global__ void __launch_bounds__(kThreads, kFinishBlocks)
-    finish_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p, const bool provisional,
-                  const Results results) {
-  __shared__ Flips flips;
-  __shared__ MaskStage mask;
-  report(memory, results);
-  if (provisional) {
-    for (uint32_t task = blockIdx.x * kWarps + warp_of(); task < tasks_in(table); task += gridDim.x * kWarps) {
-      const Task found = find(table, task);
-      const PerturbEntry& entry = table.entries[found.entry];
-      if (entry.set < 0) continue;
-      const SetState& state = memory.sets[entry.set];
-      const CandidateRecord& record = memory.records[table.tasks_before + task];
-      if (state.fallback || state.threshold == state.cut || record.count == 0) continue;
-      with_types(entry,
-                 [&](auto t, auto w) { fix_up<decltype(t), decltype(w)>(entry, found.number, state, record, memory, p, flips.words[warp_of()]); });
-    }
-    if (*memory.any_fallback == 0) return;
+    finish_kernel(const TopkMemory memory, const Perturbation p, const TopkMode mode, const Results results) {
+  __shared__ union {
+    Moves moves[kWarps];
+    Fallback fallback;
+  } shared;
+  const bool any_fallback = memory.progress->any_fallback != 0;
+  report(memory, results, blockIdx.x, gridDim.x, false);
+  if (mode == TopkMode::kPerturb) {
+    Moves& moves = shared.moves[warp_of()];
+    for (int i = lane_of(); i < kPiece * kChunk / 32; i += 32) moves.flips[i] = 0;
+    __syncwarp();
+    for (int64_t begin = (static_cast<int64_t>(warp_of()) * gridDim.x + blockIdx.x) * kPiece; begin < memory.num_chunks;
+         begin += static_cast<int64_t>(gridDim.x) * kWarps * kPiece)
+      fix_up(memory, p, begin, moves);
   }
-  int32_t set = -1;
-  Threshold threshold = {};
-  for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
-    const Task found = find(table, task);
-    const PerturbEntry& entry = table.entries[found.entry];
-    if (entry.set < 0 || (provisional && !memory.sets[entry.set].fallback)) continue;
-    if (entry.set != set) {
-      set = entry.set;
-      threshold = threshold_of(memory.sets[set]);
-    }
-    with_types(entry, [&](auto t, auto w) { rewrite<decltype(t), decltype(w)>(entry, found.number, threshold.key, p, mask); });
-  }
+  if (!any_fallback && mode != TopkMode::kPrune) return;
+  shared.fallback.run(memory, p, mode, any_fallback ? 0 : kPasses,
+                      [&](int64_t piece, int64_t pieces) { report(memory, results, piece, pieces, true); });
 }
 
 }  // namespace
 
 void topk_finish(const TopkPlan& plan, const TopkMemory& memory, const Perturbation& p, TopkMode mode, int32_t* thresholds, int64_t* stats,
                  Stream stream) {
-  const PerturbTable nothing = {};
-  for (const PerturbTable& table : plan.chunks) {
-    const bool first = table.tasks_before == 0;
-    if (!first && mode == TopkMode::kThreshold) continue;
-    const Results results = {thresholds, stats, first ? plan.num_sets : 0};
-    const int64_t tasks = mode == TopkMode::kThreshold ? 0 : tasks_in(table);
-    launch("top-k, finish", finish_kernel, std::max(tasks, results.num_sets), stream, mode == TopkMode::kThreshold ? nothing : table, memory, p,
-           mode == TopkMode::kPerturb, results);
-  }
+  const Results results = {thresholds, stats, plan.num_sets};
+  launch("top-k, finish", finish_kernel, std::max((plan.num_chunks + kPiece - 1) / kPiece, plan.num_sets), stream, memory, p, mode, results);
 }
 
 }  // namespace cuda

@@ -26,7 +26,7 @@ __device__ __forceinline__ void set_bracket(SetState& state, int32_t low, int32_
 
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ SetTable table, const TopkMemory memory, unsigned char* tallies, const int64_t* k) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *memory.any_fallback = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *memory.progress = {};
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     const SetEntry& set = table.entries[found.entry];
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kThreads)
     state.slices = set.slices;
     state.digits = reinterpret_cast<uint32_t*>(tallies + set.tallies);
     state.sampled = state.digits + 2 * kDigitBins;
+    state.sampled_groups = state.sampled + kSampleBins;
     state.radix = reinterpret_cast<unsigned long long*>(state.sampled);
     state.settled = state.k < 1 || state.k > state.numel;
     const int32_t threshold = state.k < 1 ? kNanKey : kKeepAll;
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 struct Brackets {
+  uint32_t groups[kSampleGroups];  // of this block's samples
   RankedBins<kSampleBins, uint32_t> sampled;
   Ranked ends[3];
 };
@@ -67,7 +69,7 @@ __device__ void bracket(SetState& state, Brackets& shared) {
   const double width = kDeviations * sqrt(rank * (1 - share)) + 1;
   const int64_t upper = static_cast<int64_t>(floor(rank - width)), lower = static_cast<int64_t>(ceil(rank + width)) + 1;
   const int64_t middle = min(max(static_cast<int64_t>(rank + 0.5), int64_t{1}), int64_t{state.samples});
-  shared.sampled.count(state.sampled);
+  shared.sampled.take(state.sampled_groups);
   __syncthreads();
   const int64_t ranks[3] = {upper, lower, middle};
   static_assert(kWarps >= 3, "a warp a rank");
@@ -101,6 +103,7 @@ __device__ void bracket(SetState& state, Brackets& shared) {
 // Elements at a hashed place of each of state.samples equal strata of a set: task t of a tensor has kThreads of those that may lie in it.
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Brackets shared;
+  for (int g = threadIdx.x; g < kSampleGroups; g += kThreads) shared.groups[g] = 0;
   for (uint32_t task = blockIdx.x; task < tasks_in(table); task += gridDim.x) {
     const Task found = find(table, task);
     const PerturbEntry& entry = table.entries[found.entry];
@@ -117,7 +120,14 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
         bin = bin_of(magnitude_key(Source<decltype(t), decltype(w)>(entry, entry.param, p).at(place, &ignored)));
       });
     }
+    __syncthreads();  // the groups are clear
     tally(state.sampled, bin, mine);
+    tally(shared.groups, bin / kGroupBins, mine);
+    __syncthreads();
+    for (int g = threadIdx.x; g < kSampleGroups; g += kThreads) {
+      if (shared.groups[g] > 0) atomicAdd(state.sampled_groups + g, shared.groups[g]);
+      shared.groups[g] = 0;
+    }
     if (is_last(&state.samples_done, __syncthreads_count(mine), static_cast<uint32_t>(samples)) && !state.settled) bracket(state, shared);
   }
 }

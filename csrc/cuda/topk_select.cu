@@ -7,10 +7,8 @@ namespace cram {
 namespace cuda {
 namespace {
 
-// The key of candidate i of a set, counted from the low end of the bracket: [0, high - low).
-__device__ __forceinline__ int32_t candidate(const SetState& state, const TopkMemory& memory, int64_t i) {
-  return memory.keys[state.first + i] - state.low - 1;
-}
+// A candidate's key, counted from the low end of the bracket: [0, high - low).
+__device__ __forceinline__ int32_t from_low(const SetState& state, int32_t key) { return key - state.low - 1; }
 
 enum class Where { kSettled, kAmongCandidates, kAtLow, kElsewhere };
 
@@ -30,7 +28,7 @@ __device__ Ranked last_digit(SetState& state, const TopkMemory& memory, int32_t 
   __syncthreads();
   const int64_t candidates = static_cast<int64_t>(state.candidates);
   for (int64_t i = 0; i < candidates; i += kThreads) {
-    const int32_t key = i + threadIdx.x < candidates ? candidate(state, memory, i + threadIdx.x) : -1;
+    const int32_t key = i + threadIdx.x < candidates ? from_low(state, memory.keys[state.first + i + threadIdx.x]) : -1;
     tally(state.digits, key & ((1 << bits) - 1), key >= 0 && key >> bits == upper);
   }
   __threadfence();
@@ -59,23 +57,24 @@ __global__ void __launch_bounds__(kThreads, kSelectBlocks) select_kernel(const _
           break;
         case Where::kElsewhere:
           state.fallback = true;
-          *memory.any_fallback = 1;
+          memory.progress->any_fallback = 1;
       }
       continue;
+    }
+    const int64_t begin = found.number * kSliceSize, end = min(begin + kSliceSize, static_cast<int64_t>(state.candidates));
+    int32_t keys[kSelectAhead];
+#pragma unroll
+    for (int j = 0; j < kSelectAhead; ++j) {
+      const int64_t i = begin + j * kThreads + threadIdx.x;
+      keys[j] = i < end ? memory.keys[state.first + i] : kKeepAll;
     }
     const Ranked first = find_rank<kDigitBins>(state.digits, state.k - static_cast<int64_t>(state.above));
     const int shift = state.shift, second_shift = max(shift - 11, 0);
     uint32_t* const digits = state.digits;
-    const int64_t begin = found.number * kSliceSize, end = min(begin + kSliceSize, static_cast<int64_t>(state.candidates));
-    for (int64_t i = begin + threadIdx.x; i - threadIdx.x < end; i += kSelectAhead * kThreads) {
-      int32_t keys[kSelectAhead];
 #pragma unroll
-      for (int j = 0; j < kSelectAhead; ++j) keys[j] = i + j * kThreads < end ? candidate(state, memory, i + j * kThreads) : -1;
-#pragma unroll
-      for (int j = 0; j < kSelectAhead; ++j) {
-        const bool in_bin = keys[j] >= 0 && keys[j] >> shift == first.bin;
-        tally(digits + kDigitBins, (keys[j] & ((1 << shift) - 1)) >> second_shift, in_bin);
-      }
+    for (int j = 0; j < kSelectAhead; ++j) {
+      const int32_t key = from_low(state, keys[j]);
+      tally(digits + kDigitBins, (key & ((1 << shift) - 1)) >> second_shift, keys[j] != kKeepAll && key >> shift == first.bin);
     }
     if (!is_last(&state.slices_done, 1, static_cast<uint32_t>(state.slices))) continue;
     const Ranked second = find_rank<kDigitBins>(digits + kDigitBins, first.rank);

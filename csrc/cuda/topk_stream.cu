@@ -100,6 +100,7 @@ struct Work {
   const PerturbEntry& entry;
   uint32_t number;  // of the chunk in its tensor
   int64_t record;   // of all chunks
+  int32_t tensor;   // of those that are streamed
   const Guess& guess;
   const TopkMemory& memory;
   const Perturbation& p;
@@ -112,7 +113,7 @@ __device__ __forceinline__ int64_t reserve(const Work& work, int32_t total) {
   SetState& state = work.state();
   const int64_t first = total > 0 ? static_cast<int64_t>(atomicAdd(&state.candidates, static_cast<unsigned long long>(total))) : 0;
   const bool fits = first + total <= state.capacity;
-  work.memory.records[work.record] = {first, fits ? total : 0};
+  work.memory.records[work.record] = {first, fits ? total : 0, work.tensor};
   return fits ? state.first + first : -1;
 }
 
@@ -279,6 +280,8 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
   if (threadIdx.x < 4) shared.count[threadIdx.x] = 0;
   __syncthreads();
   if (kWrite && blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
+  for (int i = blockIdx.x; i < table.count; i += gridDim.x)  // for `finish`
+    if (threadIdx.x == 0) memory.tensors[table.entries_before + i] = {table.entries[i], table.tasks_before + (i > 0 ? table.ends[i - 1] : 0)};
   Counts counts;
   int32_t set = -2;
   uint32_t turn = 0;  // of the block, counted in chunks of whole vectors
@@ -297,7 +300,8 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
       }
       __syncthreads();
     }
-    const Work work = {entry, task.number, table.tasks_before + place, shared.guess, memory, p};
+    const Work work = {entry, task.number, table.tasks_before + place, table.entries_before + task.entry, shared.guess, memory, p};
+    if (!shared.guess.appends() && threadIdx.x == 0) memory.records[work.record] = {0, 0, work.tensor};
     with_types(entry, [&](auto t, auto w) {
       using T = decltype(t);
       using W = decltype(w);
