@@ -95,8 +95,8 @@ VECTORS = {
     "stream_kernel<true>": Vectors(2 * PERTURB.load, 2 * PERTURB.store),
     # the passes that count digits, then the one that writes: the parameter too, whose bits stay where nothing moves
     "finish_kernel": Vectors(2 * LOOK.load + OWN + 3 * DIGIT, OWN),
-    "histogram_kernel<false>": LOOK,
-    "histogram_kernel<true>": LOOK,
+    "histogram_kernel<false>": LOOK.times(2),
+    "histogram_kernel<true>": LOOK.times(2),
     # tensors that are not pruned, with vectors that are cut and without; for m = 4 and 8 also groups within a vector
     "nm_kernel<0>": PERTURB.times(2),
     "nm_kernel<4>": PERTURB.times(3),
@@ -114,5 +114,5 @@ VECTORS = {
         again=4 * LOOP_OWN - 2,
         again_on=("80", "86", "89", "90"),
     ),
-    "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
+    "norm_kernel": Vectors(8 + 4 + 4).times(2),  # a lane has 32 numbers; three types
 }

@@ -9,13 +9,18 @@ struct NoSetting {
   bool operator==(const NoSetting&) const { return true; }
 };
 
-template <class T, class Chunk>
-__device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, const Chunk& chunk, const Scales& scales) {
+// Weights and gradient of a chunk, each if it is to be written; all loads of a vector come first.
+template <class T, class S, class Chunk>
+__device__ __forceinline__ void combine_chunk(const UpdateEntry& entry, const Chunk& chunk, bool restores, bool combines, const Scales& scales) {
   constexpr int kLanes = Vector<T>::kLanes;
-  const T* const param = entry.param.as<T>();
+  T* const param = entry.param.as<T>();
   for_vectors(chunk, param, [&](int, const auto& span) {
-    Gradient<T> gradient(entry, span);
+    Raw<S, kLanes> origin = {};
+    if (restores) origin = Raw<S, kLanes>(entry.origin.as<S>(), span);
+    Gradient<T> gradient(entry, span, combines);
     gradient.load_mask(entry, span);
+    if (restores) store(param, restored<T>(origin), span);
+    if (!combines) return;
     Vector<T> out = {};
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) set_number(out, i, gradient.at(i, scales));
@@ -30,8 +35,12 @@ __global__ void __launch_bounds__(kThreads, kRestoreBlocks)
   const Scales scales = scales_of(call.update);
   for_own_tasks(table, [&](const UpdateEntry& entry, const Task& task, uint32_t) {
     with_chunks(entry, task.number, [&](auto t, auto s, const auto& chunk) {
-      if (perturbed) restore_chunk<decltype(t), decltype(s)>(entry, chunk);
-      if (!skipped && entry.grad.value() != 0) combine_chunk<decltype(t)>(entry, chunk, scales);
+      using T = decltype(t);
+      using S = decltype(s);
+      if constexpr (kCombine)
+        combine_chunk<T, S>(entry, chunk, perturbed && entry.origin.value() != 0, !skipped && entry.grad.value() != 0, scales);
+      else if (perturbed)
+        restore_chunk<T, S>(entry, chunk);
     });
   });
   if (is_last_block(call.update.perturbed) && call.last && threadIdx.x == 0) *call.update.perturbed = 0;

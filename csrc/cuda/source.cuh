@@ -54,19 +54,19 @@ struct Source {
     return grad != nullptr ? moved(w, widen(grad[i]), nonfinite) : w;
   }
 
-  // u of a vector whose weights are in u.
-  template <int kLanes>
-  __device__ __forceinline__ void move(Lanes<kLanes>& u, const Span<kLanes>& span, bool* nonfinite) const {
-    if (grad == nullptr) return;
-    const Lanes<kLanes> g = load_floats(grad, span);
-    bool bad = false;
+  // u of a vector.
+  template <template <int> class Span, int kLanes>
+  __device__ __forceinline__ Lanes<kLanes> of(const Span<kLanes>& span) const {
+    const Raw<W, kLanes> w(weights, span);
+    Raw<T, kLanes> g = {};
+    if (grad != nullptr) g = Raw<T, kLanes>(grad, span);
+    Lanes<kLanes> u;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      bool own = false;
-      u[i] = moved(u[i], g[i], &own);
-      bad |= own && span.has(i);
+      bool ignored = false;
+      u[i] = grad != nullptr ? moved(w.at(i), g.at(i), &ignored) : w.at(i);
     }
-    *nonfinite |= bad;
+    return u;
   }
 };
 

@@ -57,9 +57,7 @@ __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t numb
   const Chunk chunk(param, entry.numel, number);
   const Source<T, W> source(entry, entry.saved != nullptr ? entry.saved : param, p);
   for_vectors(chunk, param, [&](int j, const Span<kLanes>& span) {
-    Lanes<kLanes> u = load_floats(source.weights, span);
-    bool ignored = false;
-    source.move(u, span, &ignored);
+    const Lanes<kLanes> u = source.of(span);
     uint32_t kept = 0;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
@@ -148,9 +146,7 @@ class Fallback {
         const Source<T, decltype(w)> source(entry, weights, p);
         const Chunk chunk(entry.param, entry.numel, number);
         for_vectors(chunk, static_cast<const T*>(entry.param), [&](int, const auto& span) {
-          auto u = load_floats(source.weights, span);
-          bool ignored = false;
-          source.move(u, span, &ignored);
+          const auto u = source.of(span);
 #pragma unroll
           for (int i = 0; i < Vector<T>::kLanes; ++i) {
             const int32_t key = magnitude_key(u[i]);

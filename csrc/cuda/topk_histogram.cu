@@ -42,15 +42,12 @@ __global__ void __launch_bounds__(kThreads)
       set = entry.set;
     }
     const int64_t before = digit.prefix[set];
-    with_types(entry, [&](auto t, auto w) {
+    with_chunks(entry, found.number, [&](auto t, auto w, const auto& chunk) {
       using T = decltype(t);
       const T* const weights = static_cast<const T*>(entry.param);
       const Source<T, decltype(w)> source(entry, weights, p);
-      const Chunk chunk(entry.param, entry.numel, found.number);
       for_vectors(chunk, weights, [&](int, const auto& span) {
-        auto u = load_floats(source.weights, span);
-        bool ignored = false;
-        source.move(u, span, &ignored);
+        const auto u = source.of(span);
 #pragma unroll
         for (int i = 0; i < Vector<T>::kLanes; ++i) {
           const int32_t key = magnitude_key(u[i]);

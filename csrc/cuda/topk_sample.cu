@@ -71,13 +71,10 @@ __device__ void bracket(SetState& state, Brackets& shared) {
   const int64_t middle = min(max(static_cast<int64_t>(rank + 0.5), int64_t{1}), int64_t{state.samples});
   shared.sampled.take(state.sampled_groups);
   __syncthreads();
-  const int64_t ranks[3] = {upper, lower, middle};
   static_assert(kWarps >= 3, "a warp a rank");
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    if (warp_of() != i) continue;
-    const Ranked found = shared.sampled.find(state.sampled, ranks[i]);
-    if (lane_of() == 0) shared.ends[i] = found;
+  if (warp_of() < 3) {
+    const Ranked found = shared.sampled.find(state.sampled, warp_of() == 0 ? upper : warp_of() == 1 ? lower : middle);
+    if (lane_of() == 0) shared.ends[warp_of()] = found;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < 3 * kDigitBins; i += kThreads) state.radix[i] = 0;  // `sampled` is read

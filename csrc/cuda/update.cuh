@@ -64,7 +64,7 @@ __device__ __forceinline__ float number(const Vector<T>& v, int i) {
 }
 template <class T>
 __device__ __forceinline__ void set_number(Vector<T>& v, int i, float x) {
-  v.set(i, narrowed(rounded(x, T{}), T{}));
+  v.set(i, nearest(x, T{}));
 }
 
 // g1 + (M ? g2 : +0) of a tensor that has a gradient. load_mask() comes after all other loads of a vector: its bits are taken apart at once, which waits.
@@ -74,9 +74,10 @@ struct Gradient {
   uint32_t kept = ~0u;
   bool has_first, has_second;
 
+  // Loads nothing unless it is wanted.
   template <class Span>
-  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span& span)
-      : has_first(entry.first_grad.value() != 0), has_second(entry.grad.value() != 0) {
+  __device__ __forceinline__ Gradient(const UpdateEntry& entry, const Span& span, bool wanted = true)
+      : has_first(wanted && entry.first_grad.value() != 0), has_second(wanted && entry.grad.value() != 0) {
     if (has_first) first = load(entry.first_grad.as<T>(), span);
     if (has_second) second = load(entry.grad.as<T>(), span);
   }
@@ -92,25 +93,25 @@ struct Gradient {
   }
 };
 
-// The parameter from its master weight, rounded, or from its saved copy, bit for bit. A vector of the parameter is one or two of S.
+// A vector of the parameter from its master weight, rounded, or from its saved copy, bit for bit.
+template <class T, class S, int kLanes>
+__device__ __forceinline__ Vector<T> restored(const Raw<S, kLanes>& origin) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return origin.parts[0];
+  } else {
+    Vector<T> out = {};
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) set_number(out, i, origin.at(i));
+    return out;
+  }
+}
+
 template <class T, class S, class Chunk>
 __device__ __forceinline__ void restore_chunk(const UpdateEntry& entry, const Chunk& chunk) {
   if (entry.origin.value() == 0) return;
-  constexpr int kLanes = Vector<T>::kLanes, kPart = Vector<S>::kLanes;
   T* const param = entry.param.as<T>();
   for_vectors(chunk, param, [&](int, const auto& span) {
-    if constexpr (sizeof(T) == sizeof(S)) {
-      store(param, load(entry.origin.as<T>(), span), span);
-    } else {
-      Vector<T> out = {};
-#pragma unroll
-      for (int part = 0; part < kLanes / kPart; ++part) {
-        const Vector<S> w = load(entry.origin.as<S>(), part_of<kPart>(span, part));
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) set_number(out, part * kPart + i, number(w, i));
-      }
-      store(param, out, span);
-    }
+    store(param, restored<T>(Raw<S, Vector<T>::kLanes>(entry.origin.as<S>(), span)), span);
   });
 }
 

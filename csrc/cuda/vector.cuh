@@ -78,6 +78,15 @@ __device__ __forceinline__ float narrowed(float x, float) { return x; }
 __device__ __forceinline__ BFloat16 narrowed(float x, BFloat16) { return {static_cast<uint16_t>(to_bits(x) >> 16)}; }
 __device__ __forceinline__ Float16 narrowed(float x, Float16) { return {half_bits(x)}; }
 
+// x, rounded to nearest even, as T; a NaN becomes canonical.
+__device__ __forceinline__ float nearest(float x, float) { return canonical(x); }
+__device__ __forceinline__ BFloat16 nearest(float x, BFloat16) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return {x != x ? static_cast<uint16_t>(kNanKey >> 16) : bits};
+}
+__device__ __forceinline__ Float16 nearest(float x, Float16) { return {half_bits(x)}; }
+
 // The elements [first + low, first + high) of a tensor; lane i of a vector is element first + i.
 template <int kLanes>
 struct Span {
@@ -179,17 +188,28 @@ __device__ __forceinline__ WholeSpan<kPart> part_of(const WholeSpan<kLanes>& spa
   return {span.first + part * kPart, span.exists};
 }
 
-// From an array of T, whose vectors may be shorter than the span (a float32 master weight of a parameter of 16 bits).
+// A span of an array of T, whose vectors may be shorter (a float32 master weight of a parameter of 16 bits): loaded, and not yet looked at, which waits.
+template <class T, int kLanes>
+struct Raw {
+  static constexpr int kPart = Vector<T>::kLanes;
+  Vector<T> parts[kLanes / kPart];
+
+  Raw() = default;
+  template <class Span>
+  __device__ __forceinline__ Raw(const T* p, const Span& span) {
+#pragma unroll
+    for (int part = 0; part < kLanes / kPart; ++part) parts[part] = load(p, part_of<kPart>(span, part));
+  }
+
+  __device__ __forceinline__ float at(int i) const { return widen(parts[i / kPart].get(i % kPart)); }
+};
+
 template <class T, template <int> class Span, int kLanes>
 __device__ __forceinline__ Lanes<kLanes> load_floats(const T* p, const Span<kLanes>& span) {
-  constexpr int kPart = Vector<T>::kLanes;
+  const Raw<T, kLanes> raw(p, span);
   Lanes<kLanes> x;
 #pragma unroll
-  for (int part = 0; part < kLanes / kPart; ++part) {
-    const Vector<T> raw = load(p, part_of<kPart>(span, part));
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) x[part * kPart + i] = widen(raw.get(i));
-  }
+  for (int i = 0; i < kLanes; ++i) x[i] = raw.at(i);
   return x;
 }
 
