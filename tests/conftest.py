@@ -124,7 +124,9 @@ def executed_in_all_ways(executed: Executor) -> Executor:
 
 # What `make test` leaves out and CI runs (`make test MARKS=`), by file.
 MARKS = {
-    "executed": tuple(f"test_cuda_{name}" for name in ("bad_input", "histogram", "indices", "library", "model", "nm", "perturb", "topk", "update")),
+    "executed": tuple(
+        f"test_cuda_{name}" for name in ("bad_input", "histogram", "indices", "library", "model", "nm", "perturb", "topk", "update")
+    ),
     "frameworks": ("test_framework_examples", "test_framework_ranks", "test_lightning", "test_recipe_language", "test_transformers"),
     "tools": ("test_benchmarks", "test_bench_suite", "test_cuda_static", "test_docs", "test_site", "test_verify_gpu"),
     "slow": ("test_demo", "test_ranks", "test_recipe_images_train", "test_triton"),

@@ -1,4 +1,4 @@
-"""Places in tensors of more than 2^31 numbers, and in lists with 2^31 chunks, as the CUDA kernels compute them: equal to Python's integers."""
+"""Places in tensors of more than 2^31 numbers, and in lists of 2^31 chunks, as the CUDA kernels compute them, equal Python's integers."""
 
 import random
 import subprocess
