@@ -138,13 +138,13 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Tell what became slower or faster from A to B from noise. What has too few rounds for that is said to be so.\n\n"
-        "Exit status: 0, nothing that can be told is slower; 1, something is, or is gone from B or red in it; 2, a file cannot be "
-        "read, nothing is in both, or nothing can be told.",
+        "Exit status: 0, nothing is slower, as far as it can be told; 1, something is slower, was not measured in B (gone), or had a "
+        "wrong result there (red); 2, a file cannot be read, nothing is in both, or nothing can be told.",
         epilog=f"Example:\n  {prog} before/suite.json after/suite.json --least 0.05",
         formatter_class=Help,
     )
-    parser.add_argument("a", type=Path, metavar="A.json")
-    parser.add_argument("b", type=Path, metavar="B.json")
+    parser.add_argument("a", type=Path, metavar="A.json", help="the record before the change, suite.json of `bench`")
+    parser.add_argument("b", type=Path, metavar="B.json", help="the record after it")
     parser.add_argument(
         "--least",
         type=_least,

@@ -28,9 +28,9 @@ FILES = "safetensors, torch checkpoint (loaded with weights_only), index.json of
 def add_commands(commands: Any) -> None:
     check = commands.add_parser(
         "check",
-        help="is every weight in a file n:m, and who can run it?",
+        help="is every weight in a file N:M, and which engines run it faster?",
         description="Says for every tensor whether it is 2:4 along its input channels, and which engines run that faster.\n\n"
-        "Exit status: 0, what can be n:m and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read; "
+        "Exit status: 0, what can be N:M and is not excluded is; 1, a tensor is not, or none is; 2, the file cannot be read; "
         "3, something that may be a weight could not be checked.",
         epilog="Example:\n  cram-kernels check model.safetensors --exclude 'head.*'",
         formatter_class=Help,
