@@ -23,6 +23,12 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
         "split": f"CrAM+ {{50 %, 60 %, 70 %, 80 %}}, second pass split, {RISE}",
         "AdamW, at the price of split": "AdamW, 2 epochs",
     },
+    "fashion-study": {
+        "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 3 epochs",
+        "SGD, as much work": "SGD, 6 epochs",
+        "split": "CrAM+ {50 %, 70 %, 90 %}, second pass split, 3 epochs",
+        "SGD, at the price of split": "SGD, 3 epochs",
+    },
 }
 REPAIRS = {"as pruned": "nothing", "batch norm tuned": "batch-norm tuning", "reconstructed": "`reconstruct`"}
 
