@@ -154,7 +154,10 @@ def test_what_stays_dense_and_why(always: list[tuple[int, ...]]) -> None:
 
     hooked = nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *_: None)
+    replaced = nn.Linear(8, 8)
+    replaced.forward = lambda x: 2 * x  # type: ignore[method-assign]
     cases: dict[str, tuple[nn.Module, str]] = {
+        "replaced": (replaced, "its forward was replaced"),
         "subclass": (Own(8, 8), "Own is a subclass"),
         "sixteen bits": (nn.Linear(8, 8).bfloat16(), "torch.bfloat16"),
         "groups": (nn.Conv2d(8, 8, 3, groups=2), "have groups=1, got 2"),
@@ -197,6 +200,48 @@ def test_nothing_is_lost_where_the_example_fails() -> None:
     with pytest.raises(RuntimeError):
         sparsify(model, (torch.randn(1, 4, 8, 8),))
     assert list(model.modules()) == before and not any(m._forward_pre_hooks for m in before)
+
+
+def test_input_by_name(always: list[tuple[int, ...]]) -> None:
+    """A layer that is called with a keyword is seen, too."""
+    model = nn.Sequential(_linear(pruned(8, 8, density=0.2))).eval()
+    model.forward = lambda x: model[0](input=x)  # type: ignore[method-assign]
+    assert len(sparsify(model, (torch.randn(3, 8),)).sparse) == 1 and always == [(3, 8)]
+
+
+def test_another_default_dtype(always: list[tuple[int, ...]]) -> None:
+    """Trials, files and the way back are float32 all the same."""
+    model, before = net(), net().state_dict()
+    shape = (2, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        sparsify(model, (torch.randn(IMAGES, dtype=torch.float32),))
+        model.load_state_dict(model.state_dict())
+        layer = _linear(pruned(8, 8, density=0.2).float())
+        trial.try_layer(layer, SparseLinear(layer), shape, 1)
+        after = to_dense(model).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(before[name], t) for name, t in after.items())
+
+
+def test_back_in_inference_mode_and_trained(always: list[tuple[int, ...]]) -> None:
+    model = sparse_net(always)
+    with torch.inference_mode():
+        to_dense(model)
+    model(torch.randn(IMAGES)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrong", ["head.weight", "head.bias"])
+def test_what_does_not_fit_leaves_weight_and_bias(wrong: str, always: list[tuple[int, ...]]) -> None:
+    model = sparse_net(always)
+    weight, bias = model.head.weight, model.head.bias.clone()
+    state = {name: t + 1 for name, t in net(0.1).state_dict().items()}
+    state[wrong] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match=wrong):
+        model.load_state_dict(state)
+    assert same_bits(model.head.weight, weight) and same_bits(model.head.bias, bias)
 
 
 def test_refused() -> None:

@@ -163,12 +163,13 @@ def _seen_shapes(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str,
         raise TypeError("sparsify: example_inputs must be a tuple of the model's arguments, got a tensor: write (x,)")
     seen: Shapes = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
-            seen.setdefault(module, set()).add(tuple(inputs[0].shape))
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = inputs[0] if inputs else named.get("input")
+        if isinstance(x, Tensor):
+            seen.setdefault(module, set()).add(tuple(x.shape))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    hooks = [module.register_forward_pre_hook(note) for module in layers]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
     try:
         with torch.inference_mode():
             model(*(args or ()), **(kwargs or {}))
@@ -192,6 +193,8 @@ def _why_left_out(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) ->
         return "the weight is empty"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, which a new layer would lose"
+    if "forward" in vars(module):  # as accelerate's hooks do
+        return "its forward was replaced, which a new layer would lose"
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "torch's fused kernel of nn.TransformerEncoderLayer reads dense weights: torch.backends.mha.set_fastpath_enabled(False)"

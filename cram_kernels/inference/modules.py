@@ -93,6 +93,7 @@ class SparseLayer(nn.Module):
         rounded to bfloat16 stays so, unless its Parameter is still held, which was not rounded."""
         return self.to_dense_with({})
 
+    @torch.inference_mode(False)  # Parameters that are made in this mode could not be trained
     def to_dense_with(self, made: dict[Tie, nn.Parameter]) -> nn.Module:
         """As `to_dense`; `made` are Parameters of layers that are dense again, for those that are tied to them."""
         dense, values = self._dense_layer(), {"weight": self.weight, "bias": self.bias}
@@ -135,20 +136,30 @@ class SparseLayer(nn.Module):
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
     ) -> None:
         dense, values, mask = (f"{prefix}weight{part}" for part in ("", ".values", ".bitmask"))
+        weight, wrong, bias = None, len(errors), self.bias
+        before = None if bias is None else bias.clone()
         try:
             if dense in state_dict:
                 given = state_dict[dense]
                 if tuple(given.shape) != self.weight_shape:
                     raise ValueError(f"weight must have the shape {list(self.weight_shape)}, got {list(given.shape)}")
-                self._hold(given)
+                check_weight(given)
+                weight = given
             elif values in state_dict and mask in state_dict:
-                self._hold(from_bitmask(state_dict[values], state_dict[mask], self.weight_shape))
+                weight = from_bitmask(state_dict[values], state_dict[mask], self.weight_shape)
             else:
                 missing.extend(name for name in (values, mask) if name not in state_dict)
         except ValueError as error:
             errors.append(f"{prefix}weight: {error}")
         rest = {name: value for name, value in state_dict.items() if name not in (dense, values, mask)}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        if len(errors) == wrong:
+            if weight is not None:
+                self._hold(weight)
+        elif bias is not None and before is not None:  # neither, where one does not fit
+            with torch.no_grad():
+                bias.copy_(before)
+            self.bias = bias
 
     def _describe(self) -> str:
         return f"bias={self.bias is not None}, density={self.density:.3g}"

@@ -59,7 +59,7 @@ def candidates(layer: SparseLayer, columns: int) -> list[int]:
 
 def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...], rounds: int = 15) -> Trial:
     """The trial of one input shape; the sparse layer's plan is left as it was."""
-    x = torch.randn(input_shape)
+    x = torch.randn(input_shape, dtype=torch.float32)
     with torch.inference_mode():
         y = dense(x)
         columns = x.numel() // x.shape[-1] if isinstance(sparse, SparseLinear) else y.shape[-1] * y.shape[-2]

@@ -140,7 +140,7 @@ def elements(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def unpack(packed: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     """The dense weight, to the bit."""
     at, values = elements(packed, layout)
-    weight = torch.zeros(shape)
+    weight = torch.zeros(shape, dtype=torch.float32)
     weight.view(-1)[at] = values.float()
     return weight
 
@@ -169,6 +169,6 @@ def from_bitmask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor
         raise ValueError(f"values must be {wanted}, got {values.dtype} {list(values.shape)}")
     if numel % 8 and int(mask[-1]) >> numel % 8:
         raise ValueError(f"bitmask must have zeros behind its {numel} bits, got others")
-    weight = torch.zeros(numel)
+    weight = torch.zeros(numel, dtype=torch.float32)
     weight[kept] = values.float()
     return weight.reshape(shape)
