@@ -276,6 +276,7 @@ def test_a_file_that_gives_back_something_else_is_not_kept(
     [
         (["none.pt", "p.pt", "--sparsity", "0.5"], "is not there"),
         (["m.pt", "no/p.pt", "--sparsity", "0.5"], "out must be in a folder that is there"),
+        (["m.pt", "m.onnx", "--sparsity", "0.5"], "out must be the name of a safetensors file or a torch checkpoint"),
         (["m.pt", "p.pt", "--sparsity", "0.5", "--exclude", "*"], "prunes, got none: 50 % prunes nothing"),
         (["m.pt", "p.pt", "--sparsity", "0.5", "--exclude", "nothing"], "exclude must match the name of a parameter"),
         (["m.pt", "p.pt", "--pattern", "2:4", "--scope", "tensor"], "--scope must be absent for --pattern"),

@@ -42,7 +42,7 @@ def prune_file(
 
     Args:
         path: as in `cram_kernels.export.read`.
-        out: NAME.safetensors holds the state dict. Any other name is a torch checkpoint; made from one, it keeps all that is beside the
+        out: NAME.safetensors holds the state dict. Any other name but NAME.onnx and NAME.json is a torch checkpoint; made from one, it keeps all that is beside the
             state dict (step, optimizer, averages). It is replaced in one step after it was written and read back.
         pattern: `TopK(sparsity=0.9)`, ranked over all tensors or with `scope="tensor"` over each, or `NM(2, 4)`.
         exclude: patterns of names that stay dense, as in `fnmatch`.
@@ -64,6 +64,8 @@ def prune_file(
     path, out = Path(path), Path(out)
     if not target("prune", out).parent.is_dir():
         raise ValueError(f"prune: out must be in a folder that is there, got {str(out)!r}")
+    if out.suffix in (".onnx", ".json"):
+        raise ValueError(f"prune: out must be the name of a safetensors file or a torch checkpoint, got {str(out)!r}")
     with progress(f"reading {path}"):
         content: Any = files.checkpoint(path) if _is_checkpoint(path) else files.read(path, key)
         state = files.state_in(path, content, key) if _is_checkpoint(path) else content
