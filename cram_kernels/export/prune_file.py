@@ -43,7 +43,8 @@ def prune_file(
     Args:
         path: as in `cram_kernels.export.read`.
         out: NAME.safetensors holds the state dict. Any other name but NAME.onnx and NAME.json is a torch checkpoint; made from one, it
-            keeps all that is beside the state dict (step, optimizer, averages). It is replaced in one step after it was written and read back.
+            keeps all that is beside the state dict (step, optimizer, averages). It is replaced in one step after it was written and read
+            back.
         pattern: `TopK(sparsity=0.9)`, ranked over all tensors or with `scope="tensor"` over each, or `NM(2, 4)`.
         exclude: patterns of names that stay dense, as in `fnmatch`.
         key: where a torch checkpoint has its state dict, as in `read`.
