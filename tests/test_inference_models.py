@@ -13,6 +13,7 @@ from cram_kernels.inference import SparseConv2d, SparseLinear, sparsify, to_dens
 from cram_kernels.inference.trial import Trial, plan_from
 
 IMAGES = (2, 3, 12, 12)
+HEAD = (16, 16)  # of fewer outputs its sparse weight would be larger than the dense one
 
 
 class Net(nn.Module):
@@ -21,7 +22,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(3, 16, 3, padding=1)
         self.down = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
         self.point = nn.Conv2d(24, 16, 1)
-        self.head = nn.Linear(16, 10)
+        self.head = nn.Linear(16, HEAD[0])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.point(self.down(self.conv(x).relu()).relu()).relu()
@@ -188,7 +189,7 @@ def test_without_examples(always: list[tuple[int, ...]]) -> None:
 
 
 def test_shared_modules_are_replaced_everywhere(always: list[tuple[int, ...]]) -> None:
-    layer = _linear(pruned(8, 8, density=0.2), bias=True)
+    layer = _linear(pruned(8, 8, density=0.1), bias=True)
     model = nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer)).eval()
     report = sparsify(model, (torch.randn(3, 8),))
     assert len(report.rows) == 1 and isinstance(model[0], SparseLinear) and model[1][1] is model[0]
@@ -204,7 +205,7 @@ def test_nothing_is_lost_where_the_example_fails() -> None:
 
 def test_input_by_name(always: list[tuple[int, ...]]) -> None:
     """A layer that is called with a keyword is seen, too."""
-    model = nn.Sequential(_linear(pruned(8, 8, density=0.2))).eval()
+    model = nn.Sequential(_linear(pruned(8, 8, density=0.1))).eval()
     model.forward = lambda x: model[0](input=x)  # type: ignore[method-assign]
     assert len(sparsify(model, (torch.randn(3, 8),)).sparse) == 1 and always == [(3, 8)]
 
@@ -330,6 +331,12 @@ HOSTILE: dict[str, Any] = {
     "no mask": lambda s: {name: t for name, t in s.items() if name != "head.weight.bitmask"},
     "a dense weight of another shape": lambda s: s | {"head.weight": torch.zeros(3, 3)},
     "a key too many": lambda s: s | {"head.more": torch.zeros(1)},
+    "values on meta": lambda s: s | {"head.weight.values": s["head.weight.values"].to("meta")},
+    "a list of values": lambda s: s | {"head.weight.values": s["head.weight.values"].tolist()},
+    "no values at all": lambda s: s | {"head.weight.values": None},
+    "a sparse mask": lambda s: s | {"head.weight.bitmask": s["head.weight.bitmask"].to_sparse()},
+    "a dense weight on meta": lambda s: s | {"head.weight": torch.empty(HEAD, device="meta")},
+    "a dense weight in compressed rows": lambda s: s | {"head.weight": torch.ones(HEAD).to_sparse_csr()},
 }
 
 
@@ -341,6 +348,41 @@ def test_hostile_state_dicts_are_refused(case: str, always: list[tuple[int, ...]
         with pytest.raises(RuntimeError, match="head"):
             model.load_state_dict(HOSTILE[case](model.state_dict()))
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("part", ["packed", "bias"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_part_on_meta_is_refused(kind: str, part: str) -> None:
+    """It would bring the call to the kernel for shapes alone, whose output is memory that nobody wrote."""
+    layer: Any = SparseLinear(nn.Linear(16, 16)) if kind == "linear" else SparseConv2d(nn.Conv2d(16, 16, 3))
+    x = torch.randn(3, 16) if kind == "linear" else torch.randn(1, 16, 5, 5)
+    setattr(layer, part, getattr(layer, part).to("meta"))
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"{part} must be on the device of input, cpu, got meta"):
+        layer(x)
+    whole = layer.to("meta")(x.to("meta"))
+    assert whole.is_meta and whole.shape[1] == 16
+
+
+def test_no_layer_takes_more_memory(always: list[tuple[int, ...]]) -> None:
+    """Rows are stored as 16 at once: a head of two outputs would be larger than the dense one."""
+    model = nn.Sequential(nn.Linear(768, 768), nn.Linear(768, 2)).eval()
+    for i, layer in enumerate(model):
+        layer.weight.data = pruned(*layer.weight.shape, density=0.1, seed=i)
+    report = sparsify(model, (torch.randn(4, 768),))
+    assert [row.why_dense is None for row in report.rows] == [True, False]
+    assert "sparse it would take" in str(report.rows[1].why_dense) and always == [(4, 768)]
+    assert all(row.weight_bytes <= 4 * torch.Size(row.shape).numel() for row in report.rows)
+
+
+def test_a_model_that_was_compiled_before(always: list[tuple[int, ...]]) -> None:
+    model, x = net(), torch.randn(IMAGES)
+    compiled = torch.compile(model, backend="eager")
+    with torch.inference_mode():
+        expected = compiled(x)
+        report = sparsify(compiled, (x,))
+        assert len(report.sparse) == len(report.rows) == 4
+        torch.testing.assert_close(compiled(x), expected)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

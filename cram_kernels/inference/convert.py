@@ -81,8 +81,8 @@ def sparsify(
 
     Every layer is timed beside its dense self, on inputs of the shapes that it gets when the model runs on `example_inputs`, with the
     present number of threads. It becomes a `SparseLinear` or `SparseConv2d` where it is at least `min_speedup` times as fast for all of
-    these shapes, and keeps its dense weight otherwise. Dense weights of sparse layers are freed, unless something else holds them, such as
-    an optimizer.
+    these shapes and takes no more memory. All others keep their dense weight. Dense weights of sparse layers are freed, unless something
+    else holds them, such as an optimizer.
 
     Args:
         model: in eval mode, on the CPU. Layers of type nn.Linear or nn.Conv2d (groups 1) in float32 take part; subclasses stay dense.
@@ -159,8 +159,8 @@ def _seen_shapes(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str,
     """The input shapes of each layer while the model runs on the examples; None without examples."""
     if args is None and kwargs is None:
         return None
-    if isinstance(args, Tensor):
-        raise TypeError("sparsify: example_inputs must be a tuple of the model's arguments, got a tensor: write (x,)")
+    if not isinstance(args, (tuple, list, type(None))):
+        raise TypeError(f"sparsify: example_inputs must be a tuple of the model's arguments, got {type(args).__name__}: write (x,)")
     seen: Shapes = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -171,7 +171,8 @@ def _seen_shapes(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str,
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
     try:
-        with torch.inference_mode():
+        # What was compiled before would not call the hooks.
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             model(*(args or ()), **(kwargs or {}))
     finally:
         for hook in hooks:
@@ -218,11 +219,14 @@ def _decide(
         else:
             layer = SparseLinear(module, values) if isinstance(module, nn.Linear) else SparseConv2d(module, values)
             layer.train(module.training)
-            trials = [try_layer(module, layer, shape) for shape in shapes]
-            layer.plan = plan_from(trials)
-            slowest = min(trials, key=lambda trial: trial.speedup)
-            if slowest.speedup < min_speedup:
-                why = f"{slowest.speedup:.2f}x on {list(slowest.input_shape)}, less than {min_speedup:g}x"
+            if layer.weight_bytes > weight.nbytes:  # fewer than 16 outputs, which are stored as 16
+                why = f"sparse it would take {layer.weight_bytes:,} bytes, dense it takes {weight.nbytes:,}"
+            else:
+                trials = [try_layer(module, layer, shape) for shape in shapes]
+                layer.plan = plan_from(trials)
+                slowest = min(trials, key=lambda trial: trial.speedup)
+                if slowest.speedup < min_speedup:
+                    why = f"{slowest.speedup:.2f}x on {list(slowest.input_shape)}, less than {min_speedup:g}x"
     layer = layer if why is None else None
     weight_bytes = weight.nbytes if layer is None else layer.weight_bytes
     return LayerReport(name, type(module).__name__, tuple(weight.shape), density, tuple(trials), why, weight_bytes), layer

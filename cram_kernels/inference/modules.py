@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..params import check_unperturbed
 from ..warning import warn
 from . import ops
-from .weights import best_layout, check_weight, elements, from_bitmask, pack, to_bitmask, unpack
+from .weights import best_layout, check_weight, elements, from_bitmask, pack, stored, to_bitmask, unpack
 
 VALUES = (torch.float32, torch.bfloat16)  # dtypes of what is stored
 
@@ -140,13 +140,13 @@ class SparseLayer(nn.Module):
         before = None if bias is None else bias.clone()
         try:
             if dense in state_dict:
-                given = state_dict[dense]
+                given = stored("weight", state_dict[dense])
                 if tuple(given.shape) != self.weight_shape:
                     raise ValueError(f"weight must have the shape {list(self.weight_shape)}, got {list(given.shape)}")
                 check_weight(given)
                 weight = given
             elif values in state_dict and mask in state_dict:
-                weight = from_bitmask(state_dict[values], state_dict[mask], self.weight_shape)
+                weight = from_bitmask(stored("values", state_dict[values]), stored("bitmask", state_dict[mask]), self.weight_shape)
             else:
                 missing.extend(name for name in (values, mask) if name not in state_dict)
         except ValueError as error:

@@ -19,8 +19,16 @@ sparse_linear = torch.ops.cram_kernels.sparse_linear.default
 sparse_conv2d = torch.ops.cram_kernels.sparse_conv2d.default
 
 
+def _check_devices(op: str, input: Tensor, **others: Tensor | None) -> None:
+    """A tensor on the meta device brings a call here, whatever has the others."""
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise ValueError(f"{op}: {name} must be on the device of input, {input.device}, got {t.device}")
+
+
 @torch.library.register_fake("cram_kernels::sparse_linear")
 def _(input: Tensor, packed: Tensor, bias: Tensor | None, layout: list[int], plan: list[int]) -> Tensor:
+    _check_devices("sparse_linear", input, packed=packed, bias=bias)
     return input.new_empty(*input.shape[:-1], layout[0])
 
 
@@ -36,6 +44,7 @@ def _(
     dilation: list[int],
     plan: list[int],
 ) -> Tensor:
+    _check_devices("sparse_conv2d", input, packed=packed, bias=bias)
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, kernel_size, stride, strict=True)

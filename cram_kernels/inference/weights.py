@@ -115,6 +115,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
+def stored(name: str, value: object) -> Tensor:
+    """An entry of a state dict on the CPU.
+
+    Raises:
+        ValueError: it has no plain numbers: it is no tensor, sparse, or on the meta device.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a strided tensor with values, got {found}")
+    return value.detach().cpu()
+
+
 def check_weight(weight: Tensor) -> None:
     if weight.dtype != torch.float32 or weight.dim() < 2 or torch.Size(weight.shape[1:]).numel() < 1:
         raise ValueError(f"pack: weight must be float32 of 2 or more dims, got {weight.dtype} of shape {list(weight.shape)}")
