@@ -114,5 +114,5 @@ VECTORS = {
         again=4 * LOOP_OWN - 2,
         again_on=("80", "86", "89", "90"),
     ),
-    "norm_kernel": Vectors(8 + 4 + 4).times(2),  # a lane has 32 numbers; three types
+    "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
 }

@@ -38,15 +38,12 @@ __device__ __forceinline__ double chunk_sum(const T* grad, int64_t numel, int64_
   const int lane = threadIdx.x % 32;
   const int64_t begin = chunk * kNormChunk;
   const int size = static_cast<int>(min(kNormChunk, numel - begin));
-  Vector<T> g[kVectors];
-  const auto load_all = [&](auto span) {
+  Lanes<kLanes> g[kVectors];
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) g[j] = load(grad, span((j * 32 + lane) * kLanes));
-  };
-  if (size % kLanes == 0 && aligned(grad))
-    load_all([&](int first) { return WholeSpan<kLanes>{begin + first, first < size}; });
-  else
-    load_all([&](int first) { return Span<kLanes>{begin + first, 0, max(0, min(kLanes, size - first))}; });
+  for (int j = 0; j < kVectors; ++j) {
+    const int first = (j * 32 + lane) * kLanes;
+    g[j] = load_floats(grad, Span<kLanes>{begin + first, 0, max(0, min(kLanes, size - first))});
+  }
   double sums[kLanes];
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
@@ -54,7 +51,7 @@ __device__ __forceinline__ double chunk_sum(const T* grad, int64_t numel, int64_
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const bool exists = (j * 32 + lane) * kLanes + i < size;
-      const double value = exists ? unscaled(widen(g[j].get(i)), inv_scale, scaled) : 0.0f;
+      const double value = exists ? unscaled(g[j][i], inv_scale, scaled) : 0.0f;
       x[j] = __dmul_rn(value, value);
     }
     fold<kVectors>(x);
