@@ -3,45 +3,49 @@
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 Summary = dict[str, dict[str, tuple[float, float, int]]]
 
 
-def arguments(description: str, methods: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
-    """--seeds and --methods, and the rest of the command line."""
+def arguments(description: str, methods: dict[str, Any], named_only: Collection[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+    """--seeds and --methods, and the rest of the command line. Those `named_only` run where --methods names them, not by default."""
     parser = argparse.ArgumentParser(description=f"{description} Other options are those of a run.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=[name for name in methods if name not in named_only])
     return parser.parse_known_args()
 
 
 def changed(settings: Any, name: str, changes: dict[str, Any], seed: int) -> Any:
-    """The settings of one run. Of numbers of epochs `changes` has factors."""
+    """The settings of one run. Of numbers of epochs and steps `changes` has factors."""
     changes = {"seed": seed, "out": settings.out / f"{name}-{seed}", **changes}
-    for option in ("epochs", "warmup_epochs"):
+    for option in ("epochs", "warmup_epochs", "steps"):
         if option in changes:
             changes[option] *= getattr(settings, option)
     return dataclasses.replace(settings, **changes)
 
 
 def runs_of(
-    settings: Any, methods: dict[str, dict[str, Any]], given: argparse.Namespace, started: Callable[[Path], bool], run: Callable[[Any], Any]
+    settings: Any,
+    methods: dict[str, dict[str, Any]],
+    given: argparse.Namespace,
+    started: Callable[[Path], bool] | None,
+    run: Callable[[Any], Any],
 ) -> list[Any]:
     """The settings of all runs, after those have been run that have no results.json; one that was interrupted is resumed.
 
     Args:
         methods: name -> what it changes, see `changed`.
-        started: whether a run has left something in its folder to go on from.
+        started: whether a run has left something in its folder to go on from; None, where no run can be resumed.
     """
     for seed in range(given.seeds):
         for name in given.methods:
             one = changed(settings, name, methods[name], seed)
             if not (one.out / "results.json").is_file():
                 print(one.out, flush=True)
-                run(dataclasses.replace(one, resume=started(one.out)))
+                run(one if started is None else dataclasses.replace(one, resume=started(one.out)))
     return [changed(settings, name, methods[name], seed) for name in given.methods for seed in range(given.seeds)]
 
 
@@ -63,20 +67,22 @@ def summarise(results: list[dict[str, Any]]) -> Summary:
     }
 
 
-def cell(found: dict[str, tuple[float, float, int]], column: str) -> str:
+def cell(found: dict[str, tuple[float, float, int]], column: str, digits: int = 1) -> str:
     if column not in found:
         return ""
     mean, spread, runs = found[column]
-    return f"{mean:.1f}" + (f" ± {spread:.1f}" if runs > 1 else "")
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if runs > 1 else "")
 
 
-def table(summary: Summary, patterns: list[str], repairs: list[str]) -> str:
-    """Markdown: a line for each way of training and of repair."""
+def table(summary: Summary, patterns: list[str], repairs: list[str], digits: int = 1) -> str:
+    """Markdown: a line for each way of training and of repair that was measured."""
     lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
     for name, found in summary.items():
         for i, what in enumerate(repairs):
-            first = [name, str(found["dense"][2]), cell(found, "dense")] if i == 0 else ["", "", ""]
-            lines.append("| " + " | ".join([*first, what, *(cell(found, f"{p}, {what}") for p in patterns)]) + " |")
+            cells = [cell(found, f"{p}, {what}", digits) for p in patterns]
+            first = [name, str(found["dense"][2]), cell(found, "dense", digits)] if i == 0 else ["", "", ""]
+            if i == 0 or any(cells):
+                lines.append("| " + " | ".join([*first, what, *cells]) + " |")
         if f"{patterns[0]}, corrupted" in found or "dense, corrupted" in found:
             values = [cell(found, f"{p}, corrupted") for p in patterns]
             lines.append("| " + " | ".join(["", "", cell(found, "dense, corrupted"), "corrupted, batch norm tuned", *values]) + " |")

@@ -89,7 +89,8 @@ def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
             for state, value in states.items():
                 values.setdefault((run["label"], pattern, state), []).append(value)
     assert {len(of) for of in values.values()} == {3}
-    return {key: f"{statistics.fmean(of):.1f} ± {statistics.stdev(of):.1f}" for key, of in values.items()}
+    digits = study_tables.DIGITS.get(name, 1)
+    return {key: f"{statistics.fmean(of):.{digits}f} ± {statistics.stdev(of):.{digits}f}" for key, of in values.items()}
 
 
 def measured_accuracies() -> set[str]:
@@ -151,9 +152,9 @@ def test_accuracies_have_a_spread_and_were_measured() -> None:
     known = measured_accuracies()
     for name in ("README.md", "CHANGELOG.md", "docs/when-it-pays.md", "docs/results.md", "docs/pruning.md"):
         text = re.sub(r"<!-- bench: .*?<!-- end -->", "", (ROOT / name).read_text().replace("**", ""), flags=re.DOTALL)  # times
-        quoted = re.findall(r"\d+\.\d ± \d+\.\d", text)
+        quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", text)
         assert quoted and [value for value in quoted if value not in known] == [], name
-        alone = re.findall(r"\b[1-9]\d\.\d\b", re.sub(r"\d+\.\d ± \d+\.\d", "", text))
+        alone = re.findall(r"\b[1-9]\d\.\d\b", re.sub(r"\d+\.\d+ ± \d+\.\d+", "", text))
         assert name in ("README.md", "docs/results.md") or alone == [], (name, alone)
         assert re.search(r"3 seeds|three seeds", text), name
 

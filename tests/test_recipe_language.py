@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(LANGUAGE), str(LANGUAGE.parent)]
 import answer  # noqa: E402
 import bbc_news  # noqa: E402
+import characters  # noqa: E402
 import classify  # noqa: E402
 import classify_study  # noqa: E402
 import comparison  # noqa: E402
 import fine_foods  # noqa: E402
 import image_sets  # noqa: E402
+import novels  # noqa: E402
 import recipe  # noqa: E402
 import squad  # noqa: E402
 import text_sets  # noqa: E402
@@ -180,6 +183,8 @@ def test_methods_of_the_study(name):
             "adamw-twice": "AdamW, 6 epochs",
             "cram": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
             "warmup": "CrAM+ {50 %, 60 %, 70 %}, sparsities rise over 50 %, 3 epochs",
+            "no-rise": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
+            "up-to-70": "CrAM+ {50 %, 60 %, 70 %}, 3 epochs",
             "split": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 3 epochs",
             "split-twice": "CrAM+ {50 %, 60 %, 70 %}, second pass split, 6 epochs",
         }[name]
@@ -339,8 +344,8 @@ def test_bbc_news_is_written_as_tables(tmp_path, monkeypatch):
     assert [len(part) for part in parts] == [8, 5] and dict(parts[0] + parts[1]) == texts
 
 
-def write_r_data(folder: Path, objects: dict) -> None:
-    """The data of an R package: Rdata.rdb has each object, Rdata.rdx where it is, as R's makeLazyLoadDB writes them with xz."""
+def write_r_data(folder: Path, objects: dict, xz: bool = True) -> None:
+    """The data of an R package: Rdata.rdb has each object, Rdata.rdx where it is, as R's makeLazyLoadDB writes them with xz or gzip."""
     rdata = pytest.importorskip("rdata", reason="rdata is missing; `pip install 'cram_kernels[examples]'` brings it")
 
     def serialized(value) -> bytes:
@@ -350,13 +355,13 @@ def write_r_data(folder: Path, objects: dict) -> None:
     content, variables = b"what another object has here", {}
     for name, value in objects.items():
         plain = serialized(value)
-        chunk = (
-            len(plain).to_bytes(4, "big") + b"Z" + lzma.compress(plain, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
-        )
+        lzma2 = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+        packed = b"Z" + lzma.compress(plain, lzma.FORMAT_RAW, filters=lzma2) if xz else zlib.compress(plain)
+        chunk = len(plain).to_bytes(4, "big") + packed
         variables[name] = np.array([len(content), len(chunk)], np.int32)
         content += chunk
     (folder / "Rdata.rdb").write_bytes(content)
-    index = {"variables": variables, "references": {}, "compressed": np.array([3], np.int32)}
+    index = {"variables": variables, "references": {}, "compressed": np.array([3 if xz else 1], np.int32)}
     (folder / "Rdata.rdx").write_bytes(gzip.compress(serialized(index)))
 
 
@@ -384,8 +389,72 @@ def test_reviews_come_from_a_package_of_r(tmp_path, monkeypatch):
     assert classify.read(tmp_path / "out" / "test.tsv", "sentence", "label") == [("so so", "other")]
     content = (folder / "Rdata.rdb").read_bytes()
     (folder / "Rdata.rdb").write_bytes(content.replace(b"Z", b"2"))
-    with pytest.raises(ValueError, match=r"before must be packed by xz \(Z\), got b'2'"):
+    with pytest.raises(ValueError, match=r"before must be packed by gzip, or by xz \(Z\), got b'2'"):
         fine_foods.objects(folder, ["before"])
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is missing: Debian's packages are unpacked by it")
+def test_novels_come_from_a_package_of_r(tmp_path, monkeypatch):
+    """All but the one that is held out are in the training text, each line on one of its own."""
+    lines = {name: [name.upper(), "", f"caf\xe9 {i}"] for i, name in enumerate((*novels.TRAIN, *novels.TEST))}
+    write_r_data(tmp_path / "package" / novels.FOLDER, {name: np.array(of) for name, of in lines.items()}, xz=False)
+    deb = image_sets.write_deb(tmp_path / "package", novels.PACKAGE)
+    monkeypatch.setattr(sys, "argv", ["novels.py", "--deb", str(deb), "--out", str(tmp_path / "out")])
+    novels.main()
+    texts = {name: "\n".join(of) + "\n" for name, of in lines.items()}
+    assert (tmp_path / "out" / "test.txt").read_text(encoding="utf-8") == texts.pop("persuasion")
+    assert (tmp_path / "out" / "train.txt").read_text(encoding="utf-8") == "".join(texts.values()) and len(texts) == 5
+
+
+def test_characters(tmp_path, monkeypatch):
+    """A text that repeats itself is learned. Bits are those of a count with one character at a time, which sees only those before it."""
+    sentence = "the cat sat on the mat; "
+    (tmp_path / "train.txt").write_text(sentence * 100)
+    (tmp_path / "test.txt").write_text(sentence * 6 + "a dog?")
+    command = ["characters.py", "--config", str(LANGUAGE / "configs" / "novels.yaml"), "--device", "cpu", "--precision", "fp32"]
+    sizes = {"length": 16, "width": 32, "layers": 2, "heads": 2, "batch": 8, "steps": 80, "test_characters": 146, "reconstruct": 16}
+    given = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt", "out": tmp_path, "patterns": '[0.5,"2:4"]', **sizes}
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "1", "--methods", "adamw-twice", "cram", "split"])
+    characters.main()
+    runs = json.loads((tmp_path / "study.json").read_text())["runs"]
+    assert [run["label"].split(", ")[-1] for run in runs] == ["160 steps", "80 steps", "80 steps"]
+    assert [run["settings"]["second_pass"] for run in runs] == ["all", "all", "split"]
+    assert all(run["dense"] < 1.5 and set(run["pruned"]["2:4"]) == {"as pruned", "reconstructed"} for run in runs)
+    assert f"| {runs[1]['dense']:.3f} |" in (tmp_path / "table.md").read_text()
+
+    saved = torch.load(tmp_path / "cram-0" / "model.pt", weights_only=True)
+    s = characters.Characters(**{name: sizes[name] for name in ("length", "width", "layers", "heads")})
+    model = characters.Transformer(len(saved["symbols"]), s)
+    model.load_state_dict(saved["model"])
+    text = [saved["symbols"].index(c) for c in (sentence * 6 + "a dog?")[:146]]
+
+    def bits() -> float:
+        found = []
+        with torch.no_grad():
+            for i in range(1, 145):  # 9 pieces of 16; the last character but one ends the last of them
+                seen = text[(i - 1) // 16 * 16 : i]
+                found.append(float(model(torch.tensor([seen]))[0, -1].log_softmax(0)[text[i]]))
+        return -sum(found) / len(found) / np.log(2)
+
+    assert runs[1]["dense"] == pytest.approx(bits(), rel=1e-4)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    magnitudes = torch.cat([p.detach().abs().flatten() for p in matrices]).sort().values
+    with torch.no_grad():
+        for p in matrices:
+            p[p.abs() <= magnitudes[len(magnitudes) // 2 - 1]] = 0
+    assert len(matrices) == 8 and runs[1]["pruned"]["50 %"]["as pruned"] == pytest.approx(bits(), rel=1e-4)
+
+
+def test_texts_that_are_missing_or_too_short_are_refused(tmp_path):
+    s = characters.Characters(train=tmp_path / "a.txt", test=tmp_path / "a.txt", length=8)
+    with pytest.raises(FileNotFoundError, match=r"a\.txt is missing: a text"):
+        characters.read(s)
+    (tmp_path / "a.txt").write_text("a" * 9)
+    with pytest.raises(ValueError, match=r"texts must have more than length \+ 1 = 9 characters, got 9"):
+        characters.read(s)
+    with pytest.raises(ValueError, match="width must be a multiple of heads, got 30 and 4"):
+        characters.Characters(width=30)
 
 
 @pytest.mark.parametrize("name, kind", [("bbc_minilm", classify.Classify), ("squad_bert_base", answer.Answer)])

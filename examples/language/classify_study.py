@@ -4,6 +4,7 @@ r"""Fine-tune with every method and every seed, prune all of them: a table of do
         --train bbc/train.tsv --test bbc/test.tsv --out study
 
 Runs that are finished (results.json is there) are not run again, an interrupted one goes on after its last checkpoint (--save_steps).
+What `classify.py --eval_only true --model RUN/model --reconstruct 128 --out RUN/repaired` has reconstructed of a run counts as its own.
 """
 
 import json
@@ -22,9 +23,12 @@ METHODS = {  # name: what it changes in the settings; work in passes over a text
     "adamw-twice": {"method": "adamw", "epochs": 2},  # 2
     "cram": {"method": "cram+"},  # 2
     "warmup": {"method": "cram+", "sparsity_warmup": 0.5},  # 2
+    "no-rise": {"method": "cram+", "sparsity_warmup": 0.0},  # 2
+    "up-to-70": {"method": "cram+", "compression": [0.5, 0.6, 0.7]},  # 2
     "split": {"method": "cram+", "second_pass": "split"},  # 1
     "split-twice": {"method": "cram+", "second_pass": "split", "epochs": 2},  # 2
 }
+ABLATIONS = ("no-rise", "up-to-70")  # of settings that have a rise and levels above 70 %
 PLACES = {"out", "train", "test", "resume", "save_steps", "threads", "device"}  # settings that do not change the run
 
 
@@ -36,26 +40,30 @@ def label(settings: dict[str, Any]) -> str:
         name += f" {{{', '.join(str(recipe.pattern(text)) for text in settings['compression'])}}}"
         name += f", second pass {settings['second_pass']}" * (settings["second_pass"] != "all")
         name += f", sparsities rise over {100 * settings['sparsity_warmup']:g} %" * (settings["sparsity_warmup"] > 0)
-    return f"{name}, {settings['epochs']:g} epochs"
+    unit = "epochs" if "epochs" in settings else "steps"
+    return f"{name}, {settings[unit]:,g} {unit}"
 
 
 def row(folder: Path) -> dict[str, Any]:
     """A finished run in the form of `comparison.summarise`."""
     found = json.loads((folder / "results.json").read_text())
-    states = {"as pruned": found["pruned"], "reconstructed": found["reconstructed"]}
+    later = folder / "repaired" / "results.json"
+    repaired = json.loads(later.read_text()) if later.is_file() else found
+    states = {"as pruned": found["pruned"], "reconstructed": repaired["reconstructed"]}
     pruned = {name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]}
     settings = {name: value for name, value in found["settings"].items() if name not in PLACES}
+    settings["reconstruct"] = repaired["settings"]["reconstruct"]
     rest = {"settings": settings, "steps": found["training"]["steps"], "zeros": found["zeros"], "versions": found["versions"]}
     return {"label": label(settings), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
 
 
 def main() -> None:
-    given, options = arguments("Fine-tune with every method and every seed, and prune all of them.", METHODS)
+    given, options = arguments("Fine-tune with every method and every seed, and prune all of them.", METHODS, ABLATIONS)
     s: Classify = recipe.parse(Classify, "Classify texts, and prune in one shot.", options)
     runs = runs_of(s, METHODS, given, lambda folder: any(folder.glob("checkpoint-*")), classify)
     results = [row(one.out) for one in runs]
     patterns = list(results[0]["pruned"])
-    text = table(summarise(results), patterns, ["as pruned", "reconstructed"] if s.reconstruct else ["as pruned"])
+    text = table(summarise(results), patterns, ["as pruned", "reconstructed"])
     recipe.write_json(s.out / "study.json", {"runs": results})
     (s.out / "table.md").write_text(text)
     print(text)

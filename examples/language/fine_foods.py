@@ -10,6 +10,7 @@ import lzma
 import struct
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,22 @@ def unserialized(content: bytes) -> Any:
 
 
 def objects(folder: Path, names: list[str]) -> list[Any]:
-    """Of an R package's data: Rdata.rdx says where in Rdata.rdb each object is.
+    """Of an R package's data: Rdata.rdx says where in Rdata.rdb each object is, and how all are packed.
 
-    There stand the size when unpacked, big-endian in 4 bytes, the letter Z, and a raw LZMA2 stream.
+    There stand the size when unpacked, big-endian in 4 bytes, and a zlib stream (1), or the letter Z and a raw LZMA2 stream (3).
     """
-    where = unserialized((folder / "Rdata.rdx").read_bytes())["variables"]
+    index = unserialized((folder / "Rdata.rdx").read_bytes())
     content = (folder / "Rdata.rdb").read_bytes()
     found = []
     for name in names:
-        start, length = map(int, where[name])
-        (size,), kind, packed = (
-            struct.unpack_from(">I", content, start),
-            content[start + 4 : start + 5],
-            content[start + 5 : start + length],
-        )
-        if kind != b"Z":
-            raise ValueError(f"{folder / 'Rdata.rdb'}: {name} must be packed by xz (Z), got {kind!r}")
-        unpacked = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(packed)
+        start, length = map(int, index["variables"][name])
+        (size,), packed = struct.unpack_from(">I", content, start), content[start + 4 : start + length]
+        if int(index["compressed"][0]) == 1:
+            unpacked = zlib.decompress(packed)
+        elif packed[:1] == b"Z":
+            unpacked = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(packed[1:])
+        else:
+            raise ValueError(f"{folder / 'Rdata.rdb'}: {name} must be packed by gzip, or by xz (Z), got {packed[:1]!r}")
         if len(unpacked) != size:
             raise ValueError(f"{folder / 'Rdata.rdb'}: {name} must have {size} bytes when unpacked, got {len(unpacked)}")
         found.append(unserialized(unpacked))

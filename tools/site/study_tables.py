@@ -30,6 +30,7 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
         "SGD, at the price of split": "SGD, 3 epochs",
     },
 }
+DIGITS = {"novels-study": 3}  # of bits per character; accuracies have one
 REPAIRS = {"as pruned": "nothing", "batch norm tuned": "batch-norm tuning", "reconstructed": "`reconstruct`"}
 
 
@@ -42,7 +43,7 @@ def summary(record: str) -> tuple[Summary, list[str], list[str]]:
 
 
 def results(record: str) -> str:
-    return table(*summary(record)).rstrip()
+    return table(*summary(record), digits=DIGITS.get(record, 1)).rstrip()
 
 
 def advice(record: str) -> str:
@@ -53,7 +54,8 @@ def advice(record: str) -> str:
     rows = [("not pruned", "", "dense"), *((p, REPAIRS[what], f"{p}, {what}") for what in repairs for p in patterns)]
     for pattern, repair, column in rows:
         if any(column in found for found in columns.values()):
-            lines.append(f"| {pattern} | {repair} | {' | '.join(cell(found, column) for found in columns.values())} |")
+            cells = [cell(found, column, DIGITS.get(record, 1)) for found in columns.values()]
+            lines.append(f"| {pattern} | {repair} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
