@@ -1,6 +1,9 @@
 """Sparse layers as modules, and sparsify: what it replaces, what it leaves alone and says so, files, compiling, exporting."""
 
+import copy
+import gc
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -43,7 +46,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Trials that every layer wins, without a clock; what they were asked."""
     asked: list[tuple[int, ...]] = []
 
-    def won(dense: nn.Module, sparse: nn.Module, shape: tuple[int, ...]) -> Trial:
+    def won(dense: nn.Module, sparse: nn.Module, shape: tuple[int, ...], strides: Any) -> Trial:
         asked.append(shape)
         return Trial(shape, shape[0], 8, 2.0, None)
 
@@ -219,7 +222,7 @@ def test_another_default_dtype(always: list[tuple[int, ...]]) -> None:
         sparsify(model, (torch.randn(IMAGES, dtype=torch.float32),))
         model.load_state_dict(model.state_dict())
         layer = _linear(pruned(8, 8, density=0.2).float())
-        trial.try_layer(layer, SparseLinear(layer), shape, 1)
+        trial.try_layer(layer, SparseLinear(layer), shape, rounds=1)
         after = to_dense(model).state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -421,3 +424,158 @@ def test_plan_from_trials() -> None:
     trials = [Trial((n, 9), n, tile, 2.0, None) for n, tile in ((32, 32), (1, 1), (8, 8))]
     assert plan_from(trials) == [2, 1, 16, 8, trial.LAST, 32]
     assert plan_from(trials[1:2]) == [4, 1]
+
+
+def test_trials_get_the_memory_format_of_the_example() -> None:
+    """Every convolution that is called, in the example's run and in the trials, gets channels_last; a Linear gets its transposed input."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(8, 16, 3), nn.Linear(16, 16)
+            for i, layer in enumerate((self.conv, self.linear)):
+                layer.weight.data = pruned(*layer.weight.shape, density=0.1, seed=i)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).sum() + self.linear(torch.ones(16, 6).t()).sum()
+
+    given: dict[str, set[tuple[bool, bool]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        by_columns = x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.t().is_contiguous()
+        given.setdefault(type(module).__name__, set()).add((by_columns, x.is_contiguous()))
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        images = torch.randn(2, 8, 10, 9).to(memory_format=torch.channels_last)
+        report = sparsify(Turned().eval(), (images,))
+    finally:
+        handle.remove()
+    assert all(given[name] == {(True, False)} for name in ("Conv2d", "SparseConv2d", "Linear", "SparseLinear")), given
+    assert [row.trials[0].strides for row in report.rows] == [images.stride(), (1, 6)]
+    assert f"[2, 8, 10, 9] with strides {list(images.stride())}: " in str(report)
+
+
+def test_an_empty_example_says_so() -> None:
+    report = sparsify(net(), (torch.randn(0, *IMAGES[1:]),))
+    assert all("input that reached it is empty, [0, " in (row.why_dense or "") for row in report.rows) and len(report.rows) == 4
+
+
+WRITES: dict[str, Any] = {
+    "an element": lambda w: w.__setitem__((0, 0), 1.0),
+    "data": lambda w: w.data.zero_(),
+    "an element of data": lambda w: w.data.__setitem__(0, 1.0),
+    "a row of detach": lambda w: w.detach()[0].fill_(1.0),
+    "in place": lambda w: w.mul_(2),
+    "an operator": lambda w: w.__imul__(2),
+    "init": lambda w: nn.init.ones_(w),
+    "out": lambda w: torch.add(w, 1, out=w),
+    "a part": lambda w: w.split(4)[1].zero_(),
+    "a list": lambda w: torch._foreach_mul_([w], 2),
+    "another tensor as data": lambda w: setattr(w, "data", torch.zeros(16, 16)),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_writes_to_the_dense_weight_are_refused(case: str, mode: Any) -> None:
+    """The layer has no dense weight that they could change."""
+    layer = SparseLinear(_linear(pruned(16, 16, density=0.3)))
+    before = layer.weight.clone()
+    with mode(), pytest.raises(RuntimeError, match=r"SparseLayer\.weight: what is written to must be a copy"):
+        WRITES[case](layer.weight)
+    assert torch.equal(layer.weight, before)
+
+
+def test_the_dense_weight_is_read_as_any_tensor() -> None:
+    weight = pruned(16, 16, density=0.3)
+    layer = SparseLinear(_linear(weight))
+    doubled, copied = layer.weight * 2, layer.weight.clone()
+    doubled.add_(1)
+    copied[0] = 5.0
+    torch.zeros(16, 16).copy_(layer.weight)
+    assert type(doubled) is type(copied) is Tensor and torch.equal(doubled, weight * 2 + 1)
+    assert (layer.weight.dtype, layer.weight.shape, layer.weight.device.type) == (torch.float32, (16, 16), "cpu")
+    with pytest.raises(ValueError, match="read-only"):
+        layer.weight.numpy()[0] = 1
+    layer.load_state_dict({"weight": copied})
+    assert torch.equal(layer.weight, copied)
+
+
+class Tied(nn.Module):
+    """A head that shares the weight of an embedding, before or after which it is registered."""
+
+    def __init__(self, head_first: bool) -> None:
+        super().__init__()
+        embedding, head = nn.Embedding(40, 32), nn.Linear(32, 40)
+        for name, layer in (("head", head), ("embedding", embedding))[:: 1 if head_first else -1]:
+            setattr(self, name, layer)
+        head.weight = embedding.weight
+        head.weight.data = pruned(40, 32, density=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_copy_keeps_the_tie_to_an_embedding(head_first: bool, always: list[tuple[int, ...]]) -> None:
+    model = Tied(head_first).eval()
+    optimizer = torch.optim.SGD([model.head.bias], 0.1)
+    bias = model.head.bias
+    sparsify(model, (torch.arange(4),))
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for each in (model, copied, copy.deepcopy(copied)):
+        tied = each.embedding.weight
+        to_dense(each)
+        assert each.head.weight is each.embedding.weight is tied and same_bits(tied, pruned(40, 32, density=0.1))
+    assert copied.head.weight is not model.head.weight and model.head.bias is bias is optimizer.param_groups[0]["params"][0]
+    assert copied.head.bias is not bias
+    assert same_bits(to_dense(pickled).head.weight, tied)
+
+
+def test_a_copy_keeps_no_dense_weight_alive(always: list[tuple[int, ...]]) -> None:
+    model = net()
+    held = list(model.parameters())  # as an optimizer does
+    sparsify(model, (torch.randn(IMAGES),))
+    gc.collect()
+    before = sum(type(o) is nn.Parameter for o in gc.get_objects())
+    copied = copy.deepcopy(model)
+    gc.collect()
+    assert sum(type(o) is nn.Parameter for o in gc.get_objects()) == before and len(held) == 7
+    assert not any(a is b for a, b in zip(to_dense(copied).parameters(), held, strict=True))
+
+
+def test_a_copy_knows_that_the_old_weight_was_written_to(always: list[tuple[int, ...]]) -> None:
+    model = Tied(True).eval()
+    sparsify(model, (torch.arange(4),))
+    with torch.no_grad():
+        model.embedding.weight.add_(1)
+    copied = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="the old one was written to since"):
+        to_dense(copied)
+    assert same_bits(copied.head.weight, pruned(40, 32, density=0.1))
+
+
+def test_a_sparse_state_dict_into_layers_that_stayed_dense(always: list[tuple[int, ...]]) -> None:
+    """As on a machine where other layers were faster: from any mixture of sparse and dense layers into any other."""
+    saved, mixed = sparse_net(always), net(0.1)
+    sparsify(mixed)  # the head alone
+    for state in (saved.state_dict(), mixed.state_dict()):
+        for into in (net(0.5), net(0.2)):
+            sparsify(into, min_speedup=9)  # more than the trials find
+            assert len(sparsify(into, min_speedup=9).sparse) == 0
+            into.load_state_dict(state)
+            whole = into.state_dict()
+            source = net() if "conv.weight.values" in state else net(0.1)
+            assert all(same_bits(whole[name], t) for name, t in source.state_dict().items())
+    dense = net(0.5)
+    sparsify(dense, min_speedup=9)
+    before = {name: t.clone() for name, t in dense.state_dict().items()}
+    for case in ("values cut off", "a mask cut off", "no mask", "values on meta"):
+        with pytest.raises(RuntimeError, match=r"head\.weight"):
+            dense.load_state_dict(HOSTILE[case](saved.state_dict()))
+        assert same_bits(dense.head.weight, before["head.weight"])
+    again = copy.deepcopy(dense)
+    again.load_state_dict(saved.state_dict())
+    assert same_bits(again.conv.weight, net().conv.weight)

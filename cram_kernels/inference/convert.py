@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..params import check_module, check_unperturbed
 from ..schedule import is_number
-from .modules import VALUES, SparseConv2d, SparseLayer, SparseLinear, Tie, why_no_convolution
-from .trial import Trial, plan_from, try_layer
+from .modules import VALUES, SparseConv2d, SparseLayer, SparseLinear, Tie, load_sparse_weight, why_no_convolution
+from .trial import Input, Trial, plan_from, try_layer
 
-Shapes = dict[nn.Module, set[tuple[int, ...]]]  # the input shapes of each layer
+Inputs = dict[nn.Module, set[Input]]  # the shapes and strides of what each layer gets
 
 MAX_DENSITY = 0.75  # above, no layer was ever faster: not tried
 DEFAULT_ROWS = (1, 32)  # rows of input that a Linear is tried with where no example says more
@@ -109,7 +109,7 @@ def sparsify(
     if model.training:
         raise ValueError("sparsify: model must be in eval mode, got training mode: sparse layers have no backward")
     check_unperturbed("sparsify", model.named_parameters())
-    seen = _seen_shapes(model, example_inputs, example_kwargs)
+    seen = _seen_inputs(model, example_inputs, example_kwargs)
     replacements: dict[nn.Module, nn.Module] = {}
     rows = []
     for name, module in model.named_modules():
@@ -119,6 +119,8 @@ def sparsify(
         rows.append(row)
         if layer is not None:
             replacements[module] = layer
+        elif all(getattr(hook, "hook", None) is not load_sparse_weight for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(load_sparse_weight)
     _replace(model, replacements)
     return SparsifyReport(rows)
 
@@ -155,18 +157,19 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
                 parent._modules[name] = replacements[child]
 
 
-def _seen_shapes(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str, Any] | None) -> Shapes | None:
-    """The input shapes of each layer while the model runs on the examples; None without examples."""
+def _seen_inputs(model: nn.Module, args: Sequence[Any] | None, kwargs: dict[str, Any] | None) -> Inputs | None:
+    """What each layer gets while the model runs on the examples; None without examples."""
     if args is None and kwargs is None:
         return None
     if not isinstance(args, (tuple, list, type(None))):
         raise TypeError(f"sparsify: example_inputs must be a tuple of the model's arguments, got {type(args).__name__}: write (x,)")
-    seen: Shapes = {}
+    seen: Inputs = {}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = inputs[0] if inputs else named.get("input")
         if isinstance(x, Tensor):
-            seen.setdefault(module, set()).add(tuple(x.shape))
+            like = torch.empty_like(x, device="meta")  # of the same memory format, where x has no gaps
+            seen.setdefault(module, set()).add((tuple(x.shape), None if like.is_contiguous() else like.stride()))
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in layers]
@@ -203,7 +206,7 @@ def _why_left_out(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) ->
 
 
 def _decide(
-    name: str, module: nn.Linear | nn.Conv2d, why: str | None, seen: Shapes | None, min_speedup: float, values: torch.dtype
+    name: str, module: nn.Linear | nn.Conv2d, why: str | None, seen: Inputs | None, min_speedup: float, values: torch.dtype
 ) -> tuple[LayerReport, SparseLayer | None]:
     weight = module.weight
     known = weight.device.type == "cpu" and not weight.is_complex()
@@ -213,16 +216,19 @@ def _decide(
     if why is None and density > MAX_DENSITY:
         why = f"density above {MAX_DENSITY} does not pay"
     if why is None:
-        shapes = _shapes(module, seen)
-        if not shapes:
+        inputs = _inputs(module, seen)
+        timed = [own for own in inputs if 0 not in own[0]]
+        if not inputs:
             why = "no example input reached it" if seen is not None else "without example_inputs the size of its input is unknown"
+        elif not timed:
+            why = f"the example input that reached it is empty, {list(inputs[0][0])}: there is nothing to time"
         else:
             layer = SparseLinear(module, values) if isinstance(module, nn.Linear) else SparseConv2d(module, values)
             layer.train(module.training)
             if layer.weight_bytes > weight.nbytes:  # fewer than 16 outputs, which are stored as 16
                 why = f"sparse it would take {layer.weight_bytes:,} bytes, dense it takes {weight.nbytes:,}"
             else:
-                trials = [try_layer(module, layer, shape) for shape in shapes]
+                trials = [try_layer(module, layer, *own) for own in timed]
                 layer.plan = plan_from(trials)
                 slowest = min(trials, key=lambda trial: trial.speedup)
                 if slowest.speedup < min_speedup:
@@ -232,10 +238,10 @@ def _decide(
     return LayerReport(name, type(module).__name__, tuple(weight.shape), density, tuple(trials), why, weight_bytes), layer
 
 
-def _shapes(module: nn.Module, seen: Shapes | None) -> list[tuple[int, ...]]:
-    """The input shapes to try, one for each number of columns."""
+def _inputs(module: nn.Module, seen: Inputs | None) -> list[Input]:
+    """What to try."""
     if seen is not None:
-        return sorted(shape for shape in seen.get(module, set()) if 0 not in shape)
+        return sorted(seen.get(module, set()), key=lambda own: (own[0], own[1] or ()))
     if isinstance(module, nn.Linear):
-        return [(rows, module.in_features) for rows in DEFAULT_ROWS]
+        return [((rows, module.in_features), None) for rows in DEFAULT_ROWS]
     return []

@@ -1,5 +1,7 @@
 """nn.Linear and nn.Conv2d on sparse weights, for inference on a CPU."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -10,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..params import check_unperturbed
 from ..warning import warn
 from . import ops
+from .view import ReadOnly
 from .weights import best_layout, check_weight, elements, from_bitmask, pack, stored, to_bitmask, unpack
 
 VALUES = (torch.float32, torch.bfloat16)  # dtypes of what is stored
@@ -20,6 +23,30 @@ class Tie:
 
 
 TIES = WeakTensorKeyDictionary()  # Parameter -> its Tie
+
+
+class Held:
+    """A Parameter from which a layer was made, or none, which this does not keep alive. A deep copy means the copy of that Parameter, if it
+    is copied along, as that of a tied embedding is; a pickle means none."""
+
+    def __init__(self, p: nn.Parameter | None = None, written: bool = False) -> None:
+        self._parameter: Callable[[], nn.Parameter | None] = (lambda: None) if p is None else ref(p)
+        self._version = -1 if p is None or written else p._version
+
+    def __call__(self) -> nn.Parameter | None:
+        return self._parameter()
+
+    @property
+    def written(self) -> bool:
+        """Whether the Parameter was written to since the layer was made."""
+        p = self()
+        return p is not None and p._version != self._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
+        return Held(copy.deepcopy(self(), memo), self.written)  # the memo keeps the copy while others may ask for it
+
+    def __reduce__(self) -> Any:
+        return Held, ()
 
 
 class SparseLayer(nn.Module):
@@ -50,18 +77,18 @@ class SparseLayer(nn.Module):
         # For the way back. Weakly: the dense weight is freed unless something else holds it, whose memory is not ours to empty.
         given = {name: p for name, p in (("weight", weight), ("bias", bias)) if isinstance(p, nn.Parameter)}
         self._trained = {name: p.requires_grad for name, p in given.items()}
-        self._dense = {name: (ref(p), p._version) for name, p in given.items() if not p.is_inference()}
+        self._dense = {name: Held(p) for name, p in given.items() if not p.is_inference()}
         self._ties = {name: TIES.setdefault(p, Tie()) for name, p in given.items()}
         self._hooks_of_dense = dense._state_dict_hooks  # of an optimizer that is attached to the model
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has Parameters of its own."""
-        return {**self.__dict__, "_dense": {}, "_hooks_of_dense": {}}
+        """A copy or a pickle belongs to no optimizer."""
+        return {**self.__dict__, "_hooks_of_dense": {}}
 
     def parameters_of_dense(self) -> dict[str, nn.Parameter]:
         """The Parameters from which the layer was made, of those that an optimizer or another layer still holds."""
         sizes = {"weight": self.weight_shape, "bias": self.weight_shape[:1]}
-        found = {name: p for name, (held, _) in self._dense.items() if (p := held()) is not None}
+        found = {name: p for name, held in self._dense.items() if (p := held()) is not None}
         return {name: p for name, p in found.items() if (p.shape, p.dtype, p.is_cpu) == (sizes[name], torch.float32, True)}
 
     def _hold(self, weight: Tensor) -> None:
@@ -70,7 +97,10 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at every access: for code that asks for its shape or dtype, not for arithmetic."""
+        """The dense weight, made anew at every access, so that it refuses to be written to: for code that asks for its shape or dtype."""
+        return self._unpacked().as_subclass(ReadOnly)
+
+    def _unpacked(self) -> Tensor:
         return unpack(self.packed, self.layout, self.weight_shape)
 
     @property
@@ -96,7 +126,7 @@ class SparseLayer(nn.Module):
     @torch.inference_mode(False)  # Parameters that are made in this mode could not be trained
     def to_dense_with(self, made: dict[Tie, nn.Parameter]) -> nn.Module:
         """As `to_dense`; `made` are Parameters of layers that are dense again, for those that are tied to them."""
-        dense, values = self._dense_layer(), {"weight": self.weight, "bias": self.bias}
+        dense, values = self._dense_layer(), {"weight": self._unpacked(), "bias": self.bias}
         if self._hooks_of_dense:
             dense._state_dict_hooks = self._hooks_of_dense
         held = self.parameters_of_dense()
@@ -104,7 +134,7 @@ class SparseLayer(nn.Module):
         for name, t in values.items():
             if t is None:
                 continue
-            if name in held and held[name]._version != self._dense[name][1] and not torch.equal(held[name], t):
+            if name in held and self._dense[name].written and not torch.equal(held[name], t):
                 shape = tuple(t.shape)
                 warn(f"to_dense: a {name} of shape {shape} is a new Parameter: the old one was written to since, and stays as it is")
                 del held[name]
@@ -163,6 +193,19 @@ class SparseLayer(nn.Module):
 
     def _describe(self) -> str:
         return f"bias={self.bias is not None}, density={self.density:.3g}"
+
+
+def load_sparse_weight(
+    module: Any, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+) -> None:
+    """A hook of a dense layer, before it loads a state dict: what a sparse layer of this name saved is its weight."""
+    values, mask = (f"{prefix}weight.{part}" for part in ("values", "bitmask"))
+    if f"{prefix}weight" not in state_dict and values in state_dict and mask in state_dict:
+        try:
+            parts = stored("values", state_dict.pop(values)), stored("bitmask", state_dict.pop(mask))
+            state_dict[f"{prefix}weight"] = from_bitmask(*parts, tuple(module.weight.shape))
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}")
 
 
 class SparseLinear(SparseLayer):

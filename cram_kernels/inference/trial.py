@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .modules import SparseLayer, SparseLinear
 
 Run = Callable[[], Tensor]
+Input = tuple[tuple[int, ...], tuple[int, ...] | None]  # a shape, and strides where it is not contiguous
 FEW_ROWS = 4  # of input, up to which a Linear multiplies row by row
 LAST = 2**62  # the largest number of columns of the last entry of a plan
 
@@ -28,11 +29,13 @@ class Trial:
     tile: int  # columns that are handled together
     speedup: float  # time of the dense layer over time of the sparse one
     bf16_speedup: float | None  # of the dense layer in bfloat16, where this CPU has matrix units for it (AMX)
+    strides: tuple[int, ...] | None = None  # of the input; None: contiguous. Others, such as channels_last, are copied first
 
     def __str__(self) -> str:
         kernel = "one row" if self.tile == 1 else f"tile {self.tile}"
         bf16 = "" if self.bf16_speedup is None else f"; dense bfloat16 (AMX): {self.bf16_speedup:.2f}x"
-        return f"{list(self.input_shape)}: {self.speedup:.2f}x ({kernel}{bf16})"
+        strides = "" if self.strides is None else f" with strides {list(self.strides)}"
+        return f"{list(self.input_shape)}{strides}: {self.speedup:.2f}x ({kernel}{bf16})"
 
 
 def rounds_of(runs: list[Run], rounds: int) -> list[list[float]]:
@@ -57,9 +60,13 @@ def candidates(layer: SparseLayer, columns: int) -> list[int]:
     return ([1] if isinstance(layer, SparseLinear) and columns <= FEW_ROWS else []) + tiles[-3:]
 
 
-def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...], rounds: int = 15) -> Trial:
-    """The trial of one input shape; the sparse layer's plan is left as it was."""
+def try_layer(
+    dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...], strides: tuple[int, ...] | None = None, rounds: int = 15
+) -> Trial:
+    """The trial of one input; the sparse layer's plan is left as it was."""
     x = torch.randn(input_shape, dtype=torch.float32)
+    if strides is not None:
+        x = torch.empty_strided(input_shape, strides, dtype=torch.float32).copy_(x)
     with torch.inference_mode():
         y = dense(x)
         columns = x.numel() // x.shape[-1] if isinstance(sparse, SparseLinear) else y.shape[-1] * y.shape[-2]
@@ -87,7 +94,8 @@ def try_layer(dense: nn.Module, sparse: SparseLayer, input_shape: tuple[int, ...
             sparse.plan = before
     ratios = [low(times[0]) / low(other) for other in times[1:]]
     winner = max(range(len(best)), key=ratios.__getitem__)
-    return Trial(tuple(input_shape), columns, tiles[best[winner]], ratios[winner], ratios[-1] if matrix_units() else None)
+    bf16 = ratios[-1] if matrix_units() else None
+    return Trial(tuple(input_shape), columns, tiles[best[winner]], ratios[winner], bf16, strides)
 
 
 def matrix_units() -> bool:
