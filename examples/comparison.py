@@ -50,11 +50,13 @@ def runs_of(
 
 
 def summarise(results: list[dict[str, Any]]) -> Summary:
-    """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR"."""
+    """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR", or one of them, corrupted."""
     columns: dict[str, dict[str, list[float]]] = {}
     for r in results:
         found = columns.setdefault(r["label"], {})
         found.setdefault("dense", []).append(r["dense"])
+        if "dense_tuned" in r:
+            found.setdefault("dense, batch norm tuned", []).append(r["dense_tuned"])
         for name, states in r["pruned"].items():
             for what, value in states.items():
                 found.setdefault(f"{name}, {what}", []).append(value)
@@ -75,15 +77,15 @@ def cell(found: dict[str, tuple[float, float, int]], column: str, digits: int = 
 
 
 def table(summary: Summary, patterns: list[str], repairs: list[str], digits: int = 1) -> str:
-    """Markdown: a line for each way of training and of repair that was measured."""
+    """Markdown: a line for each way of training and of repair that was measured. "dense" is the network that a repair begins with."""
     lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
     for name, found in summary.items():
-        for i, what in enumerate(repairs):
-            cells = [cell(found, f"{p}, {what}", digits) for p in patterns]
-            first = [name, str(found["dense"][2]), cell(found, "dense", digits)] if i == 0 else ["", "", ""]
-            if i == 0 or any(cells):
-                lines.append("| " + " | ".join([*first, what, *cells]) + " |")
-        if f"{patterns[0]}, corrupted" in found or "dense, corrupted" in found:
-            values = [cell(found, f"{p}, corrupted") for p in patterns]
-            lines.append("| " + " | ".join(["", "", cell(found, "dense, corrupted"), "corrupted, batch norm tuned", *values]) + " |")
+        first = [name, str(found["dense"][2])]
+        for suffix in ("", ", corrupted"):
+            for what in repairs:
+                dense = "dense, batch norm tuned" if what.startswith("dense tuned") else "dense" if first[0] or suffix else ""
+                cells = [cell(found, f"{p}, {what}{suffix}", digits) for p in patterns]
+                if any(cells):
+                    lines.append("| " + " | ".join([*first, cell(found, dense + suffix, digits), what + suffix, *cells]) + " |")
+                    first = ["", ""]
     return "\n".join(lines) + "\n"

@@ -81,10 +81,12 @@ def test_the_record_is_of_a_whole_run_of_a_commit() -> None:
 
 
 def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
-    """(method, "dense") or (method, pattern, repair) -> mean and sample standard deviation, as pages write them."""
+    """(method, "not pruned" or pattern, repair, if any) -> mean and sample standard deviation, as pages write them."""
     values: dict[tuple[str, ...], list[float]] = {}
     for run in json.loads((figures.DATA / f"{name}.json").read_text())["runs"]:
-        values.setdefault((run["label"], "dense"), []).append(run["dense"])
+        values.setdefault((run["label"], "not pruned"), []).append(run["dense"])
+        if "dense_tuned" in run:
+            values.setdefault((run["label"], "not pruned", "batch norm tuned"), []).append(run["dense_tuned"])
         for pattern, states in run["pruned"].items():
             for state, value in states.items():
                 values.setdefault((run["label"], pattern, state), []).append(value)
@@ -115,7 +117,7 @@ def test_every_cell_of_the_results_is_of_its_row_and_column() -> None:
     for trained, runs, dense, state, *cells in rows:
         label = trained or label
         assert cells == [known[label, pattern, state] for pattern in patterns], (label, state)
-        assert (runs, dense) == (("3", known[label, "dense"]) if trained else ("", "")), label
+        assert (runs, dense) == (("3", known[label, "not pruned"]) if trained else ("", "")), label
 
 
 def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
@@ -140,7 +142,7 @@ def test_tables_of_the_studies_are_those_of_the_records(record: str) -> None:
     assert head == ["pruned to", "repaired by", *labels] and {key[0] for key in known} == set(labels.values())
     states, seen = {repair: state for state, repair in study_tables.REPAIRS.items()}, 0
     for pattern, repair, *cells in rows:
-        key = (pattern, states[repair]) if repair else ("dense",)
+        key = (pattern, states[repair]) if repair else (pattern,)
         wanted = [known.get((label, *key), "") for label in labels.values()]
         assert cells == wanted, (pattern, repair)
         seen += len([cell for cell in wanted if cell])

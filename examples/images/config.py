@@ -36,7 +36,7 @@ class Config:
         channels_last: keep images and convolutions in that order of memory, which is often faster; the last bits differ.
         parallel: under torchrun: ddp, or fsdp2 with sharded parameters.
         start: begin with the weights of this checkpoint; layers of another shape, such as a head for other classes, keep their new ones.
-        start_pattern: prune the weights of `start` to this pattern first ("0.9" or "2:4").
+        start_pattern: prune the weights of `start` to this pattern ("0.9" or "2:4"), and tune its batch norms on 1,000 training images.
         hold_zeros: weights that are zero at the start stay zero.
         train_only: "head" trains the last linear layer alone.
         out: the folder to write: last.pt, best.pt, results.json, and TensorBoard's events.

@@ -4,7 +4,8 @@
     python examples/images/evaluate.py runs/cram-0 --patterns '[0.8]' --corruptions all --out results
 
 A run is a folder that train.py has written. For each pattern: the network as pruned, after `tune_batchnorm` on 1,000 fixed training images,
-and, from the pruned one anew, after `reconstruct` on the same images. Writes evaluation.json, table.md and picture.png.
+and, from the pruned one anew, after `reconstruct` on the same images: towards the dense network as trained, and towards the dense network
+after `tune_batchnorm`. Writes evaluation.json, table.md and picture.png.
 """
 
 import copy
@@ -16,18 +17,19 @@ from typing import Any, Literal
 import corruptions
 import torch
 from config import Config, pattern
-from data import Batches, Images, calibration
+from data import Batches, Images, Memory, calibration
 from models import make
 from torch import nn
 from tqdm.auto import tqdm
-from train import accuracy, data_of, versions, write_json
+from train import PLACES, accuracy, data_of, versions, write_json
 
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
 from comparison import Summary, summarise, table
 
-REPAIRS = ("as pruned", "batch norm tuned", "reconstructed")
+REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
+LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
 
 
 @dataclass
@@ -40,9 +42,9 @@ class Evaluation:
         patterns: to prune to: shares of zeros (0.9) and N:M ("2:4").
         checkpoint: the best epoch, or the last one. The best is chosen on the validation images, or else on the test images themselves.
         test_path: test on the images of this folder instead, such as drawings in another style. The repairs see the runs' own images.
-        calibration: how many training images the two repairs may see.
+        calibration: how many training images the repairs may see.
         repairs: which states to test.
-        corruptions: "all" 15 of ImageNet-C, or names; of the dense network and of each pattern after batch-norm tuning.
+        corruptions: "all" 15 of ImageNet-C, or names; of the dense network, as trained and with batch norms tuned, and of all repairs.
         severities: of the corruptions, 1 to 5.
         corrupted_images: the first so many test images; 0 uses all.
         device: cuda or cpu.
@@ -54,7 +56,9 @@ class Evaluation:
     checkpoint: Literal["best.pt", "last.pt"] = "best.pt"
     test_path: Path | None = None
     calibration: int = 1000
-    repairs: list[Literal["as pruned", "batch norm tuned", "reconstructed"]] = field(default_factory=lambda: list(REPAIRS))
+    repairs: list[Literal["as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed"]] = field(
+        default_factory=lambda: list(REPAIRS)
+    )
     corruptions: str | list[str] = field(default_factory=list)
     severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     corrupted_images: int = 0
@@ -74,18 +78,18 @@ def label(config: dict[str, Any]) -> str:
     return ", ".join([part for part in parts if part] + [f"{config['epochs']} epochs"])
 
 
-def repaired(model: nn.Module, what: str, dense: nn.Module, images: Batches) -> nn.Module:
-    """A copy of a pruned model, in the state that `what` names."""
+def repaired(model: nn.Module, what: str, dense: nn.Module, tuned: nn.Module, images: Batches) -> nn.Module:
+    """A copy of a pruned model, in the state that `what` names; `tuned` is `dense` with batch norms tuned."""
     model = copy.deepcopy(model)
     if what == "batch norm tuned":
         tune_batchnorm(model, images, len(images))
-    elif what == "reconstructed":
-        reconstruct(model, dense, images, samples=len(images.images))
+    elif what != "as pruned":
+        reconstruct(model, dense if what == "reconstructed" else tuned, images, samples=len(images.images))
     return model
 
 
-def evaluate_run(folder: Path, given: Evaluation) -> dict[str, Any]:
-    """All accuracies of one run, in percent."""
+def evaluate_run(folder: Path, given: Evaluation, kept: dict[Any, Any]) -> dict[str, Any]:
+    """All accuracies of one run, in percent. `kept` has corrupted images of earlier runs."""
     saved = torch.load(folder / given.checkpoint, map_location="cpu", weights_only=True)
     device = torch.device(given.device)
     config = Config(**{name: Path(v) if name in ("data_path", "out", "start") and v else v for name, v in saved["config"].items()})
@@ -96,38 +100,44 @@ def evaluate_run(folder: Path, given: Evaluation) -> dict[str, Any]:
     model.load_state_dict(saved["model"])
     model.to(device).eval()
     images, judged = calibration(training, given.calibration), Batches(test, config.batch, shuffle=False)
-    result: dict[str, Any] = {"run": str(folder), "label": label(saved["config"]), "seed": config.seed, "config": saved["config"]}
-    result |= {"dense": accuracy(model, judged, device), "pruned": {}, "zeros": {}}
+    tuned = copy.deepcopy(model)
+    tune_batchnorm(tuned, images, len(images))
+    options = {name: value for name, value in saved["config"].items() if name not in PLACES}
+    result: dict[str, Any] = {"run": folder.name, "label": label(saved["config"]), "seed": config.seed, "config": options}
+    result |= {"dense": accuracy(model, judged, device), "dense_tuned": accuracy(tuned, judged, device), "pruned": {}, "zeros": {}}
     names = [given.corruptions] if isinstance(given.corruptions, str) else given.corruptions
-    if names:
-        result["corrupted"] = {"dense": corrupted(model, test, names, given, device)}
+    models = {"dense": model, "dense, batch norm tuned": tuned}
     for text in tqdm(given.patterns, desc=str(folder), leave=False, disable=None):
         pruned = copy.deepcopy(model)
         report = prune(pruned, pattern(text))
         name = str(pattern(text))
         result["zeros"][name] = report.to_dict()["pruned"]["sparsity"]
-        states = {what: repaired(pruned, what, model, images) for what in given.repairs}
+        states = {what: repaired(pruned, what, model, tuned, images) for what in given.repairs}
         result["pruned"][name] = {what: accuracy(m, judged, device) for what, m in states.items()}
         if names:
-            tuned = states.get("batch norm tuned") or repaired(pruned, "batch norm tuned", model, images)
-            result["corrupted"][name] = corrupted(tuned, test, names, given, device)
+            models |= {f"{name}, {what}": m for what, m in states.items()}
+    if names:
+        same = kept.setdefault((config.data, given.test_path or config.data_path), {}) if isinstance(test, Memory) else None
+        result["corrupted"] = corrupted(models, test, names, given, device, same)
     return result
 
 
-def corrupted(model: nn.Module, test: Images, names: list[str], given: Evaluation, device: torch.device) -> dict[str, dict[str, float]]:
-    """Accuracy by corruption and severity."""
-    count = given.corrupted_images or len(test)
-    return {
-        name: {
-            str(s): 100 * corruptions.share_right(model, test.subset(torch.arange(min(count, len(test)))), name, s, device)
-            for s in given.severities
-        }
-        for name in corruptions.names(names)
-    }
+def corrupted(
+    models: dict[str, nn.Module], test: Images, names: list[str], given: Evaluation, device: torch.device, kept: dict[Any, Any] | None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy by model, corruption and severity."""
+    images = test.subset(torch.arange(min(given.corrupted_images or len(test), len(test))))
+    found: dict[str, dict[str, dict[str, float]]] = {which: {} for which in models}
+    for name in corruptions.names(names):
+        for severity in given.severities:
+            shares = corruptions.shares_right(list(models.values()), images, name, severity, device, kept=kept)
+            for which, share in zip(models, shares, strict=True):
+                found[which].setdefault(name, {})[str(severity)] = 100 * share
+    return found
 
 
 def draw(summary: Summary, given: Evaluation) -> None:
-    """Accuracy over sparsity: full lines after batch-norm tuning, broken ones after reconstruction."""
+    """Accuracy over sparsity, a kind of line for each repair."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,12 +146,11 @@ def draw(summary: Summary, given: Evaluation) -> None:
     shares = sorted((p for p in map(pattern, given.patterns) if isinstance(p, TopK)), key=lambda p: p.sparsity)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, (name, found) in enumerate(summary.items()):
-        for what, style in (("batch norm tuned", "-"), ("reconstructed", "--")):
-            if what not in given.repairs:
-                continue
-            means, spreads, _ = zip(found["dense"], *(found[f"{p}, {what}"] for p in shares), strict=True)
-            x = [0.0, *(100 * p.sparsity for p in shares)]
-            axes.errorbar(x, means, spreads, color=f"C{i}", linestyle=style, marker="o", markersize=3, capsize=2, label=f"{name}, {what}")
+        for what in (w for w in LINES if w in given.repairs):
+            start = "dense, batch norm tuned" if what == "dense tuned, reconstructed" else "dense"
+            means, spreads, _ = zip(found[start], *(found[f"{p}, {what}"] for p in shares), strict=True)
+            x, line = [0.0, *(100 * p.sparsity for p in shares)], {"color": f"C{i % 10}", "linestyle": LINES[what], "capsize": 2}
+            axes.errorbar(x, means, spreads, marker="o", markersize=3, label=f"{name}, {what}", **line)
     axes.set(xlabel="weights that are zero, %", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -153,7 +162,8 @@ def draw(summary: Summary, given: Evaluation) -> None:
 def evaluate(given: Evaluation) -> dict[str, Any]:
     """Evaluate all runs and write the three files; returns what evaluation.json holds."""
     given.out.mkdir(parents=True, exist_ok=True)
-    results = [evaluate_run(folder, given) for folder in given.runs]
+    kept: dict[Any, Any] = {}
+    results = [evaluate_run(folder, given, kept) for folder in given.runs]
     summary = summarise(results)
     text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs))
     found = {"versions": versions(), "checkpoint": given.checkpoint, "calibration": given.calibration, "runs": results, "summary": summary}

@@ -1,8 +1,9 @@
-"""Networks by name. Those for small images are here; those for ImageNet are torchvision's."""
+"""Networks by name. Those for small images are here; those for ImageNet are torchvision's, but for EfficientNet-Lite0."""
 
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
+from efficientnet import EfficientNetLite0
 from torch import Tensor, nn
 
 
@@ -72,6 +73,7 @@ SMALL: dict[str, Callable[[int, int], nn.Module]] = {  # (classes, channels of a
     "resnet32": lambda classes, channels: ResNet(classes, channels, (5, 5, 5), (16, 32, 64)),
     "resnet18_cifar": lambda classes, channels: ResNet(classes, channels, (2, 2, 2, 2), (64, 128, 256, 512)),
     "vgg16_cifar": vgg16,
+    "efficientnet_lite0": EfficientNetLite0,
 }
 LARGE = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_large")
 

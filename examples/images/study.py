@@ -3,14 +3,16 @@
     python examples/images/study.py --config examples/images/configs/mnist5k_resnet8_multi.yaml --epochs 10 --out study
 
 Runs that are finished (results.json is there) are not trained again, an interrupted one goes on after its last epoch.
+--patterns and --repairs say what is evaluated, as in evaluate.py.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 from config import parse
-from evaluate import Evaluation, evaluate
+from evaluate import REPAIRS, Evaluation, evaluate
 from train import train
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -28,11 +30,15 @@ METHODS = {  # name: what it changes in the configuration
 
 def main() -> None:
     given, options = arguments("Train every method with every seed and evaluate them.", METHODS)
+    evaluated = argparse.ArgumentParser(add_help=False)
+    evaluated.add_argument("--patterns", nargs="+", default=Evaluation([]).patterns)
+    evaluated.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
+    what, options = evaluated.parse_known_args(options)
     torch.set_num_threads(1)  # networks this small are all overhead on more
     config = parse(options)
     runs = runs_of(config, METHODS, given, lambda folder: (folder / "last.pt").is_file(), train)
     # Not the best epoch, which would be chosen on the test images.
-    evaluate(Evaluation([one.out for one in runs], out=config.out, checkpoint="last.pt"))
+    evaluate(Evaluation([one.out for one in runs], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoints import Checkpoints, rank, ranks
 from config import Config, parse, pattern
-from data import Batches, Images, held_back, load
+from data import Batches, Images, calibration, held_back, load
 from models import head, make
 from one_pass import one_pass_step
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 import cram_kernels
-from cram_kernels import CrAM, hold_zeros, prune, train_step
+from cram_kernels import CrAM, hold_zeros, prune, train_step, tune_batchnorm
 
 PLACES = {"out", "resume", "eval_only", "device", "workers", "tensorboard", "data_path"}  # options that do not change the run
 
@@ -200,6 +200,8 @@ def train(config: Config) -> dict[str, Any]:
     device = start_processes(config)
     training, held, test, classes = data_of(config)
     model = network(config, classes, training.take(torch.tensor([0]), None).shape[1]).to(device)
+    if config.start_pattern is not None and not config.resume and not config.eval_only:
+        tune_batchnorm(model, images := calibration(training), len(images))
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     model, module = wrapped(model, config)

@@ -31,7 +31,12 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
     },
 }
 DIGITS = {"novels-study": 3}  # of bits per character; accuracies have one
-REPAIRS = {"as pruned": "nothing", "batch norm tuned": "batch-norm tuning", "reconstructed": "`reconstruct`"}
+REPAIRS = {
+    "as pruned": "nothing",
+    "batch norm tuned": "batch-norm tuning",
+    "reconstructed": "`reconstruct`",
+    "dense tuned, reconstructed": "`reconstruct`, the dense one tuned before",
+}
 
 
 def summary(record: str) -> tuple[Summary, list[str], list[str]]:
@@ -51,7 +56,8 @@ def advice(record: str) -> str:
     known, patterns, repairs = summary(record)
     columns = {head: known[label] for head, label in COLUMNS[record].items() if label in known}
     lines = [f"| pruned to | repaired by | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    rows = [("not pruned", "", "dense"), *((p, REPAIRS[what], f"{p}, {what}") for what in repairs for p in patterns)]
+    rows = [("not pruned", "", "dense"), ("not pruned", REPAIRS["batch norm tuned"], "dense, batch norm tuned")]
+    rows += [(p, REPAIRS[what], f"{p}, {what}") for what in repairs for p in patterns]
     for pattern, repair, column in rows:
         if any(column in found for found in columns.values()):
             cells = [cell(found, column, DIGITS.get(record, 1)) for found in columns.values()]
