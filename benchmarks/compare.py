@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cram_kernels.report import table
-from cram_kernels.terminal import Help, say, show
+from cram_kernels.terminal import Help, Parser, say, show
 
 LEVEL, RESAMPLES = 0.05, 2000
 OK, SLOWER, CANNOT = 0, 1, 2
@@ -135,7 +135,7 @@ def compared(a: Samples, b: Samples, least: float) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compare") -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Tell what became slower or faster from A to B from noise. What has too few rounds for that is said to be so.\n\n"
         "Exit status: 0, nothing is slower, as far as it can be told; 1, something is slower, was not measured in B (gone), or had a "
@@ -159,7 +159,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m benchmarks.compar
         before, after = (loaded(path) for path in (options.a, options.b))
         a, b = (samples(record, options.all) for record in (before, after))
         found, missing = compared(a, b, options.least), lost(a, b, after.get("red", []))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except OSError as error:
+        say(f"compare: must be able to read both files, got {error.strerror} for {error.filename}")
+        return CANNOT
+    except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         say(f"compare: both files must be records of a benchmark, got {type(error).__name__}: {error}")
         return CANNOT
     if not found and all(row["verdict"] == "gone" for row in missing):

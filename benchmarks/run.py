@@ -1,6 +1,5 @@
 """The command line that all benchmarks share: check, time, print, write; no number where a check is red."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -16,7 +15,7 @@ import torch
 
 from cram_kernels import _triton
 from cram_kernels.backend import use_backend, why_missing
-from cram_kernels.terminal import progress, say, show
+from cram_kernels.terminal import Parser, progress, say, show
 
 from . import report
 from .measure import Row, Setup
@@ -73,7 +72,7 @@ def main(
         finish: what else is made of the whole record, in the folder of its JSON; what it returns is shown last.
         more: arguments of the parser.
     """
-    parser = argparse.ArgumentParser(prog=prog or f"python -m benchmarks.{name}", **more)
+    parser = Parser(prog=prog or f"python -m benchmarks.{name}", **more)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds: a smoke test, not a measurement")
     parser.add_argument("--backend", choices=("cpu", "cuda", "triton"), default="cpu", help="what runs the ops; cpu if absent")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contestant runs; as many as the case needs if absent")

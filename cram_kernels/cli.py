@@ -17,7 +17,7 @@ import torch
 
 from . import _native, backend
 from .export import cli as export_cli
-from .terminal import Help, say, show
+from .terminal import Help, Parser, say, show
 from .version import __version__
 
 OK, REFUSED, CANNOT, UNCHECKED = 0, 1, 2, 3
@@ -97,7 +97,7 @@ def bench(argv: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="cram-kernels", description=DESCRIPTION, epilog=STATUSES, formatter_class=Help)
+    made = Parser(prog="cram-kernels", description=DESCRIPTION, epilog=STATUSES, formatter_class=Help)
     made.add_argument("--version", action="version", version=f"cram_kernels {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     own = commands.add_parser(

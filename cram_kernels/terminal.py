@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from .report import table_width
 
@@ -73,6 +73,15 @@ def progress(stage: str) -> Iterator[None]:
     finally:
         if shown:
             print(CLEAR, end="", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors fit the width of the terminal, which a list of choices alone can exceed."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message and sys.stderr.isatty():
+            message = wrapped(message, shutil.get_terminal_size().columns)
+        super().exit(status, message)
 
 
 class Help(argparse.HelpFormatter):

@@ -317,7 +317,12 @@ def test_bench_of_an_installed_package_says_what_it_needs(
 
 
 def test_errors_fit_a_terminal() -> None:
-    status, text = in_terminal("bench", "compare", "none.json", "none.json")
-    lines = seen(text)
-    assert status == cli.CANNOT and len(lines) > 2 and max(map(len, lines)) <= 80, lines
-    assert " ".join(text.split()).startswith("compare: both files must be records of a benchmark, got FileNotFoundError: ")
+    name = "a_folder_with_a_long_name/that_is_not_there/none.json"
+    for arguments, start in {
+        ("bench", "compare", name, name): f"compare: must be able to read both files, got No such file or directory for {name}",
+        ("a_command_that_there_is_not",): "usage: cram-kernels",
+    }.items():
+        status, text = in_terminal(*arguments)
+        lines = seen(text)
+        assert status == cli.CANNOT and len(lines) > 2 and max(map(len, lines)) <= 80, lines
+        assert " ".join(text.split()).startswith(start), text

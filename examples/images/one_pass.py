@@ -1,4 +1,4 @@
-"""A step of one pass instead of CrAM's two: at the dense weights or at the pruned ones, as a coin says."""
+"""A step of one pass instead of CrAM's two: at the dense weights or at the pruned ones, drawn at random."""
 
 from collections.abc import Callable
 from typing import Any
