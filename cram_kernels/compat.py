@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .optim.bucket import Slot
+from .optim.columns import Slot
 from .optim.cram import CrAM
 from .optim.options import check_bool
 from .optim.precision import given_by_scaler

@@ -18,7 +18,8 @@ from .warning import warn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .optim.bucket import Bucket, Slot
+    from .optim.bucket import Bucket
+    from .optim.columns import Slot
     from .optim.workspace import Workspace
 
 
@@ -88,8 +89,9 @@ def _note(cells: Sequence[Coverage]) -> str:
     return "; ".join(why if len(where) == len(cells) else f"{', '.join(where)}: {why}" for why, where in reasons.items())
 
 
-def dense_in(model: nn.Module, names: list[tuple[str, int]], prune_embeddings: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Why a model keeps parameters dense, under any pattern and under N:M: name -> reason. `names` are those of the ids of parameters."""
+def dense_in(model: nn.Module, groups: Groups, prune_embeddings: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Why a model keeps parameters of these groups dense, under any pattern and under N:M: name -> reason."""
+    names = [(name, id(p)) for group in groups for name, p in zip(group.get("param_names", ()), group["params"], strict=False)]
     always = reparametrized(model) | ({} if prune_embeddings else embedding_tables(model))
     under_nm = outputs_on_axis_1(model)
     return {name: always[p] for name, p in names if p in always}, {name: under_nm[p] for name, p in names if p in under_nm}
@@ -157,7 +159,7 @@ def _coverage_under(
     slots = workspace.follow(groups)
     is_open = workspace.open is not None and workspace.open.perturbed
     if not is_open:
-        slots = workspace.renew(workspace.stale(slots))
+        slots = workspace.renew()
     dense = {s.param: reason for s in slots if (reason := why(s, pattern)) is not None}
     pruned = [s for s in slots if s.param not in dense and s.holds()]
     buckets = workspace.make_buckets((pattern,) * len(groups), pruned, why) if pruned and not is_open else []
@@ -176,7 +178,7 @@ def kept_counts(buckets: "list[Bucket]", pattern: Pattern) -> dict[Tensor, int]:
         if isinstance(pattern, TopK):
             if not all(whole) or not bucket.pruned or any(bool(s.local.isnan().any()) for s in bucket.pruned):
                 continue
-            thresholds = ops.topk_threshold(bucket.params, bucket.sets, bucket.k).tolist()
+            thresholds = ops.topk_threshold([s.local for s in bucket.slots], bucket.sets, bucket.k).tolist()
             for slot, own in zip(bucket.slots, bucket.sets, strict=True):
                 if own >= 0:
                     keys = slot.local.float().abs().view(torch.int32)

@@ -9,7 +9,8 @@ from optim_cases import assert_same_bits, backward, batches, clones, network, ra
 from torch import nn
 
 from cram_kernels import NM, CrAM, TopK, TopkCrAM, ops
-from cram_kernels.optim.bucket import Slot
+from cram_kernels.optim.bucket import new_masks
+from cram_kernels.optim.columns import Slot
 from cram_kernels.optim.workspace import Workspace
 from cram_kernels.schedule import _mix, draw
 
@@ -33,7 +34,7 @@ def test_a_first_gradient_is_taken_over_without_a_copy():
     param.grad = torch.ones_like(param)
     pointer = param.grad.data_ptr()
     optimizer.perturb()
-    assert [g.data_ptr() for g in optimizer.open_step.first[0]] == [pointer]
+    assert [g.data_ptr() for g in optimizer.open_step.parts[0].first] == [pointer]
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -198,10 +199,11 @@ def test_weights_of_two_devices_are_not_ranked_together():
 def test_masks_are_aligned_slices_of_one_buffer():
     work = Workspace()
     slots = work.follow([{"params": fresh([(3, 3), (16, 16), (2, 5)])}])
-    work.allocate_masks(slots, TopK(0.5))
-    bits = [s.masks[TopK(0.5)] for s in slots]
+    there = torch.zeros(32, dtype=torch.uint8)
+    bits = list(new_masks(slots, [None] * 3).values())
     assert [b.numel() for b in bits] == [2, 32, 2] and all(b.data_ptr() % 16 == 0 for b in bits)
     assert len({b.untyped_storage().data_ptr() for b in bits}) == 1
+    assert new_masks(slots, [bits[0], there, None])[slots[1]] is there
 
 
 # --- what is shared, and copied ---

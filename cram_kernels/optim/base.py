@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -10,25 +10,13 @@ from torch.optim import LBFGS, Optimizer
 from .. import schedule
 from ..params import OPEN_STEPS
 from . import options
-from .model_hooks import ModelHooks
+from .hooks import Guard, ModelHooks
 from .open_step import OpenStep
 from .precision import reload_float32
 from .workspace import Workspace
 
+Self = TypeVar("Self", bound="Wrapper")
 MASKS = "cram_masks"  # the key of kept masks in a state_dict, beside torch's "state" and "param_groups"
-
-
-class Guard:
-    """A hook of the base, whose own step() must not be called within a step. It keeps no optimizer alive."""
-
-    def __init__(self, optimizer: "Wrapper") -> None:
-        self.optimizer = weakref.ref(optimizer)
-
-    def __call__(self, *_: Any) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None and optimizer.open_step is not None and not optimizer._workspace.updating:
-            optimizer.restore()
-            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
 
 
 def _packed(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -111,14 +99,12 @@ class Wrapper(Optimizer):
 
     def restore(self) -> None:
         """Bring the weights back, to the bit, and give the open step up, if there is one."""
-        if (step := self._workspace.open) is not None:
-            step.restore()
-            self._workspace.open = None
+        self._drop_step(keep_written=False)
 
-    def _abandon(self) -> None:
-        """As `restore`, for a step that was forgotten: what somebody has written to the weights since then stays."""
+    def _drop_step(self, keep_written: bool = True) -> None:
+        """As `restore`; of a step that was forgotten, what somebody has written to the weights since then stays."""
         if (step := self._workspace.open) is not None:
-            step.restore(keep_written=True)
+            step.restore(keep_written)
             self._workspace.open = None
 
     def give_up(self, reason: str) -> None:
@@ -143,6 +129,32 @@ class Wrapper(Optimizer):
         for step in list(OPEN_STEPS):
             if step is not own and any(step.holds(p) for p in params):
                 step.give_up("another optimizer took the parameters over between perturb() and step()")
+
+    # --- the model ---
+
+    def attach(self: Self, model: nn.Module) -> Self:
+        """Let the model take part in the steps. While the weights are perturbed, its batch norms keep their statistics, and `state_dict()`
+        of it or of a part of it gives copies of the unperturbed weights. Modules that are added later are not covered. An optimizer that
+        was made with the model is attached already. Returns the optimizer.
+
+        Raises:
+            ValueError: not a module, or one without parameters of this optimizer.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        if ours.isdisjoint(map(id, model.parameters())):
+            raise ValueError("CrAM.attach: model must have parameters of this optimizer, got one that has none")
+        self.detach()
+        self._hooks = ModelHooks(model, self)
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`. A step that is open is given up: the weights are restored, and the next `step()` raises."""
+        self.give_up("the optimizer was attached or detached between perturb() and step()")
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
 
     # --- groups ---
 
@@ -203,7 +215,6 @@ class Wrapper(Optimizer):
 
     def _load_masks(self, masks: dict[int, dict[str, Any]]) -> None:
         self._workspace.follow(self.param_groups)
-        self._workspace.drop_masks()
         self._workspace.load_masks(masks, self._patterns())
 
     def _patterns(self) -> list[Any]:
@@ -246,42 +257,31 @@ def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, b
     """
     if isinstance(params, Optimizer):
         params, base_optimizer = None, params
-    named = None
-    if isinstance(params, nn.Module):
-        named = _named(params, base_optimizer)
-        params = [p for _, p in named]  # not every base takes names
+    named = list(options.unwrapped(params).named_parameters()) if isinstance(params, nn.Module) else None
     if isinstance(base_optimizer, Optimizer):
         base = base_optimizer
         if base_options:
             raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
-        if params is not None:
-            _name(base, params)
     elif not schedule.is_function(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
         raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
     elif params is None:
         raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
-    elif not isinstance(params, Iterable):
+    elif not isinstance(params, nn.Module | Iterable):
         raise ValueError(f"CrAM: params must be a model, or parameters or groups as in torch, got {type(params).__name__}")
     else:
-        base = base_optimizer(params, **base_options)
+        base = base_optimizer(params if named is None else [p for _, p in named], **base_options)  # not every base takes names
     if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):
         raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
-    if named is not None:
-        _name(base, named)
+    if named is not None:  # an instance may have a part of the model
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        _name(base, [(name, p) for name, p in named if id(p) in held])
+    elif params is not None and base is base_optimizer:
+        _name(base, params)
     return base
 
 
-def _named(model: nn.Module, base: Any) -> list[tuple[str, Tensor]]:
-    """The named parameters of a model, of an instance of a base optimizer those that it has."""
-    named: list[tuple[str, Tensor]] = list(options.unwrapped(model).named_parameters())
-    if not isinstance(base, Optimizer):
-        return named
-    held = {id(p) for group in base.param_groups for p in group["params"]}
-    return [(name, p) for name, p in named if id(p) in held]
-
-
 def _name(base: Optimizer, params: Iterable[Any]) -> None:
-    """Check that `params` are those of the instance; take over their names, if they have any."""
+    """Check that `params` are those of the base optimizer; take over their names, if they have any."""
     entries = list(params)
     if entries and isinstance(entries[0], dict):
         if extra := sorted({key for group in entries for key in group} - {"params"}):

@@ -15,16 +15,15 @@ from ..patterns import Pattern, TopK
 from ..warning import warn
 from . import halves, options
 from .base import Wrapper, base_of
-from .bucket import Slot
-from .fused import FUSED
-from .model_hooks import Attachable
+from .columns import Slot
+from .fused import check_base
 from .precision import given_by_scaler
 from .step_info import StepInfo
 
 COMPRESSION = (TopK(sparsity=0.5), TopK(sparsity=0.7), TopK(sparsity=0.9))
 
 
-class CrAM(Attachable, Wrapper):
+class CrAM(Wrapper):
     """The compression-aware minimizer (Peste et al., ICLR 2023, arXiv 2207.14200, Algorithm 1) around a base optimizer. A step is
 
         w' = w + rho * g                     g, the first gradient, of the loss at w
@@ -113,22 +112,19 @@ class CrAM(Attachable, Wrapper):
         self.compression = schedule.checked_compression(compression)
         self.normalize_grad, self.max_grad_norm, self.grad_norms = normalize_grad, max_grad_norm, grad_norms
         self.master_weights, self.mask_period = master_weights, mask_period
-        globs = options.check_constructor_options(seed, exclude, prune_embeddings)
         options.check_optimizer_options(self)
+        options.check_bool("prune_embeddings", prune_embeddings)
+        if type(seed) is not int:
+            raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
         group_options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune, "compression": None}
         options.check_group_options(group_options)
         base = base_of(params, base_optimizer, base_options)
-        if master_weights and type(base) not in FUSED:
-            raise ValueError(f"CrAM: master_weights must be False for a base that takes its own step, got True and {type(base).__name__}")
+        check_base(base, master_weights)
         for index, group in enumerate(base.param_groups):
             options.check_new_group(group, group_options, base.defaults)
             options.check_params(base.param_groups, index)
-        self._exclude = options.check_exclude(base.param_groups, globs, params)
-        names = [(n, id(p)) for group in base.param_groups for n, p in zip(group.get("param_names", ()), group["params"], strict=False)]
-        self._dense = dense_in(params, names, prune_embeddings) if isinstance(params, nn.Module) else ({}, {})
-        if type(base) not in FUSED and isinstance(base, tuple(FUSED)):
-            fused = ", ".join(kind.__name__ for kind in FUSED)
-            warn(f"CrAM: {type(base).__name__} takes its own step, which is slower: it is a subclass, only {fused} themselves are fused")
+        self._exclude = options.check_exclude(base.param_groups, exclude, params)
+        self._dense = dense_in(params, base.param_groups, prune_embeddings) if isinstance(params, nn.Module) else ({}, {})
         super().__init__(base, group_options | schedule.first_counters(seed))
         if isinstance(params, nn.Module):
             self.attach(params)
@@ -141,7 +137,7 @@ class CrAM(Attachable, Wrapper):
 
     @exclude.setter
     def exclude(self, globs: Iterable[str] | None) -> None:
-        self._exclude = options.check_exclude(self.param_groups, options.globs_of("CrAM: ", globs), self._hooks and self._hooks.model)
+        self._exclude = options.check_exclude(self.param_groups, globs, self._hooks and self._hooks.model)
         self._workspace.plans.clear()
 
     @property
@@ -170,7 +166,7 @@ class CrAM(Attachable, Wrapper):
         """
         if self.open_step is not None:
             warn("CrAM: perturb() was called twice without step(): the first step is given up, and its gradients are dropped")
-        self._abandon()
+        self._drop_step()
         halves.begin(self, scaler)
 
     @contextmanager
@@ -211,7 +207,7 @@ class CrAM(Attachable, Wrapper):
             if not schedule.is_function(closure):
                 raise TypeError(f"CrAM: closure must be a function that computes the loss and calls backward, got {type(closure).__name__}")
             given_by_scaler(self, with_closure=True)
-            self._abandon()
+            self._drop_step()
             with self._released_on_error():
                 with torch.enable_grad():
                     loss = closure()
@@ -231,7 +227,7 @@ class CrAM(Attachable, Wrapper):
         It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
         if not isinstance(scaler, GradScaler | None):
             raise TypeError(f"CrAM.plain_step: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-        self._abandon()
+        self._drop_step()
         self._workspace.plain_wanted = True
         try:
             self.step() if scaler is None else scaler.step(self)

@@ -14,8 +14,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops as typed_ops
 from ..distributed import whole_of
-from .bucket import Columns, Slot, kept_state, per_tensor
-from .precision import Factor, hang_master, on, skipped
+from ..warning import warn
+from .columns import Columns, Slot, kept_state, per_tensor
+from .precision import Factor, on, put_master, skipped
 from .workspace import Workspace
 
 Hooks = list[Callable[..., Any]]
@@ -41,38 +42,36 @@ class Update:
         gradient in `p.grad`, where a pre-hook may change it."""
         base, op = self.base, FUSED.get(type(self.base))
         base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler made over the base looks for
-        if op is not None and not pre_hooks and not post_hooks:
+        if watched := op is None or bool(pre_hooks or post_hooks):
             for part in parts:
-                op(self, part)
-            return
-        parts = self._combined(parts)
-        if skipped(self.second):
-            return
-        self.second = Factor()
-        for hook in pre_hooks:
-            hook(base, (), {})
+                self._combine(part)
+            if skipped(self.second):
+                return
+            for hook in pre_hooks:
+                hook(base, (), {})
+            self.second = Factor()
         if op is None:
             own_step(base)
         else:
             for part in parts:
-                part.grads = [slot.nothing if slot.param.grad is None else slot.fitted(slot.param.grad) for slot in part.slots]
+                if watched:
+                    grads = [slot.nothing if slot.param.grad is None else slot.fitted(slot.param.grad) for slot in part.slots]
+                    part = Columns(part.slots, part.flag, grads)
                 op(self, part)
         for hook in post_hooks:
             hook(base, (), {})
 
-    def _combined(self, parts: list[Columns]) -> list[Columns]:
-        """Restore the weights and put the combined gradient into `p.grad`; the columns of a plain step with it."""
-        for part in parts:
-            if self.perturbed or self.second.inv_scale is not None:
-                ops.restore_combine_(*part.common(), **self.factors(part))
-            scale = on(self.first.inv_scale, part.device)
-            for i, slot in enumerate(part.slots):
-                grad = part.grads[i] if part.grads else slot.nothing
-                if grad is slot.nothing:  # the op has nowhere to write: the first gradient, unscaled and clipped, is all there is
-                    first = part.first[i]
-                    grad = first if scale is None else (first.float() * scale).to(first.dtype)
-                slot.param.grad = whole_of(slot.param, grad)
-        return [Columns(part.slots, part.grads, part.flag) for part in parts]
+    def _combine(self, part: Columns) -> None:
+        """Restore the weights and put the combined gradient into `p.grad`."""
+        if self.perturbed or self.second.inv_scale is not None:
+            ops.restore_combine_(*part.common(), **self.factors(part))
+        scale = on(self.first.inv_scale, part.device)
+        for i, slot in enumerate(part.slots):
+            grad = part.grads[i]
+            if grad is slot.nothing:  # the op has nowhere to write: the first gradient, unscaled and clipped, is all there is
+                grad = part.first[i]
+                grad = grad if scale is None else (grad.float() * scale).to(grad.dtype)
+            slot.param.grad = whole_of(slot.param, grad)
 
     def factors(self, part: Columns) -> dict[str, Any]:
         """The keyword arguments that every restoring op shares."""
@@ -83,9 +82,10 @@ class Update:
             "masters": part.masters,
         }
 
-    def numbers(self, part: Columns, *names: str, kind: Callable[[Any], Any] = float) -> dict[str, Any]:
+    def options(self, part: Columns, *numbers: str, flags: tuple[str, ...]) -> dict[str, Any]:
         """Group options as the ops take them: one value for all, or one a parameter."""
-        return {name: per_tensor([kind(group[name]) for group in self.groups], part.slots) for name in names}
+        found = {name: per_tensor([float(group[name]) for group in self.groups], part.slots) for name in numbers}
+        return found | {name: per_tensor([int(group[name]) for group in self.groups], part.slots) for name in flags}
 
     def lr(self, part: Columns) -> Tensor:
         return self.workspace.option("lr", [group["lr"] for group in self.groups], part.slots, part.device)
@@ -98,63 +98,52 @@ class Update:
 
     def sgd(self, part: Columns) -> None:
         """One step of torch.optim.SGD."""
-        used = [group["momentum"] != 0 for group in self.groups]
+        state, used = self.base.state, [group["momentum"] != 0 for group in self.groups]
         for slot in part.slots if part.masters else ():
-            hang_master(self.base.state[slot.param], slot)
+            put_master(state[slot.param], slot)
         slots = part.slots if all(used) else [slot for slot in part.slots if used[slot.group]]
-        states = self.workspace.state_of(self.base.state, slots)
-        new = [slot for slot, state in zip(slots, states, strict=True) if state.get("momentum_buffer") is None]
+        states = self.workspace.state_of(state, slots)
+        new = {slot for slot, own in zip(slots, states, strict=True) if own.get("momentum_buffer") is None}
         for slot in new:
-            self.base.state[slot.param]["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
+            state[slot.param]["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
         buffers = self.column(slots, states, "momentum_buffer")
         if 0 < len(slots) < len(part.slots):
             by_slot = dict(zip(slots, buffers, strict=True))
             buffers = [by_slot.get(slot, slot.nothing) for slot in part.slots]
+        fresh = [int(slot in new) for slot in part.slots] if new else [0]
+        options = self.options(part, "momentum", "dampening", "weight_decay", flags=("nesterov", "maximize"))
+        written: bool | None = None
         try:
-            ops.restore_sgd_(
-                *part.common(),
-                buffers,
-                [int(slot in new) for slot in part.slots] if new else [0],
-                self.lr(part),
-                **self.numbers(part, "momentum", "dampening", "weight_decay"),
-                **self.numbers(part, "nesterov", "maximize", kind=int),
-                **self.factors(part),
-            )
+            ops.restore_sgd_(*part.common(), buffers, fresh, self.lr(part), **options, **self.factors(part))
+            written = not (new and skipped(self.second))  # waits for the device, but only where a parameter takes its first step
         except Exception:
-            self._forget(new)
+            written = False
             raise
-        if new and skipped(self.second):  # waits for the device, but only where a parameter takes its first step under a GradScaler
-            self._forget(new)
-
-    def _forget(self, slots: list[Slot]) -> None:
-        """The first momentum of these was not written: the next step is their first one."""
-        for slot in slots:
-            del self.base.state[slot.param]["momentum_buffer"]
+        finally:
+            for slot in new if written is False else ():  # the next step is their first one
+                del state[slot.param]["momentum_buffer"]
 
     def adam(self, part: Columns) -> None:
         """One step of torch.optim.Adam or AdamW."""
-        decoupled = [group["decoupled_weight_decay"] for group in self.groups]
+        decoupled, amsgrad = ([group[key] for group in self.groups] for key in ("decoupled_weight_decay", "amsgrad"))
         if any(decoupled) and not all(decoupled):
             raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
         slots = part.slots
-        amsgrad = [group["amsgrad"] for group in self.groups]
         states = self.workspace.state_of(self.base.state, slots)
         if self.careful or any(amsgrad) or not all(["step" in state for state in states]):
             states = [self._adam_state(slot) for slot in slots]
+        largest = zip(states, slots, strict=True) if any(amsgrad) else ()
         ops.restore_adam_(
             *part.common(),
             self.column(slots, states, "exp_avg"),
             self.column(slots, states, "exp_avg_sq"),
-            [kept_state(t, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for t, s in zip(states, slots, strict=True)]
-            if any(amsgrad)
-            else [],
+            [kept_state(state, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for state, s in largest],
             [state["step"] for state in states],
             self.lr(part),
             beta1=per_tensor([float(group["betas"][0]) for group in self.groups], slots),
             beta2=per_tensor([float(group["betas"][1]) for group in self.groups], slots),
             decoupled=any(decoupled),
-            **self.numbers(part, "eps", "weight_decay"),
-            **self.numbers(part, "amsgrad", "maximize", kind=int),
+            **self.options(part, "eps", "weight_decay", flags=("amsgrad", "maximize")),
             **self.factors(part),
         )
 
@@ -170,7 +159,7 @@ class Update:
             state["step"] = state["step"].float()
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
-        hang_master(state, slot)
+        put_master(state, slot)
         return state
 
 
@@ -182,3 +171,14 @@ def own_step(base: Optimizer) -> None:
 
 
 FUSED = {SGD: Update.sgd, Adam: Update.adam, AdamW: Update.adam}
+
+
+def check_base(base: Optimizer, master_weights: bool) -> None:
+    """Say what an optimizer that is not fused costs, or cannot do."""
+    if type(base) in FUSED:
+        return
+    if master_weights:
+        raise ValueError(f"CrAM: master_weights must be False for a base that takes its own step, got True and {type(base).__name__}")
+    if isinstance(base, tuple(FUSED)):
+        fused = ", ".join(kind.__name__ for kind in FUSED)
+        warn(f"CrAM: {type(base).__name__} takes its own step, which is slower: it is a subclass, only {fused} themselves are fused")

@@ -2,8 +2,9 @@
 
 import sys
 from dataclasses import replace
+from itertools import islice
 from operator import is_
-from types import FrameType
+from traceback import walk_stack
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -15,9 +16,10 @@ from .. import schedule
 from ..patterns import Pattern
 from ..warning import warn
 from . import options
-from .base import Guard
-from .bucket import Bucket, Columns, Slot, by_device
+from .bucket import Bucket
+from .columns import Columns, Slot, by_device
 from .fused import Update
+from .hooks import Guard
 from .open_step import OpenStep
 from .precision import Factor, clipped, first_factor, note_versions, prepare_masters, second_factor, skipped, total_norm
 from .step_info import StepInfo
@@ -31,30 +33,23 @@ def asked_by_checkpoint() -> bool:
     module = sys.modules.get("torch.distributed.checkpoint.state_dict")
     if module is None or torch.compiler.is_compiling():
         return False
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
-        if frame is None or frame.f_code is module._init_optim_state.__code__:
-            break
-        frame = frame.f_back
-    else:
-        return False
-    return frame is not None
+    return any(frame.f_code is module._init_optim_state.__code__ for frame, _ in islice(walk_stack(sys._getframe(1)), 8))
 
 
 @torch.no_grad()
 def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     """The first half: move the weights uphill and prune them. Clean weights are given."""
-    work, groups = optimizer._workspace, optimizer.param_groups
+    work, groups, hooks = optimizer._workspace, optimizer.param_groups, optimizer._hooks
     options.check_optimizer_options(optimizer)
     options.check_groups(optimizer.base_optimizer)
     unclipped = first_factor(scaler, optimizer)
     lists = schedule.choices(groups, optimizer.compression)
     levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
     patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
-    if optimizer._hooks is not None:
-        optimizer._hooks.check_synced(
-            "first", any(g["plus"] or (g["sparse_grad"] and p is not None) for g, p in zip(groups, patterns, strict=True))
-        )
+    plus, sparse = [group["plus"] for group in groups], [group["sparse_grad"] for group in groups]
+    if hooks is not None:
+        masked = [own and pattern is not None for own, pattern in zip(sparse, patterns, strict=True)]
+        hooks.check_synced("first", any(plus) or any(masked))
     optimizer._heal_others()
     work.follow(groups)
     rhos, keep = [schedule.rho_of(group) for group in groups], optimizer.mask_period > 1
@@ -68,10 +63,13 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
                     prepare_masters(optimizer.base_optimizer, active)
                 factor, divisor, norm = _clipped(optimizer, active, grads, unclipped)
                 buckets = work.buckets(patterns, active, groups, optimizer._why_dense)
-                step = work.open = OpenStep(buckets, work.slots, optimizer._hooks, factor, scaler)
-                parts = _by_bucket(buckets, active, grads)
                 reused = _reused(optimizer, buckets, {p for c in lists for p in c}) if keep else set()
-                thresholds, stats = step.perturb(parts, groups, work, rhos, divisor, reused, keep, optimizer.master_weights)
+                each = [work.option("rho", rhos, bucket.slots, bucket.device) for bucket in buckets]
+                if divisor is not None:
+                    each = [rho / (divisor.to(rho.device) + 1e-12) for rho in each]
+                step = work.open = OpenStep(buckets, work.slots, hooks, factor, scaler)
+                step.begin(active, grads, optimizer.master_weights)
+                thresholds, stats = step.perturb(each, sparse, reused, keep)
                 break
             except Exception:
                 if looked_at:
@@ -83,24 +81,16 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
         ranked = [bucket for bucket in buckets if bucket.numels and bucket.pattern not in reused]
         numels = tuple([n for bucket in ranked for n in bucket.numels])
         work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))
-        step.keep_gradients(parts, groups, fitted=looked_at)
+        step.keep_gradients(plus, fitted=looked_at)
         for param in work.params:
             param.grad = None
-        if optimizer._hooks is not None:
-            optimizer._hooks.reshard()
-            optimizer._hooks.unsynced.clear()
+        if hooks is not None:
+            hooks.reshard()
+            hooks.unsynced.clear()
         torch.clear_autocast_cache()  # of casts of the clean weights
     except BaseException:
         optimizer.restore()
         raise
-
-
-def _by_bucket(buckets: list[Bucket], active: list[Slot], grads: list[Tensor]) -> list[list[Tensor]]:
-    """The gradients of `active` as each bucket has its slots."""
-    if len(buckets) == 1:
-        return [grads]
-    by_slot = dict(zip(active, grads, strict=True))
-    return [[by_slot[s] for s in bucket.slots] for bucket in buckets]
 
 
 def _reused(optimizer: "CrAM", buckets: list[Bucket], known: set[Pattern]) -> set[Pattern | None]:
@@ -108,9 +98,8 @@ def _reused(optimizer: "CrAM", buckets: list[Bucket], known: set[Pattern]) -> se
     optimizer._workspace.keep_masks(known)
     uses = schedule.uses_of(optimizer.param_groups)
     due = {p for p in known if uses.get(schedule.key_of(p), 0) % optimizer.mask_period == 0}
-    lacking = {b.pattern for b in buckets if any(b.pattern not in s.finished for s in b.pruned)}
-    wanted: set[Pattern | None] = {b.pattern for b in buckets if b.pattern is not None}
-    return wanted - due - lacking
+    lacking = {b.pattern for b in buckets if any(b.pattern not in s.masks for s in b.pruned)}
+    return {b.pattern for b in buckets} - due - lacking - {None}
 
 
 def _clipped(optimizer: "CrAM", slots: list[Slot], grads: list[Tensor], factor: Factor) -> tuple[Factor, Tensor | None, Tensor | None]:
@@ -130,38 +119,39 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     The order matters: state is there before an op writes it, and the step is counted last, so an interrupt at any line leaves clean
     weights, or weights that `restore()` makes clean.
     """
-    work, step, base = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer
+    work, step, base, hooks = optimizer._workspace, optimizer.open_step, optimizer.base_optimizer, optimizer._hooks
     try:
         work.updating = True
         options.check_groups(base)
         optimizer._heal_others()
         work.follow(optimizer.param_groups)
+        first, scaler = (Factor(), None) if step is None else (step.factor, step.scaler)
         if step is not None:
             if step.slots is not work.slots:
                 raise RuntimeError("CrAM: the parameters must be the same in both halves of a step, got other ones after perturb()")
-            if optimizer._hooks is not None:
-                optimizer._hooks.check_synced("second", True)
-            if optimizer._hooks is None and not work.warned_written and (written := step.written_to()):
+            if hooks is not None:
+                hooks.check_synced("second", True)
+            elif not work.warned_written and (written := step.written_to()):
                 work.warned_written = True
                 warn(
                     f"CrAM: {written[0]} was written to between perturb() and step(), which brings the weights from before perturb() back: "
                     "attach(model) where a checkpoint was loaded"
                 )
             step.check_first()
-        first = Factor() if step is None else step.factor
-        unclipped = second_factor(given, first, None if step is None else step.scaler, optimizer)
+        unclipped = second_factor(given, first, scaler, optimizer)
         pre_hooks = [hook for hook in base._optimizer_step_pre_hooks.values() if not isinstance(hook, Guard)]
         # Weights that are back already do not say whether an op has run; of several buckets one may be done when the next one is refused.
         for again in (step is None or not step.perturbed or len(step.buckets) > 1, True):
-            active, grads, looked_at = work.gradients(again, () if step is None else step.perturbed_slots)
+            active, grads, looked_at = work.gradients(again, step)
             if step is not None and not active:
                 warn("CrAM: no parameter has a second gradient: was backward() called between perturb() and step()?")
             try:
-                columns, rest = ([], active) if step is None else step.columns(active, grads)
+                columns, others = ([], dict(zip(active, grads, strict=True))) if step is None else step.columns(active, grads)
                 if optimizer.master_weights:
-                    prepare_masters(base, rest)
-                by_slot = dict(zip(active, grads, strict=True)) if rest else {}
-                columns += [Columns(slots, [by_slot[s] for s in slots], work.flag(device, 0)) for device, slots in by_device(rest)]
+                    prepare_masters(base, list(others))
+                for device, slots in by_device(others).items():
+                    clean = torch.zeros((), dtype=torch.int32, device=device)
+                    columns = [*columns, Columns(slots, clean, [others[s] for s in slots])]
                 factor, _, norm = _clipped(optimizer, active, grads, unclipped)
                 update = Update(base, work, first, factor, step is not None, looked_at)
                 update.run(columns, pre_hooks, list(base._optimizer_step_post_hooks.values()))
@@ -180,8 +170,8 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
         work.updating = False
     for param in work.params:
         param.grad = None
-    if optimizer._hooks is not None:
-        optimizer._hooks.unsynced.clear()
+    if hooks is not None:
+        hooks.unsynced.clear()
     if step is None:
         torch.clear_autocast_cache()  # of casts of the weights before the step
         return
@@ -189,5 +179,6 @@ def finish(optimizer: "CrAM", given: dict[str, Any]) -> None:
     work.open = None
     if norm is not None and work.last is not None:
         work.last = replace(work.last, second_grad_norm=norm)
-    known = {schedule.key_of(p) for p in optimizer._patterns()} if optimizer.mask_period > 1 else set()
-    schedule.count(optimizer.param_groups, step.kept_patterns, known)
+    keep = optimizer.mask_period > 1
+    known = {schedule.key_of(p) for p in optimizer._patterns()} if keep else set()
+    schedule.count(optimizer.param_groups, [b.pattern for b in step.buckets if b.pattern is not None] if keep else [], known)

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,15 +11,15 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .. import ops
+from ..batchnorm import frozen_batchnorm
 from ..distributed import local_of, whole_mesh, whole_of
 from ..params import OPEN_STEPS, listed
 from ..patterns import Pattern
-from ..schedule import Groups
 from ..warning import warn
-from .bucket import Bucket, Columns, Slot, joined, present
-from .model_hooks import ModelHooks
+from .bucket import Bucket, joined
+from .columns import Columns, Slot, sorted_into
+from .hooks import ModelHooks
 from .precision import Factor, note_versions, on
-from .workspace import Workspace
 
 
 class OpenStep:
@@ -32,6 +31,7 @@ class OpenStep:
         factor, scaler: of the first gradients.
 
     Attributes:
+        parts: the columns of each bucket.
         perturbed: whether weights are, or may be, perturbed: True before the op runs, False after it is undone.
         given_up: why the step ended without an update, for the error of the `step()` that does not know of it yet.
     """
@@ -40,13 +40,8 @@ class OpenStep:
         self, buckets: list[Bucket], slots: list[Slot], hooks: ModelHooks | None, factor: Factor, scaler: GradScaler | None
     ) -> None:
         self.buckets, self.slots, self.hooks, self.factor, self.scaler = buckets, slots, hooks, factor, scaler
-        self.masks: list[list[Tensor]] = [[] for _ in buckets]  # of the second gradients
-        self.first: list[list[Tensor]] = [[] for _ in buckets]  # the first gradients, where they are part of the update
-        self.watched: list[list[Tensor]] = [[] for _ in buckets]  # they, and what they were made of
-        self.versions: list[list[int]] = [[] for _ in buckets]  # of the watched
-        self.weight_versions: list[list[int]] = [[] for _ in buckets]  # of the perturbed weights; empty: not known yet
-        self.renewed: list[tuple[Slot, Pattern]] = []  # masks that this step has computed, to be kept
-        self.kept_patterns: list[Pattern] = []
+        self.parts: list[Columns] = []
+        self.renewed: list[Bucket] = []  # whose masks this step has computed, to be kept
         self.written: set[Slot] = set()  # what somebody has written to since, and which is left as it is
         self.perturbed = False
         self.given_up: str | None = None
@@ -54,103 +49,58 @@ class OpenStep:
 
     # --- the first half ---
 
+    def begin(self, active: list[Slot], grads: list[Tensor], masters: bool) -> None:
+        """Gather what the ops take, and from here on be responsible for the weights.
+
+        Args:
+            active, grads: the slots of all buckets, and their gradients.
+            masters: the optimizer keeps master weights.
+        """
+        self.parts = [bucket.columns(masters) for bucket in self.buckets]
+        sorted_into(self.parts, active, grads)
+        self.perturbed = True
+        OPEN_STEPS.add(self)
+        if self.hooks is not None:
+            self.frozen = frozen_batchnorm(self.hooks.model)
+            self.frozen.__enter__()
+
     def perturb(
-        self,
-        grads: list[list[Tensor]],
-        groups: Groups,
-        workspace: Workspace,
-        rhos: list[Any],
-        norm: Tensor | None,
-        reused: set[Pattern | None],
-        keep: bool,
-        masters: bool,
+        self, rhos: list[Tensor], sparse: list[bool], reused: set[Pattern | None], keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Save the weights, move them uphill and prune them. Returns thresholds and statistics, for a `StepInfo`.
 
         Args:
-            grads: the gradients of each bucket.
-            rhos: one a group.
-            norm: float32 []: divides rho.
+            rhos: for each bucket, float32 [] or one a slot.
+            sparse: which groups mask their second gradients.
             reused: patterns whose masks of an earlier step are taken.
             keep: the masks are kept for later steps.
-            masters: the optimizer keeps master weights.
         """
-        for bucket in self.buckets:
-            bucket.prepare(masters)
-        self.perturbed = True
-        OPEN_STEPS.add(self)
-        if self.hooks is not None:
-            self.frozen = self.hooks.frozen_batchnorm()
-            self.frozen.__enter__()
-        results, sparse = [], [group["sparse_grad"] for group in groups]
-        for i, bucket in enumerate(self.buckets):
-            rho = workspace.option("rho", rhos, bucket.slots, bucket.device)
-            if norm is not None:
-                rho = rho / (norm.to(bucket.device) + 1e-12)
+        results, found_inf = [], self.factor.found_inf
+        for bucket, part, rho in zip(self.buckets, self.parts, rhos, strict=True):
             reuse = bucket.pattern in reused
-            masks = self._masks(bucket, sparse, workspace, keep, reuse)
-            results.append(self._run(bucket, grads[i], masks, rho, reuse))
-            self.weight_versions[i] = bucket.versions()
-            for slot in bucket.pruned if keep else ():
-                slot.finished.add(bucket.pattern)  # type: ignore[arg-type]
-                if not reuse:
-                    self.renewed.append((slot, bucket.pattern))  # type: ignore[arg-type]
-            if keep and masks and not all(sparse):  # some are for later steps only
-                masks = present([m if sparse[s.group] else s.nothing for s, m in zip(bucket.slots, masks, strict=True)], bucket.slots)
-            self.masks[i] = masks
-        self.kept_patterns = [b.pattern for b in self.buckets if b.pattern is not None] if keep else []
-        if self.factor.found_inf is not None:
+            part.masks = bucket.masks_of_step(sparse, keep, reuse)
+            own_inf = on(found_inf, bucket.device)
+            result = bucket.perturb(part, rho, reuse, on(self.factor.inv_scale, bucket.device), own_inf)
+            part.perturbed_versions = part.weight_versions()
+            results += [] if result is None else [result]
+            if found_inf is not None and own_inf is not None and own_inf is not found_inf:  # a device that is not the scaler's
+                found_inf.add_(own_inf.to(found_inf.device))
+            if keep and not reuse:
+                bucket.keep_masks(part.masks)
+                self.renewed.append(bucket)
+            if keep and part.masks and not all(sparse):  # some are for later steps only
+                part.masks = [m if sparse[s.group] else s.nothing for s, m in zip(part.slots, part.masks, strict=True)]
+        if found_inf is not None:
             for mesh in whole_mesh([s.param for s in self.perturbed_slots]):
-                mesh.reduce_(self.factor.found_inf, dist.ReduceOp.MAX)
-        thresholds, stats = ([r[i] for r in results if r is not None] for i in (0, 1))
-        return joined(thresholds), joined(stats)
+                mesh.reduce_(found_inf, dist.ReduceOp.MAX)
+        return joined([thresholds for thresholds, _ in results]), joined([stats for _, stats in results])
 
-    def _masks(self, bucket: Bucket, sparse: list[bool], workspace: Workspace, keep: bool, reuse: bool) -> list[Tensor]:
-        """Where the op writes, or where `reuse` reads, the mask of each slot; a mask that nobody will read is not made."""
-        if not keep and bucket.masks is not None and bucket.masks[0] == sparse:
-            return bucket.masks[1]
-        key = bucket.pattern if keep else None
-        masked = {s for s in bucket.pruned if keep or sparse[s.group]}
-        workspace.allocate_masks([s for s in bucket.slots if s in masked], key)
-        masks = [s.masks[key] if s in masked else s.nothing for s in bucket.slots] if masked else []
-        if not keep:
-            bucket.masks = sparse, masks
-        elif not reuse:
-            for slot in masked:
-                slot.finished.discard(bucket.pattern)  # type: ignore[arg-type]
-        return masks
-
-    def _run(self, bucket: Bucket, grads: list[Tensor], masks: list[Tensor], rho: Tensor, reuse: bool) -> tuple[Tensor, Tensor] | None:
-        """The op of this bucket; thresholds and statistics where it ranks."""
-        found_inf = on(self.factor.found_inf, bucket.device)
-        amp = {"inv_scale": on(self.factor.inv_scale, bucket.device), "found_inf": found_inf}
-        result = bucket.perturb(grads, masks, rho, reuse, amp)
-        shared = self.factor.found_inf
-        if shared is not None and found_inf is not None and found_inf is not shared:  # a device that is not the scaler's
-            shared.add_(found_inf.to(shared.device))
-        return result
-
-    def keep_gradients(self, grads: list[list[Tensor]], groups: Groups, fitted: bool) -> None:
-        """Keep the first gradients of the groups that add them to the second ones (`plus`).
-
-        Args:
-            grads: those of each bucket.
-            fitted: they may be other tensors than those in `p.grad`.
-        """
-        plus = [group["plus"] for group in groups]
-        fitted = fitted or not all(plus)
-        for i, bucket in enumerate(self.buckets if any(plus) else ()):
-            first = [g if plus[s.group] else s.nothing for s, g in zip(bucket.slots, grads[i], strict=True)] if fitted else list(grads[i])
-            owners: list[Any] = [s.param.grad if plus[s.group] else s.nothing for s in bucket.slots] if fitted else first
-            # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
-            for j, t in enumerate([local_of(o) for o in owners] if bucket.spread else owners):
-                if t._base is not None or t.untyped_storage().nbytes() != t.nbytes:
-                    slot = bucket.slots[j]
-                    if slot.borrowed is None:
-                        slot.borrowed = torch.empty_like(slot.local)
-                    first[j] = owners[j] = slot.borrowed.copy_(first[j])
-            self.first[i], self.watched[i] = first, [*first, *owners] if fitted else first
-            self.versions[i] = [t._version for t in self.watched[i]]
+    def keep_gradients(self, plus: list[bool], fitted: bool) -> None:
+        """Keep the first gradients of the groups that add them to the second ones (`plus`); see `Columns.keep_first`."""
+        for part in self.parts:
+            if any(plus):
+                part.keep_first(plus, fitted)
+            part.grads = []
 
     # --- the second half ---
 
@@ -160,61 +110,42 @@ class OpenStep:
 
     def check_first(self) -> None:
         """Raise RuntimeError where somebody has written to a first gradient, which perturb() took away."""
-        for i, bucket in enumerate(self.buckets):
-            now = [t._version for t in self.watched[i]]
-            if now != self.versions[i]:
-                slot = next(s for s, a, b in zip(bucket.slots * 2, now, self.versions[i], strict=False) if a != b)
+        for part in self.parts:
+            now = [t._version for t in part.watched]
+            if now != part.versions:
+                slot = next(s for s, a, b in zip(part.slots * 2, now, part.versions, strict=False) if a != b)
                 raise RuntimeError(
                     f"CrAM: the first gradient of {slot} must be left alone after perturb(), got it overwritten: copy it before"
                 )
-        self.weight_versions = [[] for _ in self.buckets]
+            part.perturbed_versions = []  # from here on it is us who write
 
     def written_to(self) -> list[Slot]:
         """The parameters that somebody has written to since they were perturbed, as torch's version counters say."""
-        return [slot for i in range(len(self.buckets)) for slot in self._written_to(i)]
-
-    def _written_to(self, i: int) -> list[Slot]:
-        """As `written_to`, of one bucket."""
-        bucket, versions = self.buckets[i], self.weight_versions[i]
-        if not (self.perturbed and versions) or (now := bucket.versions()) == versions:
-            return []
-        return [s for s, a, b in zip(bucket.slots, now, versions, strict=True) if a != b]
+        return [slot for part in self.parts for slot in part.written_to()] if self.perturbed else []
 
     def forget_masks(self) -> None:
         """The masks of this step are not to be used again."""
-        for slot, pattern in self.renewed:
-            slot.finished.discard(pattern)
+        for bucket in self.renewed:
+            bucket.take_masks()
 
-    def columns(self, active: list[Slot], grads: list[Tensor]) -> tuple[list[Columns], list[Slot]]:
-        """The perturbed parameters as an update takes them, and those of `active` that are not perturbed. Parameters with neither gradient
-        are restored here, with all others, and left out.
+    def columns(self, active: list[Slot], grads: list[Tensor]) -> tuple[list[Columns], dict[Slot, Tensor]]:
+        """The perturbed parameters as an update takes them, and the gradients of those that are not perturbed. Parameters with neither
+        gradient are restored here, with all others, and left out.
 
         Args:
-            active: slots with a second gradient, and those gradients.
+            active, grads: slots with a second gradient, and those gradients.
         """
-        found: list[Columns] = []
-        if len(self.buckets) == 1 and self.buckets[0].slots == active:
-            bucket = self.buckets[0]
-            return [Columns(active, grads, bucket.flag, bucket.saved, self.first[0], self.masks[0], bucket.masters)], []
-        second = dict(zip(active, grads, strict=True))
-        perturbed = set(self.perturbed_slots)
-        for i, bucket in enumerate(self.buckets):
-            lists = [
-                bucket.saved or [s.nothing for s in bucket.slots],
-                self.first[i] or [s.nothing for s in bucket.slots],
-                self.masks[i] or [s.nothing for s in bucket.slots],
-            ]
-            rows = [
-                (slot, second.get(slot, slot.nothing), *rest)
-                for slot, *rest in zip(bucket.slots, *lists, strict=True)
-                if slot in second or rest[1] is not slot.nothing
-            ]
-            if len(rows) < len(bucket.slots):
+        others = sorted_into(self.parts, active, grads)
+        if len(active) - len(others) == sum([len(part.slots) for part in self.parts]):
+            return self.parts, others
+        found = []
+        for part in self.parts:
+            either = zip(part.slots, part.grads, part.first or part.grads, strict=True)
+            used = [g is not s.nothing or first is not s.nothing for s, g, first in either]
+            if not all(used):
                 self.restore()
-            if rows:
-                slots, gradients, *rest = (list(column) for column in zip(*rows, strict=True))
-                found.append(Columns(slots, present(gradients, slots), bucket.flag, *(present(column, slots) for column in rest)))
-        return found, [s for s in active if s not in perturbed]
+            found.append(part if all(used) else part.only(used))
+        return [part for part in found if part.slots], others
 
     def is_untouched(self) -> bool:
         """Whether no op has undone any of it: one that refuses its arguments changes nothing. Waits for the device."""
@@ -235,23 +166,22 @@ class OpenStep:
         if not self.perturbed:
             return
         kept: list[Slot] = []
-        for i, bucket in enumerate(self.buckets):
-            if bucket.device.type == "cpu" and int(bucket.flag) == 0:
+        for part in self.parts:
+            if part.device.type == "cpu" and int(part.flag) == 0:
                 continue  # the op refused its arguments: it would refuse them here, too
             if keep_written:
-                self.written.update(self._written_to(i))
-            self.weight_versions[i] = []  # from here on it is us who write
-            same = [s for s in bucket.slots if s.holds() and s not in self.written]
-            if len(same) < len(bucket.slots) and int(bucket.flag) != 0:
-                for slot in set(bucket.slots).difference(same):
-                    clean = slot.saved if slot.master is slot.nothing else slot.master
-                    if slot in self.written or clean is None or local_of(slot.param).shape != clean.shape:
+                self.written.update(part.written_to())
+            part.perturbed_versions = []  # from here on it is us who write
+            same = [s.holds() and s not in self.written for s in part.slots]
+            if not all(same) and int(part.flag) != 0:
+                for slot in part.only([not yes for yes in same]).slots:
+                    if slot in self.written or local_of(slot.param).shape != slot.clean.shape:
                         kept.append(slot)
                     else:  # the model was converted within the step: no op takes such a pair
-                        local_of(slot.param).copy_(clean)
-            saved = [s.saved if s.master is s.nothing and s.saved is not None else s.nothing for s in same]
-            ops.restore_([s.local for s in same], present(saved, same), bucket.flag, masters=present([s.master for s in same], same))
-            note_versions(same)
+                        local_of(slot.param).copy_(slot.clean)
+            whole = part.only(same)
+            ops.restore_(whole.params, whole.saved, part.flag, masters=whole.masters)
+            note_versions(whole.slots)
         self.end()
         if kept:
             some = listed([*map(str, kept)], 3)
@@ -269,8 +199,7 @@ class OpenStep:
     def give_up(self, reason: str) -> None:
         """End the step from outside; the next step() of its optimizer says why."""
         self.restore(keep_written=True)
-        self.given_up = reason
-        self.first, self.watched = [], []
+        self.given_up, self.parts = reason, []
 
     def __del__(self) -> None:
         """An optimizer that is collected within a step leaves the clean weights behind."""
@@ -280,21 +209,19 @@ class OpenStep:
     # --- questions from outside ---
 
     @cached_property
-    def _places(self) -> dict[int, tuple[Bucket, Slot]]:
-        return {id(slot.param): (bucket, slot) for bucket in self.buckets for slot in bucket.slots}
+    def _places(self) -> dict[int, tuple[Columns, Slot]]:
+        return {id(slot.param): (part, slot) for part in self.parts for slot in part.slots}
 
-    def _place(self, param: Tensor) -> tuple[Bucket, Slot] | None:
-        place = self._places.get(id(param)) if self.perturbed else None
-        return None if place is None or int(place[0].flag) == 0 else place
+    def _perturbed(self, param: Tensor) -> Slot | None:
+        """The slot of a parameter that is perturbed now, else None."""
+        part, slot = self._places.get(id(param), (None, None)) if self.perturbed else (None, None)
+        return None if part is None or int(part.flag) == 0 else slot
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parameter is perturbed now."""
-        return self._place(param) is not None
+        return self._perturbed(param) is not None
 
     def unperturbed(self, param: Tensor) -> Tensor | None:
         """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
-        if (place := self._place(param)) is None:
-            return None
-        slot = place[1]
-        saved = slot.saved if slot.master is slot.nothing and slot.saved is not None else slot.master.to(param.dtype)
-        return whole_of(param, saved.clone())
+        slot = self._perturbed(param)
+        return None if slot is None else whole_of(param, slot.clean.to(param.dtype, copy=True))

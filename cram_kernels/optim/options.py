@@ -42,14 +42,6 @@ def check_optimizer_options(optimizer: Any) -> None:
         raise ValueError(f"CrAM: mask_period must be an int of at least 1, got {mask_period!r}")
 
 
-def check_constructor_options(seed: Any, exclude: Any, prune_embeddings: Any) -> tuple[str, ...]:
-    """Check what only the constructor takes; `exclude` as a tuple."""
-    check_bool("prune_embeddings", prune_embeddings)
-    if type(seed) is not int:
-        raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
-    return globs_of("CrAM: ", exclude)
-
-
 def check_groups(base: Optimizer) -> None:
     """Check all groups before a step: a script may have changed them, or the base optimizer behind our back."""
     groups = base.param_groups
@@ -129,12 +121,14 @@ def _called(groups: Groups, group: int, position: int) -> str:
     return f"parameter {names[position]!r}" if names else f"parameter {position} of group {group}"
 
 
-def check_exclude(groups: Groups, globs: tuple[str, ...], model: Any = None) -> tuple[str, ...]:
+def check_exclude(groups: Groups, exclude: Any, model: Any = None) -> tuple[str, ...]:
     """Check that each glob matches the name of a parameter. Returns globs of first names: the groups do not know the others of a tied one.
 
     Args:
+        exclude: as a user gives it.
         model: what the optimizer was made over.
     """
+    globs = globs_of("CrAM: ", exclude)
     if not globs:
         return ()
     if any("param_names" not in group for group in groups):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .. import ops
 from ..distributed import Spread, local_of, spread_of, whole_mesh, whole_of
 from ..schedule import Groups
-from .bucket import Slot
+from .columns import Slot
 
 MASTER = "master"  # the key of a master weight in the base optimizer's state
 
@@ -112,16 +112,17 @@ def clipped(factor: Factor, norm: Tensor, max_norm: float) -> tuple[Factor, Tens
 
 def total_norm(slots: list[Slot], grads: list[Tensor], factor: Factor) -> Tensor:
     """The norm of all these gradients after unscaling, over all ranks on which they lie, float32 []."""
-    if not slots:
-        return torch.zeros(())
     parts: dict[tuple[torch.device, Spread | None], list[Tensor]] = {}
     for slot, grad in zip(slots, grads, strict=True):
         parts.setdefault((slot.device, spread_of([slot.param]) if slot.spread else None), []).append(grad)
-    norms = {part: ops.grad_norm(grads, inv_scale=on(factor.inv_scale, part[0])) for part, grads in parts.items()}
-    if len(norms) == 1 and None in {spread for _, spread in norms}:
-        return next(iter(norms.values()))
-    squares = [norm.double().square() if spread is None else spread.reduce_(norm.double().square()) for (_, spread), norm in norms.items()]
-    return torch.stack([s.to(slots[0].device) for s in squares]).sum().sqrt().float()
+    squares = []
+    for (device, spread), own in parts.items():
+        norm = ops.grad_norm(own, inv_scale=on(factor.inv_scale, device))
+        if len(parts) == 1 and spread is None:
+            return norm
+        square = norm.double().square()
+        squares.append((square if spread is None else spread.reduce_(square)).to(slots[0].device))
+    return torch.stack(squares).sum().sqrt().float()
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def prepare_masters(base: Optimizer, slots: list[Slot]) -> None:
         slot.master, slot.version = master, slot.versions()
 
 
-def hang_master(state: dict[str, Any], slot: Slot) -> None:
+def put_master(state: dict[str, Any], slot: Slot) -> None:
     """Make the master part of the state, with the first update: state that has a master, but not yet what the base makes in its first step,
     is more than torch's optimizers can load and copy."""
     if slot.master is not slot.nothing and MASTER not in state:

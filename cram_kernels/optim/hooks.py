@@ -1,16 +1,13 @@
-"""Hooks of the model: `state_dict()` gives the unperturbed weights, loading a checkpoint first restores them, and batch norms keep their
-statistics while the weights are perturbed."""
+"""Hooks of the model: `state_dict()` gives the unperturbed weights, and loading a checkpoint first restores them. A hook of the base."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from ..batchnorm import frozen_batchnorm, kept_buffers
+from ..batchnorm import kept_buffers
 
 if TYPE_CHECKING:
     from .base import Wrapper
@@ -64,9 +61,6 @@ class ModelHooks:
             wanted = "be the same on all ranks" + (" (or plus=False, sparse_grad=False)" if which == "first" else "")
             raise RuntimeError(f"CrAM: the {which} gradients must {wanted}, got those of a pass under no_sync(): the ranks would part")
 
-    def frozen_batchnorm(self) -> AbstractContextManager[None]:
-        return frozen_batchnorm(self.model)
-
     def reshard(self) -> None:
         """The root of an FSDP model keeps a whole copy of its weights after a forward pass: an old one after a change of the shards."""
         if self.sharded is None:
@@ -80,41 +74,6 @@ class ModelHooks:
 
     def __del__(self) -> None:
         self.remove()
-
-
-Self = TypeVar("Self", bound="Attachable")
-
-
-class Attachable:
-    """The part of `CrAM` that a model knows."""
-
-    param_groups: list[dict[str, Any]]
-    _hooks: "ModelHooks | None"
-    give_up: Callable[[str], None]
-
-    def attach(self: Self, model: nn.Module) -> Self:
-        """Let the model take part in the steps. While the weights are perturbed, its batch norms keep their statistics, and `state_dict()`
-        of it or of a part of it gives copies of the unperturbed weights. Modules that are added later are not covered. An optimizer that
-        was made with the model is attached already. Returns the optimizer.
-
-        Raises:
-            ValueError: not a module, or one without parameters of this optimizer.
-        """
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        if ours.isdisjoint(map(id, model.parameters())):
-            raise ValueError("CrAM.attach: model must have parameters of this optimizer, got one that has none")
-        self.detach()
-        self._hooks = ModelHooks(model, self)  # type: ignore[arg-type]
-        return self
-
-    def detach(self) -> None:
-        """Undo `attach`. A step that is open is given up: the weights are restored, and the next `step()` raises."""
-        self.give_up("the optimizer was attached or detached between perturb() and step()")
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
 
 
 class _Hook:
@@ -131,3 +90,16 @@ class _Hook:
         if (hooks := self.hooks()) is not None and (optimizer := hooks.optimizer()) is not None:
             optimizer.refuse_within_step("copy or pickle of the model")
         return _Hook, ()
+
+
+class Guard:
+    """A hook of the base, whose own step() must not be called within a step. It keeps no optimizer alive."""
+
+    def __init__(self, optimizer: "Wrapper") -> None:
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, *_: Any) -> None:
+        optimizer = self.optimizer()
+        if optimizer is not None and optimizer.open_step is not None and not optimizer._workspace.updating:
+            optimizer.restore()
+            raise RuntimeError("CrAM: step() of the base optimizer must not be called after perturb(), got it called: call that of CrAM")
