@@ -1,13 +1,11 @@
 """`make triton-static`: every Triton kernel compiled ahead of time for every arch, without a GPU, and what the machine code says.
 
 The ops run on CPU tensors; instead of launching a kernel, what it would be launched with is written down and compiled. Spilled registers
-are faults, and so are 16-byte accesses that a kernel on aligned chunks should have and has not. The folder of cubins is also what
-`python -m benchmarks.cuda_static --cubins` reads.
+are faults, and so are 16-byte accesses that a kernel on aligned chunks should have and has not.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -237,21 +235,19 @@ LAUNCHES: dict[str, list[Launch]] = {}  # arch -> its kernels, of this process a
 
 
 def nvidia(job: tuple[int, str, Path]) -> Compiled:
-    """A cubin and its sidecar, read."""
+    """A cubin, read."""
     number, arch, folder = job
     launch = LAUNCHES[arch][number]
     compiled = launch.compile(GPUTarget("cuda", int(arch), 32))
     path = folder / f"{number:03}_{launch.kernel.__name__}_sm_{arch}.cubin"
     path.write_bytes(compiled.asm["cubin"])
-    facts = {"threads": 32 * compiled.metadata.num_warps, "dynamic_shared": compiled.metadata.shared}
-    sidecar = {"origin": "triton", "arch": arch, "source": launch.name, "kernels": {compiled.metadata.name: facts}}
-    path.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
-    (kernel,) = cubin.read_cubin(path)
-    faults = [f"{launch.name} on sm_{arch} spills"] if kernel.spill_bytes else []
+    (kernel,) = cubin.kernels_of(path, arch)
+    kernel.name, kernel.shared = launch.name, kernel.shared + compiled.metadata.shared
+    faults = [f"{launch.name} on sm_{arch} spills"] if kernel.local else []
     for kind, wanted in zip(("load", "store"), launch.wanted(), strict=True):
         if kernel.vectors(kind) < wanted:
             faults.append(f"{launch.name} on sm_{arch}: wants {wanted} {kind}s of 16 bytes, the machine code has {kernel.vectors(kind)}")
-    return Compiled(kernel_row(kernel) | {"name": launch.name}, faults)
+    return Compiled(kernel_row(kernel, 32 * compiled.metadata.num_warps), faults)
 
 
 def amd(job: tuple[int, str, Path]) -> Compiled:
@@ -270,10 +266,7 @@ def amd(job: tuple[int, str, Path]) -> Compiled:
 def spread(rows: list[report.Row]) -> list[report.Row]:
     """One row a kernel; a number that differs between archs as `least-most`."""
     names = dict.fromkeys(row["name"] for row in rows)
-    return [
-        {key: span([row[key] for row in rows if row["name"] == name]) for key in rows[0] if key not in ("arch", "origin", "source")}
-        for name in names
-    ]
+    return [{key: span([row[key] for row in rows if row["name"] == name]) for key in rows[0] if key != "arch"} for name in names]
 
 
 def span(values: list[Any]) -> Any:
@@ -291,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/triton_static"))
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    for stale in (path for path in options.out.iterdir() if path.suffix in (".cubin", ".json", ".s")):
+    for stale in (path for path in options.out.iterdir() if path.suffix in (".cubin", ".s")):
         stale.unlink()
     for maker, archs in (("cuda", options.archs), ("hip", options.amd)):
         for arch in archs:

@@ -1,6 +1,7 @@
 """`make cuda-static` reads what compilers made, and fails on what must not be."""
 
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -13,13 +14,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.cuda_static import __main__ as command  # noqa: E402
-from benchmarks.cuda_static import compile as compiling  # noqa: E402
-from benchmarks.cuda_static import cubin, gpus, report  # noqa: E402
+from benchmarks.cuda_static import cubin, gpus, report, traffic  # noqa: E402
 from benchmarks.cuda_static.traffic import OPS, VECTORS, Op, Vectors  # noqa: E402
 from cram_kernels import _native  # noqa: E402
 
 SOURCE = ROOT / "tests" / "native" / "static.cu"
-COPY = Op("copy", "cuda", ("copy16",), ("from",), ("to",), 0, 1)
+COPY = Op("copy", ("copy16",), ("from",), ("to",), 0, 1)
 INDEXED = """
 __global__ void __launch_bounds__(256) indexed(const float* x, float* y, int k) {
   float a[200];
@@ -44,9 +44,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cubin.Kernel]
     """Of static.cu, for the oldest and the newest arch: "copy16 80" -> kernel."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("cubins")
-    compiling.compile_all([SOURCE], ["80", "120"], folder, jobs=2)
-    return {f"{k.name} {k.arch}": k for k in cubin.read(folder)}
+    return {f"{k.name} {k.arch}": k for k in cubin.compiled([SOURCE], ["80", "120"], tmp_path_factory.mktemp("cubins"))}
 
 
 @pytest.mark.parametrize("arch", ["80", "120"])
@@ -55,15 +53,15 @@ def test_kernels_are_read(kernels: dict[str, cubin.Kernel], arch: str) -> None:
     wide, narrow, spilling = (kernels[f"{name} {arch}"] for name in ("copy16", "copy4", "spills"))
     assert wide.vectors("load") >= 1 and wide.vectors("store") >= 1 and wide.narrow("load") == wide.narrow("store") == 0
     assert narrow.vectors("load") == narrow.vectors("store") == 0 and narrow.narrow("load") == narrow.narrow("store") == 1
-    assert (wide.threads, narrow.threads, spilling.threads) == (256, 128, 1024)
-    assert wide.spill_bytes == narrow.spill_bytes == wide.shared == 0 and narrow.shared == 512
-    assert spilling.spill_bytes > 0 and spilling.registers <= 64
+    assert wide.local == narrow.local == wide.stack == narrow.stack == wide.shared == 0 and narrow.shared == 512
+    assert spilling.local > 0 and spilling.stack > 0 and spilling.registers <= 64
     assert report.kernel_row(wide)["occupancy"] == "100%"
+    assert report.kernel_row(spilling, 1024)["occupancy"] == {"80": "50%", "120": "67%"}[arch]
 
 
 def kernel(name: str, arch: str, load: int, store: int, stack: int = 0) -> cubin.Kernel:
     counts = Counter({"load.16": load, "store.16": store, "load.4": 100})
-    return cubin.Kernel("f", name, "cuda", "f.cu", arch, 64, stack, 0, 256, 0, counts)
+    return cubin.Kernel(name, arch, 64, stack, 0, counts)
 
 
 def test_faults(kernels: dict[str, cubin.Kernel]) -> None:
@@ -71,24 +69,23 @@ def test_faults(kernels: dict[str, cubin.Kernel]) -> None:
     exact = {"copy16": Vectors(good[0].vectors("load"), good[0].vectors("store"))}
     assert report.faults([*good, narrow], exact) == []  # nothing is said of copy4
     assert report.faults([spilling], {}) == [
-        f"spills on sm_80: {spilling.stack} bytes of local memory a thread, spills {spilling.spill_bytes}"
+        f"spills on sm_80: {spilling.stack} bytes of local memory a thread, {spilling.local} loads and stores of it"
     ]
     lost = report.faults([narrow], {"copy4": Vectors(1, 1)})
     assert lost == [f"copy4 on sm_80: wants 1 {kind}s of 16 bytes, the machine code has 0" for kind in ("load", "store")]
     assert report.faults([narrow, kernels["copy16 120"]], exact) == ["no copy16 was compiled for sm_80"]
-    assert report.faults([replace(narrow, origin="triton")], {"copy4": Vectors(1)}) == []
 
 
 def test_an_indexed_array_is_a_fault(tmp_path: Path) -> None:
-    """Local memory without a spilled register: the compiler's report has 0 bytes of spills."""
+    """Local memory without a spilled register, of which ptxas reports 0 bytes of spills."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     source = tmp_path / "indexed.cu"
     source.write_text(INDEXED)
-    compiling.compile_all([source], ["80"], tmp_path / "cubins", jobs=1)
-    (own,) = cubin.read(tmp_path / "cubins")
-    assert (own.stack, own.spill_bytes) == (800, 0)
-    assert report.faults([replace(own, name="indexed")], {}) == ["indexed on sm_80: 800 bytes of local memory a thread, spills 0"]
+    (own,) = cubin.compiled([source], ["80"], tmp_path / "cubins")
+    assert own.stack == 800 and own.local >= 200
+    (fault,) = report.faults([own], {})
+    assert fault.startswith("indexed on sm_80: 800 bytes of local memory a thread, ")
 
 
 @pytest.mark.parametrize("arch", ["80", "100"])
@@ -111,21 +108,14 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
         pytest.skip(reason)
     monkeypatch.setattr(command, "OPS", (COPY,))
     monkeypatch.setattr(command, "VECTORS", {"copy4": Vectors(1, 1), "copy16": Vectors(0, 1)})
-    assert command.main(["--archs", "90", "--sources", str(SOURCE), "--out", str(tmp_path)]) == command.FAULT
+    monkeypatch.setattr(command.native_build, "cuda_sources", lambda: [SOURCE])
+    assert command.main(["--archs", "90", "--out", str(tmp_path)]) == command.FAULT
     printed = capsys.readouterr().out
     assert "FAULT: spills on sm_90:" in printed and "FAULT: copy4 on sm_90: wants 1 loads of 16 bytes" in printed
     assert "NOTE: copy16 on sm_90: wants 0 loads of 16 bytes" in printed
     assert "PREDICTION, not a measurement" in printed
     record = json.loads((tmp_path / "cuda_static.json").read_text())
     assert {row["name"] for row in record["kernels"]} == {"copy16", "copy4", "spills"} and record["faults"] and record["surplus"]
-
-    # the same cubins as somebody else's, whose sidecar says nothing of a kernel
-    others = tmp_path / "others"
-    shutil.copytree(tmp_path / "cubins", others)
-    (sidecar,) = others.glob("*.json")
-    sidecar.write_text(json.dumps({"origin": "triton", "arch": "90", "source": "static", "kernels": {}}))
-    from_code = {k.name: k for k in cubin.read(others)}
-    assert from_code["spills"].spill_bytes > 0 == from_code["copy16"].spill_bytes and from_code["copy16"].threads is None
 
 
 def test_the_library_that_was_built() -> None:
@@ -136,7 +126,7 @@ def test_the_library_that_was_built() -> None:
     library = Path(_native.__file__).parent / "libcram_kernels_cuda.so"
     archs = [arch.removeprefix("sm_") for arch in _native.host.gpu_archs.split()]
     assert library.exists() and archs, "nvcc is on PATH, but the CUDA library was not built: `make setup` does"
-    kernels = cubin.read_library(library, archs[0])
+    kernels = cubin.kernels_of(library, archs[0], "-arch", f"sm_{archs[0]}")
     assert len(kernels) > len(VECTORS) and report.faults(kernels, VECTORS) == report.surplus(kernels, VECTORS) == []
 
 
@@ -146,7 +136,7 @@ def test_in_flight() -> None:
     assert gpus.needed_in_flight(card, 1.0) == pytest.approx(8000)
     own = replace(kernel("copy16", "80", 1, 1), waits=[cubin.Wait(20, 2)])
     assert report.in_flight(replace(COPY, ahead=2), [own], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
-    assert report.in_flight(COPY, [replace(own, threads=None)], card) is None
+    assert report.in_flight(COPY, [], card) is None
     serial = replace(own, waits=[cubin.Wait(5, 1), cubin.Wait(3, 1)])
     assert report.in_flight(replace(COPY, ahead=2), [serial], card) == f"16 / {8000 * 0.85 / 2 / 1024:.0f} KiB"
     assert report.serialized([own, serial], (replace(COPY, ahead=2),)) == [
@@ -157,7 +147,7 @@ def test_in_flight() -> None:
 def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(cubin.shutil, "which", lambda name: None)
     monkeypatch.setattr(cubin, "find_spec", lambda name: None)
-    assert command.main(["--sources", str(SOURCE), "--out", str(tmp_path)]) == command.CANNOT_RUN
+    assert command.main(["--out", str(tmp_path)]) == command.CANNOT_RUN
     assert "nvcc is not on PATH" in capsys.readouterr().out
     with pytest.raises(cubin.ToolMissing, match="cuobjdump is neither on PATH"):
         cubin.tool("cuobjdump")
@@ -172,7 +162,7 @@ def test_without_tools_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ("        /*0070*/                   LDG.E.U8 R4, [R2] ;", "load.1"),
         ("        /*0070*/              @UP0 STG.E.U16 [R2], R4 ;", "store.2"),
         ("        /*0070*/                   STG.E [R2.64], R4 ;", "store.4"),
-        ("        /*0070*/                   STL.64 [R1], R4 ;", "spill_store.8"),
+        ("        /*0070*/                   STL.64 [R1], R4 ;", "local_store.8"),
         ("        /*0070*/                   REDG.E.ADD.STRONG.GPU [R2], R4 ;", "global_atomic"),
         ("        /*0070*/                   LDGSTS.E.BYPASS.128 [R2], [R4] ;", "load.16"),
     ],
@@ -235,6 +225,13 @@ def test_occupancy(arch: str, threads: int, registers: int, shared: int, expecte
 def test_names() -> None:
     assert cubin.short("void cram::(anonymous namespace)::update_kernel<cram::Sgd>(cram::Table)") == "update_kernel<Sgd>"
     assert cubin.short("plain") == "plain"
+
+
+def test_threads_of_a_block_are_those_of_the_kernels() -> None:
+    assert f"#define CRAM_BLOCK_THREADS {traffic.THREADS}\n" in (ROOT / "csrc" / "cuda" / "tuning.h").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu*"))
+    bounds = re.findall(r"__launch_bounds__\((\w+).*?\)\s+(\w+)\(", sources)
+    assert {name: int(threads) for threads, name in bounds if threads != "kThreads"} == traffic.OTHER_THREADS
 
 
 def test_traffic_is_that_of_ops() -> None:

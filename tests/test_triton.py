@@ -105,7 +105,7 @@ def test_static_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [len(record[maker]) for maker in ("nvidia", "amd", "faults")] == [4, 4, 0]
     found = {row["name"]: row for row in record["nvidia"]}
     for name, wide in (("restore_kernel<bf16>", True), ("restore_kernel<bf16 unaligned>", False)):
-        assert (found[name]["loads 16 B"] > 0, found[name]["stores 16 B"] > 0, found[name]["spill bytes"]) == (wide, wide, 0)
+        assert (found[name]["loads 16 B"] > 0, found[name]["stores 16 B"] > 0, found[name]["local"]) == (wide, wide, 0)
 
 
 @needs_triton

@@ -9,7 +9,6 @@ from pathlib import Path
 import native_build
 
 from .. import report as text
-from . import compile as compiling
 from . import cubin, report
 from .traffic import OPS, VECTORS
 
@@ -17,27 +16,19 @@ OK, FAULT, CANNOT_RUN = 0, 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where a kernel uses local memory or has lost vector accesses; 2 where a tool is missing or there is nothing to read."""
+    """Returns 0; 1 where a kernel uses local memory or has lost vector accesses; 2 where a tool is missing or nvcc fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_static")
     parser.add_argument("--archs", nargs="+", choices=native_build.GPU_ARCHS, default=list(native_build.GPU_ARCHS))
-    parser.add_argument("--sources", nargs="+", type=Path, help="CUDA files; default: all of csrc/cuda")
-    parser.add_argument("--cubins", nargs="+", type=Path, default=[], help="folders of more cubins with sidecars, whoever compiled them")
     parser.add_argument("--out", type=Path, default=Path("build/cuda_static"), help="folder of the cubins and of cuda_static.json")
-    parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
-    sources = options.sources or native_build.cuda_sources()
-    if sources and shutil.which("nvcc") is None:
+    if shutil.which("nvcc") is None:
         print("cuda-static: nvcc is not on PATH; install the CUDA toolkit 12.1 or later")
         return CANNOT_RUN
     try:
         cubin.tool("cuobjdump")
-        compiling.compile_all(sources, options.archs, options.out / "cubins", options.jobs)
-        kernels = [k for folder in [options.out / "cubins", *options.cubins] for k in cubin.read(folder)]
-    except (cubin.ToolMissing, FileNotFoundError, subprocess.CalledProcessError) as error:
+        kernels = cubin.compiled(native_build.cuda_sources(), options.archs, options.out / "cubins")
+    except (cubin.ToolMissing, subprocess.CalledProcessError) as error:
         print(f"cuda-static: {error}")
-        return CANNOT_RUN
-    if not kernels:
-        print("cuda-static: no kernels: neither nvcc with sources in csrc/cuda, nor --cubins with any")
         return CANNOT_RUN
     rows, costs = report.kernel_rows(kernels), report.op_rows(kernels, OPS)
     faults, surplus = report.faults(kernels, VECTORS), report.surplus(kernels, VECTORS)

@@ -1,23 +1,18 @@
-"""Reads cubins: resources and memory instructions of every kernel, from the compiler's report and the machine code.
+"""Makes and reads machine code: resources and memory instructions of every kernel."""
 
-A folder holds pairs NAME.cubin, NAME.json. The JSON, the sidecar, says what machine code does not:
-
-    {"origin": "cuda", "arch": "80", "source": "update.cu", "kernels": {SYMBOL: {"threads": 256, "spill_bytes": 0, "dynamic_shared": 0}}}
-
-Every key of a kernel is optional: without `threads` there is no occupancy, without `spill_bytes` local loads and stores count as spills.
-"""
-
-import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import Any
+
+from native_build import CUDA_FLAGS
 
 from .gpus import SHARED_RESERVED
 
@@ -28,7 +23,7 @@ INSTRUCTION = re.compile(
 )
 REGISTER = re.compile(r"\bR(\d+)\b")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
-KIND = {"LD": "load", "LDG": "load", "LDGSTS": "load", "ST": "store", "STG": "store", "LDL": "spill_load", "STL": "spill_store"}
+KIND = {"LD": "load", "LDG": "load", "LDGSTS": "load", "ST": "store", "STG": "store", "LDL": "local_load", "STL": "local_store"}
 KIND |= dict.fromkeys(("ATOM", "ATOMG", "RED", "REDG"), "global_atomic")
 
 
@@ -38,18 +33,13 @@ class ToolMissing(Exception):
 
 @dataclass
 class Kernel:
-    """One kernel in one cubin."""
+    """One kernel on one arch."""
 
-    symbol: str
     name: str  # demangled, without namespaces and arguments
-    origin: str
-    source: str
     arch: str
     registers: int
-    stack: int  # bytes a thread
-    shared: int  # bytes a block, static and dynamic
-    threads: int | None  # a block; None: the sidecar does not say
-    spill_bytes: int  # by the compiler; where it does not say, the number of local loads and stores
+    stack: int  # bytes of local memory a thread
+    shared: int  # bytes a block, without what a launch adds
     instructions: Counter[str] = field(default_factory=Counter)  # "load.16": bytes a thread; "global_atomic"
     waits: list["Wait"] = field(default_factory=list)
 
@@ -59,6 +49,11 @@ class Kernel:
 
     def narrow(self, kind: str) -> int:
         return sum(count for key, count in self.instructions.items() if key.startswith(f"{kind}.")) - self.vectors(kind)
+
+    @property
+    def local(self) -> int:
+        """Loads and stores of local memory: spilled registers, and arrays that registers cannot hold."""
+        return sum(count for key, count in self.instructions.items() if key.startswith("local_"))
 
     @property
     def soonest(self) -> int:
@@ -197,53 +192,44 @@ def short(name: str) -> str:
     return re.sub(r"^void ", "", re.sub(r"\(.*", "", name))
 
 
-def read(folder: Path) -> list[Kernel]:
-    """All kernels of all cubins in the folder.
+def compiled(sources: list[Path], archs: list[str], folder: Path) -> list[Kernel]:
+    """All kernels of CUDA sources, through a cubin for each source and arch in `folder`.
 
     Raises:
         ToolMissing: no cuobjdump.
-        FileNotFoundError: a cubin without its sidecar.
+        subprocess.CalledProcessError: nvcc refused a source; its words are printed.
     """
-    return [kernel for cubin in sorted(folder.glob("*.cubin")) for kernel in read_cubin(cubin)]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def kernels(job: tuple[Path, str]) -> list[Kernel]:
+        source, arch = job
+        cubin = folder / f"{source.stem}_sm_{arch}.cubin"
+        subprocess.run(["nvcc", *CUDA_FLAGS.split(), f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)], check=True)
+        return kernels_of(cubin, arch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for found in pool.map(kernels, product(sources, archs)) for kernel in found]
 
 
-def read_cubin(cubin: Path) -> list[Kernel]:
-    return kernels_of(cubin, json.loads(cubin.with_suffix(".json").read_text()))
-
-
-def read_library(library: Path, arch: str) -> list[Kernel]:
-    """All kernels of a built library that it has for this arch. Local loads and stores count as spills: there is no compiler's report."""
-    return kernels_of(library, {"origin": "cuda", "arch": arch, "source": library.name, "kernels": {}}, "-arch", f"sm_{arch}")
-
-
-def kernels_of(binary: Path, sidecar: dict[str, Any], *options: str) -> list[Kernel]:
+def kernels_of(binary: Path, arch: str, *options: str) -> list[Kernel]:
+    """Of a cubin, or with the options `-arch sm_80` of a library that has several."""
     listing = dump(binary, "-sass", *options)
     counts, used = instructions(listing), waits(listing)
     resources = {s: found for s, line in functions(dump(binary, "-res-usage", *options)) if (found := RESOURCES.search(line))}
-    symbols = sorted(resources)
-    pairs = zip(symbols, demangled(symbols), strict=True)
-    return [kernel(symbol, name, sidecar, resources[symbol], counts.get(symbol, Counter()), used.get(symbol, [])) for symbol, name in pairs]
+    return [
+        Kernel(
+            name,
+            arch,
+            int(resources[symbol]["registers"]),
+            int(resources[symbol]["stack"]),
+            own_shared(int(resources[symbol]["shared"]), arch),
+            counts.get(symbol, Counter()),
+            used.get(symbol, []),
+        )
+        for symbol, name in zip(resources, demangled(list(resources)), strict=True)
+    ]
 
 
 def own_shared(reported: int, arch: str) -> int:
     """Bytes a block asks for: from sm_90 on the report of a kernel that uses shared memory includes the system's share."""
     return reported - SHARED_RESERVED if int(arch) >= 90 and reported > 0 else reported
-
-
-def kernel(symbol: str, name: str, sidecar: dict[str, Any], resources: re.Match[str], counts: Counter[str], used: list[Wait]) -> Kernel:
-    facts = sidecar["kernels"].get(symbol, {})
-    local = sum(count for key, count in counts.items() if key.startswith("spill_"))
-    return Kernel(
-        symbol,
-        name,
-        sidecar["origin"],
-        sidecar["source"],
-        sidecar["arch"],
-        int(resources["registers"]),
-        int(resources["stack"]),
-        own_shared(int(resources["shared"]), sidecar["arch"]) + facts.get("dynamic_shared", 0),
-        facts.get("threads"),
-        facts.get("spill_bytes", local),
-        counts,
-        used,
-    )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 MASK = 1 / 8  # bytes: one bit
 VECTOR = 16  # bytes
+THREADS = 256  # of a block: CRAM_BLOCK_THREADS in csrc/cuda/tuning.h
+OTHER_THREADS = {"norm_finish_kernel": 1024}
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,6 @@ class Op:
     """An op's floor. `kernels`: those that see every weight, by name; one without template arguments stands for all that have some."""
 
     name: str
-    origin: str  # "cuda", "triton"
     kernels: tuple[str, ...]
     loads: tuple[str, ...]  # streams read
     stores: tuple[str, ...]  # streams written
@@ -45,19 +46,19 @@ class Op:
 GRADIENTS = ("saved", "grad", "first grad")
 NM = ("nm_kernel<4>", "nm_kernel<8>", "nm_kernel<0>")
 OPS = (
-    Op("topk_threshold", "cuda", ("stream_kernel<false>",), ("weight",), (), 0, 5, 2),
-    Op("topk_histogram", "cuda", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
+    Op("topk_threshold", ("stream_kernel<false>",), ("weight",), (), 0, 5, 2),
+    Op("topk_histogram", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
     # a pass that only looks, then one that writes: unlike perturb_topk_, it has no copy from which a wrong guess could be set right
-    Op("prune_topk_", "cuda", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 5, passes=2),
-    Op("perturb_topk_", "cuda", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 5, 2),
-    Op("prune_nm_", "cuda", NM, ("weight",), ("weight",), 1, 1, 2),
-    Op("perturb_nm_", "cuda", NM, ("param", "grad"), ("saved", "param"), 1, 1, 2),
-    Op("perturb_masked_", "cuda", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
-    Op("restore_", "cuda", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
-    Op("restore_combine_", "cuda", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
-    Op("restore_sgd_", "cuda", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1),
-    Op("restore_adam_", "cuda", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1),
-    Op("grad_norm", "cuda", ("norm_kernel",), ("grad",), (), 0, 2, 8),
+    Op("prune_topk_", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 5, passes=2),
+    Op("perturb_topk_", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 5, 2),
+    Op("prune_nm_", NM, ("weight",), ("weight",), 1, 1, 2),
+    Op("perturb_nm_", NM, ("param", "grad"), ("saved", "param"), 1, 1, 2),
+    Op("perturb_masked_", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),
+    Op("restore_", ("restore_kernel<false>",), ("saved",), ("param",), 0, 1),
+    Op("restore_combine_", ("restore_kernel<true>",), GRADIENTS, ("param", "grad"), 1, 1),
+    Op("restore_sgd_", ("update_kernel<SgdStep>",), (*GRADIENTS, "momentum"), ("param", "momentum"), 1, 1),
+    Op("restore_adam_", ("update_kernel<AdamStep>",), (*GRADIENTS, "m", "v"), ("param", "m", "v"), 1, 1),
+    Op("grad_norm", ("norm_kernel",), ("grad",), (), 0, 2, 8),
 )
 
 

@@ -64,7 +64,7 @@ class Bound:
 
 def formula(counts: Counts) -> float:
     """Bytes a weight that the op cannot do without."""
-    op = next(op for op in OPS if op.name == counts.op and op.origin == "cuda")
+    op = next(op for op in OPS if op.name == counts.op)
     size = 4 if counts.dtype == "fp32" else 2
     return size * (len(op.loads) + len(op.stores)) + op.masks * counts.masked / 8 / counts.weights
 
