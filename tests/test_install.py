@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from conftest import BACKENDS
@@ -20,8 +21,17 @@ ROOT = Path(__file__).parent.parent
 ADD = "import torch, cram_kernels.ops as o; w = [torch.ones(4, 4)]; o.prune_topk_(w, [], [0], torch.tensor([3])); print(int(w[0].sum()))"
 
 
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return run([*forked.python(), "-c", code], environment)
+
+
+def new_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Which has imported nothing."""
+    return run([sys.executable, "-c", code], environment)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -109,7 +119,7 @@ def test_no_compiler_is_one_sentence() -> None:
     if not (ROOT / "native_build.py").exists():
         pytest.skip("not run from a source checkout")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build; native_build.compiler()"
-    result = python(code, PATH="/nowhere", CXX="")
+    result = new_python(code, PATH="/nowhere", CXX="")
     assert "needs a C++17 compiler: install g++" in result.stderr.splitlines()[-1]
 
 
@@ -127,7 +137,7 @@ def in_checkout(code: str, **environment: str) -> subprocess.CompletedProcess[st
     """Runs with native_build imported as `n`, and `torch` the folder of one that says it is of CUDA 12.8."""
     if not (ROOT / "native_build.py").exists():
         pytest.skip("not run from a source checkout")
-    return python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build as n\n{code}", **environment)
+    return new_python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build as n\n{code}", **environment)
 
 
 @pytest.fixture
@@ -179,7 +189,7 @@ def test_a_compiler_that_is_not_there_is_no_other(tmp_path: Path) -> None:
     if not (ROOT / "native_build.py").exists():
         pytest.skip("not run from a source checkout")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import native_build; native_build.compiler()"
-    assert "CXX names no compiler that is installed: '/nowhere/g++'" in python(code, CXX="/nowhere/g++").stderr.splitlines()[-1]
+    assert "CXX names no compiler that is installed: '/nowhere/g++'" in new_python(code, CXX="/nowhere/g++").stderr.splitlines()[-1]
 
 
 def test_builds_in_a_folder_with_spaces(tmp_path: Path) -> None:
@@ -196,12 +206,12 @@ def test_builds_in_a_folder_with_spaces(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(checkout)!r}); import native_build as n; from pathlib import Path; n.TORCH_FREE = (); "
         f"n.build_harness(Path({str(checkout / 'out')!r}))"
     )
-    result = python(code)
+    result = new_python(code)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (checkout / "out" / "harness").exists()
 
 
 def test_run_time_needs_only_torch() -> None:
     heavy = ("matplotlib", "rich", "safetensors", "mlxtend", "onnx", "pandas")
-    result = python(f"import sys, cram_kernels; print([m for m in {heavy!r} if m in sys.modules])")
+    result = new_python(f"import sys, cram_kernels; print([m for m in {heavy!r} if m in sys.modules])")
     assert result.stdout == "[]\n", result.stderr

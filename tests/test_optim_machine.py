@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 
+import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -421,6 +422,7 @@ QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_to
 def search(examples: int) -> None:
     """The same examples in every run of a commit, unless CRAM_KERNELS_FUZZ says how many new ones to search."""
     torch.set_num_threads(1)  # the tensors are small: a second thread would only wait
+    gc.freeze()  # what torch has loaded is not searched for garbage
     wanted = int(os.environ.get("CRAM_KERNELS_FUZZ", 0))
     rules = settings(
         max_examples=wanted or examples,
@@ -431,12 +433,13 @@ def search(examples: int) -> None:
         suppress_health_check=QUIET,
     )
     run_state_machine_as_test(Machine, settings=rules)
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
 def test_machine(examples):
     """In a process of its own: hypothesis draws numbers from the modules that are loaded, which the tests before this one decide."""
-    found = subprocess.run([sys.executable, __file__, str(examples)], capture_output=True, text=True, check=False)
+    found = subprocess.run([*forked.python(), __file__, str(examples)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+import forked
 import pytest
 import ranks
 import torch.distributed
-import torch.multiprocessing
 
 
 @pytest.fixture(scope="module")
@@ -18,4 +18,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("count", [2, 1, 3, 4])
 def test_ranks(count: int, folder: Path) -> None:
-    torch.multiprocessing.spawn(ranks.run, (count, str(folder), str(folder / f"store{count}")), count)
+    forked.spawn(ranks.run, (count, str(folder), str(folder / f"store{count}")), count)
