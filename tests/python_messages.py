@@ -105,9 +105,9 @@ class Python:
         if isinstance(node, ast.ImportFrom):
             return (node.module, *[name.name for name in node.names if name.name in ("warn", "stderr", "exit")]) in WAYS_OUT
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.stderr":
-            asked = isinstance(node.parent, ast.Attribute) and node.parent.attr in ("isatty", "write")
+            asked = isinstance(node.parent, ast.Attribute) and node.parent.attr in ("isatty", "write", "flush")
             named = isinstance(node.parent, ast.keyword) and node.parent.arg == "file"
-            return not (asked or named or (isinstance(node.parent, ast.Call) and called(node.parent) == "is_terminal"))
+            return not (asked or named or (isinstance(node.parent, ast.Call) and called(node.parent) in ("is_terminal", "_give_up")))
         if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or isinstance(node.parent, ast.Expr):
             return False
         read = node in self.known or node.parent in self.known
