@@ -26,8 +26,9 @@ from .warning import warn
 def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], samples: int = 512, progress: bool = False) -> Reconstruction:
     """Fit the weights that `prune` left to what the dense network computes, layer by layer; weights that are zero stay zero.
 
-    Use it after `prune`. Batch norms take the statistics of the dense network, so `tune_batchnorm` is not needed before it, and does harm
-    after it. Every Linear, Conv and projection of nn.MultiheadAttention is fitted by ridge regression, in the order of execution. X is its
+    Use it after `prune`. Batch norms take the statistics of the dense network, so `tune_batchnorm` is not needed between the two, and does
+    harm after it. But call it on the dense network, before that is copied: training leaves running means, which lag behind the weights
+    where its rate did not fall to 0, and what is off there would be copied. Every Linear, Conv and projection of nn.MultiheadAttention is fitted by ridge regression, in the order of execution. X is its
     (unfolded) input in the pruned network, repaired up to there. Y is its output in the dense network. Both are centred: their means are
     taken away. With
 
@@ -58,6 +59,7 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
         RuntimeError: weights are perturbed or batch norms are frozen, within a step.
 
     Example:
+        tune_batchnorm(model, loader)
         dense = copy.deepcopy(model)
         prune(model, TopK(0.9))
         print(reconstruct(model, dense, loader))

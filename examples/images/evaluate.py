@@ -75,6 +75,10 @@ def label(config: dict[str, Any]) -> str:
     parts = [name, "uniform" * config["uniform"], f"masks every {config['mask_period']}" if config["mask_period"] > 1 else ""]
     passes = {"all": "", "drawn": "one pass, drawn"}.get(config["second_pass"], f"second pass {config['second_pass']}")
     parts += [passes if config["method"] != "sgd" else ""]
+    if config.get("start"):
+        pruned = config["start_pattern"]
+        parts += [f"from {Path(config['start']).stem}" + (f" at {pattern(pruned)}" if pruned is not None else "")]
+        parts += ["zeros held" * config["hold_zeros"], "head alone" * (config["train_only"] == "head")]
     return ", ".join([part for part in parts if part] + [f"{config['epochs']} epochs"])
 
 
