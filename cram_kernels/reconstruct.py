@@ -28,9 +28,11 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
 
     Use it after `prune`. Batch norms take the statistics of the dense network, so `tune_batchnorm` is not needed between the two, and does
     harm after it. But call it on the dense network, before that is copied: training leaves running means, which lag behind the weights
-    where its rate did not fall to 0, and what is off there would be copied. Every Linear, Conv and projection of nn.MultiheadAttention is fitted by ridge regression, in the order of execution. X is its
-    (unfolded) input in the pruned network, repaired up to there. Y is its output in the dense network. Both are centred: their means are
-    taken away. With
+    where its rate did not fall to 0, and what is off there would be copied.
+
+    Every Linear, Conv and projection of nn.MultiheadAttention is fitted by ridge regression, in the order of execution. X is its (unfolded)
+    input in the pruned network, repaired up to there. Y is its output in the dense network. Both are centred: their means are taken away.
+    With
 
         A = X'X        B = X'Y        e = 1e-3 * mean(diag A)
 
