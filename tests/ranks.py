@@ -362,6 +362,36 @@ def check_ddp_keeps_all_ranks_together(mesh: DeviceMesh, folder: Path) -> None:
         assert same_on_all_ranks(torch.tensor(optimizer.param_groups[0]["cram_step"]))
 
 
+def check_zero_steps_as_one_process_does(mesh: DeviceMesh, folder: Path) -> None:
+    """ZeroRedundancyOptimizer, whose state is spread over the ranks, around a base: as that base alone, which takes its own step, too."""
+    if dist.get_world_size() != 2:
+        return  # seconds for each process, to compile what torch makes for it
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {"compression": [TopK(0.5), NM(2, 4)]}
+    for kind, base_options in BASES.values():
+        judge, models = network(), [network() for _ in range(2)]
+        one = CrAM(judge, type("Own", (kind,), {}), **base_options, **options)
+        zero = ZeroRedundancyOptimizer(models[1].parameters(), kind, **base_options)
+        many = [
+            CrAM(models[0], ZeroRedundancyOptimizer, optimizer_class=kind, **base_options, **options),
+            CrAM(models[1], zero, **options),
+        ]
+        optimizers = [one, *many]
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2) for optimizer in optimizers]
+        for batch in batches(4):
+            for model, optimizer in zip([judge, *models], optimizers, strict=True):
+                optimizer.step(lambda model=model, batch=batch: backward(model, batch))
+            for scheduler in schedulers:
+                scheduler.step()
+            for model in models:
+                assert_same_bits(list(model.state_dict().values()), list(judge.state_dict().values()))
+        many[0].consolidate_state_dict()
+        if dist.get_rank() == 0:
+            saved, expected = many[0].base_optimizer.state_dict()["state"], one.state_dict()["state"]
+            assert all(torch.equal(saved[i][key], value) for i, state in expected.items() for key, value in state.items())
+
+
 def check_gradients_that_ranks_have_not_shared_are_refused(mesh: DeviceMesh, folder: Path) -> None:
     model = DistributedDataParallel(network())
     batch = next(batches(1, seed=dist.get_rank()))
