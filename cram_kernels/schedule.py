@@ -155,9 +155,9 @@ def first_counters(seed: int) -> dict[str, Any]:
     return {"cram_seed": seed, "cram_step": 0, "cram_mask_uses": ()}
 
 
-def draw(seed: int, step: int, levels: int) -> int:
-    """The pattern of this step: one of range(levels), uniform over steps."""
-    return _mix(_mix(seed) + step * 0x9E3779B97F4A7C15) * levels >> 64
+def draw(seed: int, step: int, count: int) -> int:
+    """The pattern of this step: one of range(count), uniform over steps."""
+    return _mix(_mix(seed) + step * 0x9E3779B97F4A7C15) * count >> 64
 
 
 def key_of(pattern: Pattern) -> str:

@@ -68,7 +68,8 @@ def check_command(words: list[str]) -> None:
         assert module.with_suffix(".py").exists() or module.is_dir(), words
     elif program in ("python", "python3"):
         assert (ROOT / arguments[0]).exists(), words
-    elif program == "pytest":
+    elif program in ("pytest", "torchrun"):
+        arguments = [word for word in arguments if not word.startswith("-") and not word.isdigit()]
         assert (ROOT / arguments[0]).exists(), words
     else:
         raise AssertionError(f"{shlex.join(words)}: not a command of this project; skip it with the reason why it cannot run here")

@@ -1,5 +1,7 @@
 """optimizer.last: what the last perturb did, for logs."""
 
+import pickle
+
 import torch
 from optim_cases import random_tensors, set_gradients
 from torch import nn
@@ -21,12 +23,12 @@ def test_of_a_topk() -> None:
     optimizer = perturbed(TopK(0.9))
     pruned = torch.cat([p.detach().flatten() for p in optimizer.param_groups[0]["params"] if p.dim() > 1])
     last = optimizer.last
-    assert last.level == 0 and last.pattern == TopK(0.9)
+    assert last.pattern_index == 0 and last.pattern == TopK(0.9)
     assert last.kept_share.item() == (pruned != 0).float().mean().item()
     assert 0 < last.magnitudes.item() < pruned[pruned != 0].abs().min()
     assert 0 <= last.candidate_share.item() <= 1 and not last.fallback
     found = last.to_dict()
-    assert list(found) == ["level", "pattern", "threshold", "kept", "candidates", "fallback"]
+    assert list(found) == ["pattern_index", "pattern", "threshold", "kept", "candidates", "fallback"]
     assert found["kept"] == last.kept_share.item() and found["fallback"] == 0.0
 
 
@@ -34,7 +36,15 @@ def test_of_several_sets_and_of_none() -> None:
     several = perturbed(TopK(0.5, "tensor")).last
     assert several.magnitudes.shape == (2,) and several.to_dict()["threshold"] == several.magnitudes.max().item()
     assert perturbed(TopK(0)).last.to_dict()["threshold"] == -1.0
-    assert perturbed(NM(2, 4)).last.to_dict() == {"level": 0, "pattern": str(NM(2, 4))}
+    assert perturbed(NM(2, 4)).last.to_dict() == {"pattern_index": 0, "pattern": str(NM(2, 4))}
+
+
+def test_a_pickle_whose_index_has_the_old_name() -> None:
+    last = perturbed(TopK(0.9)).last
+    written = pickle.dumps(last, protocol=3)
+    found = pickle.loads(written.replace(b"\x0d\0\0\0pattern_index", b"\x05\0\0\0level"))
+    assert found.pattern_index == last.pattern_index == 0 and not hasattr(found, "level")
+    assert found.to_dict() == last.to_dict()
 
 
 def test_a_writer_gets_the_numbers() -> None:

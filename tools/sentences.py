@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT / "tools" / "site"))
 import notebooks  # noqa: E402
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
     *sorted(path for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".md", ".ipynb")),
 ]
 MODULES = sorted((ROOT / "cram_kernels").rglob("*.py"))

@@ -44,8 +44,8 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     options.check_groups(optimizer.base_optimizer)
     unclipped = first_factor(scaler, optimizer)
     lists = schedule.choices(groups, optimizer.compression)
-    levels = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
-    patterns = tuple([None if level is None else c[level] for level, c in zip(levels, lists, strict=True)])
+    indices = [schedule.draw(g["cram_seed"], g["cram_step"], len(c)) if c else None for g, c in zip(groups, lists, strict=True)]
+    patterns = tuple([None if i is None else c[i] for i, c in zip(indices, lists, strict=True)])
     plus, sparse = [group["plus"] for group in groups], [group["sparse_grad"] for group in groups]
     if hooks is not None:
         masked = [own and pattern is not None for own, pattern in zip(sparse, patterns, strict=True)]
@@ -80,7 +80,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
                     raise  # every tensor fits: it would fail once more
         ranked = [bucket for bucket in buckets if bucket.numels and bucket.pattern not in reused]
         numels = tuple([n for bucket in ranked for n in bucket.numels])
-        work.last = StepInfo(patterns, levels[0] if levels else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))
+        work.last = StepInfo(patterns, indices[0] if indices else None, thresholds, stats, numels, norm, ranked=tuple(map(ref, ranked)))
         step.keep_gradients(plus, fitted=looked_at)
         for param in work.params:
             param.grad = None

@@ -21,7 +21,7 @@ class StepInfo:
 
     Attributes:
         patterns: the pattern of each parameter group, None where it was not pruned.
-        level: which entry of its `compression` the first group drew.
+        pattern_index: which entry of its `compression` the first group drew, from 0.
         thresholds: int32 [sets], magnitude keys as `ops.topk_threshold` gives them.
         stats: int64 [sets, 3], see `ops.prune_topk_`.
         numels: how many weights each set has on this rank.
@@ -35,7 +35,7 @@ class StepInfo:
     """
 
     patterns: tuple[Pattern | None, ...] = ()
-    level: int | None = None
+    pattern_index: int | None = None
     thresholds: Tensor | None = None
     stats: Tensor | None = None
     numels: tuple[int, ...] = ()
@@ -45,6 +45,10 @@ class StepInfo:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ranked": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In pickles of earlier versions the index is called `level`."""
+        self.__dict__.update({"pattern_index" if name == "level" else name: value for name, value in state.items()})
 
     @property
     def emptied(self) -> tuple[str, ...]:
@@ -91,9 +95,17 @@ class StepInfo:
         return None if self.stats is None else self.stats[:, 2].any()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a log: level, pattern, threshold (the largest of several), kept, candidates, fallback, gradient norms. Waits
-        for the device."""
-        found: dict[str, Any] = {"level": self.level, "pattern": None if self.pattern is None else str(self.pattern)}
+        """Plain numbers for a log. This waits for the device.
+
+        Returns:
+            `pattern_index`, `pattern` as text, `threshold` (of magnitudes, the largest of several), `kept` and `candidates` (shares of the
+            ranked weights), `fallback` (0 or 1), `first_grad_norm` and `second_grad_norm`. What the step did not compute is left out.
+
+        Example:
+            opt.step(closure)
+            print(opt.last.to_dict()["kept"])
+        """
+        found: dict[str, Any] = {"pattern_index": self.pattern_index, "pattern": None if self.pattern is None else str(self.pattern)}
         if len(set(self.patterns)) > 1:
             found["pattern"] = ", ".join(map(str, dict.fromkeys(self.patterns)))
         if self.magnitudes is not None and self.magnitudes.numel() > 0:
@@ -103,7 +115,21 @@ class StepInfo:
         return found | {name: float(value) for name, value in numbers.items() if value is not None}
 
     def log(self, writer: Any, step: int, prefix: str = "cram/") -> None:
-        """The numbers of `to_dict` to a TensorBoard SummaryWriter, or to anything with add_scalar(tag, value, step)."""
+        """Write the numbers of `to_dict`, `pattern_index` among them, for TensorBoard.
+
+        Args:
+            writer: a SummaryWriter, or anything with `add_scalar(tag, value, step)`.
+            step: the number of the step.
+            prefix: what the tags begin with.
+
+        Example:
+            class Printer:
+                def add_scalar(self, tag, value, step):
+                    print(step, tag, value)
+
+            opt.step(closure)
+            opt.last.log(Printer(), step=1)
+        """
         for name, value in self.to_dict().items():
             if isinstance(value, int | float):
                 writer.add_scalar(prefix + name, value, step)

@@ -70,8 +70,8 @@ def label(config: dict[str, Any]) -> str:
     if config["method"] == "sgd":
         name = config["optimizer"]
     else:
-        levels = ", ".join(str(pattern(text)) for text in config["compression"])
-        name = {"sam": "SAM", "cram": f"CrAM {{{levels}}}", "cram+": f"CrAM+ {{{levels}}}"}[config["method"]]
+        patterns = ", ".join(str(pattern(text)) for text in config["compression"])
+        name = {"sam": "SAM", "cram": f"CrAM {{{patterns}}}", "cram+": f"CrAM+ {{{patterns}}}"}[config["method"]]
     parts = [name, "uniform" * config["uniform"], f"masks every {config['mask_period']}" if config["mask_period"] > 1 else ""]
     passes = {"all": "", "drawn": "one pass, drawn"}.get(config["second_pass"], f"second pass {config['second_pass']}")
     parts += [passes if config["method"] != "sgd" else ""]

@@ -28,7 +28,7 @@ METHODS = {  # name: what it changes in the settings; work in passes over a text
     "split": {"method": "cram+", "second_pass": "split"},  # 1
     "split-twice": {"method": "cram+", "second_pass": "split", "epochs": 2},  # 2
 }
-ABLATIONS = ("no-rise", "up-to-70")  # of settings that have a rise and levels above 70 %
+ABLATIONS = ("no-rise", "up-to-70")  # of settings that have a rise and sparsities above 70 %
 PLACES = {"out", "train", "test", "resume", "save_steps", "threads", "device"}  # settings that do not change the run
 
 
