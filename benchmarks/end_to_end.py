@@ -38,7 +38,7 @@ def vit_base(quick: bool) -> tuple[nn.Module, Tensor]:
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
     config = ViTConfig(num_labels=10 if quick else 1000, **(small if quick else {}))
-    return ViTForImageClassification(config), torch.randn(2 if quick else 4, 3, config.image_size, config.image_size)
+    return ViTForImageClassification(config), torch.randn(2, 3, config.image_size, config.image_size)
 
 
 def bert_base(quick: bool) -> tuple[nn.Module, Tensor]:
@@ -46,7 +46,7 @@ def bert_base(quick: bool) -> tuple[nn.Module, Tensor]:
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
     config = BertConfig(hidden_dropout_prob=0, attention_probs_dropout_prob=0, **(small if quick else {}))
-    return BertForSequenceClassification(config), torch.randint(config.vocab_size, (2, 16) if quick else (4, 128))
+    return BertForSequenceClassification(config), torch.randint(config.vocab_size, (2, 16) if quick else (2, 128))
 
 
 NETWORKS: dict[str, Callable[[bool], tuple[nn.Module, Tensor]]] = {"ResNet-50": resnet50, "ViT-B": vit_base, "BERT-base": bert_base}

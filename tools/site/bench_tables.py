@@ -1,7 +1,8 @@
 """What README, docs/performance.md and docs/when-it-pays.md show of docs/data/bench.json, a record of `make bench`:
 python tools/site/bench_tables.py writes the tables, between their marks, and the charts. All figures of a table are of one run on one
 machine, which a line of its own names.
-A new record comes from build/benchmarks/suite.json: python tools/site/bench_tables.py build/benchmarks/suite.json."""
+A new record comes from build/benchmarks/suite.json: python tools/site/bench_tables.py build/benchmarks/suite.json.
+What README says of memory is of docs/data/memory.json, memory.json of python -m benchmarks.memory."""
 
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RECORD = ROOT / "docs" / "data" / "bench.json"
+MEMORY = RECORD.with_name("memory.json")
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "when-it-pays.md")
 METHODS = {"SGD": "SGD", "published": "CrAM, published algorithm", "cram_kernels": "CrAM, cram_kernels"}
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ def cost(record: Row) -> str:
     found = [rows(record, f"step ResNet-50 SGD {sparsity} fp32") for sparsity in ("50 %", "90 %")]
     ours, fused, published = ([step[name] for step in found] for name in ("cram_kernels", "torch.optim.SGD(fused=True)", "published"))
     lines = {
-        "`cram_kernels`": [f"{row['median_ms']:.0f} ms" for row in ours],
+        "`cram_kernels` (spread)": [f"{row['median_ms']:.0f} ms ({row['spread']:.0%})" for row in ours],
         "`cram_kernels`, over torch's fused SGD (a plain step)": [f"{1 / row['x_ours']:.1f} x" for row in fused],
         "the published algorithm, over `cram_kernels`": [f"{row['x_ours']:.0f} x" for row in published],
     }
@@ -51,8 +53,19 @@ def cost(record: Row) -> str:
     return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())])
 
 
+def memory(_: Row) -> str:
+    """In a sentence, from a record of its own."""
+    record = json.loads(MEMORY.read_text())
+    ours, published = (rows(record, "ResNet-50 SGD 90 %")[name]["held"] for name in ("cram_kernels", "published"))
+    return (
+        f"While a step is open, the optimizer holds {ours:.1f} bytes a weight more than its base does, and the published\n"
+        f"algorithm {published:.1f}: ResNet-50 in float32 at 90 %, commit {record['environment']['commit']}, `python -m benchmarks.memory`."
+    )
+
+
 def training(record: Row) -> str:
-    lines = ["| a training step | forward, s | backward, s | optimizer, s | whole, s (spread) | over SGD |", "|" + "---|" * 6]
+    head = "| a training step, base SGD, 90 % | forward, s | backward, s | optimizer, s | whole, s (spread) | over SGD |"
+    lines = [head, "|" + "---|" * 6]
     rounds: dict[str, int] = {}
     for result in record["results"]:
         if not result["case"].startswith("training step "):
@@ -109,7 +122,7 @@ def missed(record: Row) -> str:
     )
 
 
-MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "missed": missed, "host": host}
+MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "missed": missed, "host": host, "memory": memory}
 
 
 def filled(text: str, record: Row) -> str:
