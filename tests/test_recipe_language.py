@@ -160,6 +160,18 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     classify_study.main()
     assert times == [(folder / "results.json").stat().st_mtime_ns for folder in runs if folder != runs[1]]
     assert (tmp_path / "table.md").read_text() == table
+    (runs[0] / "repaired").mkdir()  # as a later run with --eval_only leaves it
+    later = found[0] | {"reconstructed": {"50 %": {"accuracy": 12.5}}, "settings": found[0]["settings"] | {"reconstruct": 32}}
+    (runs[0] / "repaired" / "results.json").write_text(json.dumps(later))
+    repaired = classify_study.row(runs[0])
+    assert repaired["pruned"]["50 %"] == {"as pruned": found[0]["pruned"]["50 %"]["accuracy"], "reconstructed": 12.5}
+    assert repaired["settings"]["reconstruct"] == 32
+
+
+def test_ablations_run_where_they_are_named(monkeypatch):
+    for command, wanted in (([], classify_study.METHODS.keys() - {"no-rise", "up-to-70"}), (["--methods", "no-rise"], {"no-rise"})):
+        monkeypatch.setattr(sys, "argv", ["classify_study.py", *command])
+        assert set(comparison.arguments("", classify_study.METHODS, classify_study.ABLATIONS)[0].methods) == wanted
 
 
 def test_the_table_of_the_results_is_that_of_the_data():

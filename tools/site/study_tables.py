@@ -23,6 +23,10 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
         "split": f"CrAM+ {{50 %, 60 %, 70 %, 80 %}}, second pass split, {RISE}",
         "AdamW, at the price of split": "AdamW, 2 epochs",
     },
+    "novels-study": {
+        "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, sparsities rise over 50 %, 1,000 steps",
+        "AdamW, as much work": "AdamW, 2,000 steps",
+    },
     "fashion-study": {
         "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 3 epochs",
         "SGD, as much work": "SGD, 6 epochs",
