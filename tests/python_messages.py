@@ -256,15 +256,22 @@ class Python:
         return unread
 
     def checked(self, kind: str, text: Text) -> Iterator[Message]:
-        """The message of a text, with what it wants filled in, and the reasons that it ends with."""
+        """The message of a text, with what it wants filled in, and the reasons that it ends with. A message that says nothing without its
+        reason, or has its "must" from it, is joined with it. There is none where it only prints what was said elsewhere."""
         if (kind, text) in self.done or not re.search("[A-Za-z]{2}|…|\0", text.template):
             return
         self.done.add((kind, text))
         where = f"{text.node.path}:{text.node.lineno}"
         reasons: list[Text] = []
+        bare = "…" in text.template and not words(text.template)
         for before, part in text.parts:
             after = text.template[len(before) + 1 :]
             wanted = re.search(r"must (be |have )?$", before)
+            who = self.texts(part.value) if not before and part.conversion == -1 else []  # names before a message
+            if who and all("…" not in one.template and UNREAD not in one.template for one in who):
+                for one in who:
+                    yield from self.checked(kind, Text(one.template + after, text.node, text.parts[1:]))
+                return
             if "got " in before or not (wanted or before.endswith("… ") or (before[-2:] in ("", ": ") and not after)):
                 continue  # a value
             found = self.texts(part.value)
@@ -277,10 +284,15 @@ class Python:
             a_value = part.conversion != -1 or listed or (wanted is not None and wanted[1] is not None)
             if not a_value and len(known) < len(found) and not any(one.template == "…" for one in found):
                 known += [] if passes_on(text.node) else [Text(UNREAD, part)]
+            if known and (bare or all(re.match("must |\0", one.template) for one in known)):
+                for one in known:
+                    yield from self.checked(kind, Text(before + one.template + after, text.node))
+                return
             reasons += known or [one for one in found if one.template == "…"]
-        if UNREAD in text.template or ("…" in text.template and not (words(text.template) or reasons or passes_on(text.node))):
+        passed_on = passes_on(text.node) or (kind == "said" and reasons)
+        if UNREAD in text.template or (bare and not passed_on):
             yield Message(where, "unread", ast.unparse(text.node))
-        elif re.search("[A-Za-z]{2}", text.template) or reasons:
+        elif not bare:
             yield Message(where, kind, re.sub("…+", "…", text.template))
         for reason in reasons:
             if reason.template != "…":

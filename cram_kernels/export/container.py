@@ -78,7 +78,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     try:
         save_file(dict(tensors), str(path), metadata={"format": "pt", **metadata})
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        raise OSError(f"{path}: safetensors must be able to write the file, got {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -164,7 +164,10 @@ def take(name: str, tensors: Mapping[str, Tensor], dtype: str, shape: tuple[int,
         raise ValueError(f"{path}: must have the tensor {name!r}, as its manifest says, got none")
     t = tensors[name]
     if dtype_name(t.dtype) != dtype or tuple(t.shape) != shape:
-        raise ValueError(f"{path}: {name!r} must be {dtype} {list(shape)}, got {dtype_name(t.dtype)} {list(t.shape)}")
+        wanted = f"{dtype} {list(shape)}"
+        raise ValueError(
+            f"{path}: {name!r} must have the dtype and shape of its manifest, {wanted}, got {dtype_name(t.dtype)} {list(t.shape)}"
+        )
     return t
 
 
