@@ -26,6 +26,7 @@ from cram_kernels.inference.trial import low, rounds_of, try_layer
 from . import report
 from .onnx_dense import session_of
 from .resnet import CONVOLUTIONS, resnet50
+from .run import count
 
 MATRICES = {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}  # [out, in] -> how many BERT-base has
 ROWS = (1, 8, 32, 128)
@@ -137,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(CASES), action="append", help="may be given several times; all without it")
     parser.add_argument("--sparsity", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--rounds", type=count, default=31)
     parser.add_argument("--quick", action="store_true", help="a smoke test: the first shapes, not the whole network")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks/inference.json"))
     options = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from cram_kernels.inference import sparsify, to_dense
 from cram_kernels.inference.trial import rounds_of
 
 from . import report as machine
+from .run import count
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference_real", description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=("digits", "minilm"))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--epochs", type=int, default=20, help="of the demo's training")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--sentences", type=int, default=200)

@@ -1,5 +1,6 @@
 """The command line that all benchmarks share: check, time, print, write; no number where a check is red."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -54,6 +55,12 @@ def of_models(op: str, contest: Callable[[str, Setup], Experiment], dtypes: Call
 OK, RED, CANNOT_RUN = 0, 1, 2
 
 
+def count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+
+
 def main(
     name: str,
     cases: Iterable[Case],
@@ -75,8 +82,8 @@ def main(
     parser = Parser(prog=prog or f"python -m benchmarks.{name}", **more)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds: a smoke test, not a measurement")
     parser.add_argument("--backend", choices=("cpu", "cuda", "triton"), default="cpu", help="what runs the ops; cpu if absent")
-    parser.add_argument("--rounds", type=int, metavar="N", help="how often each contestant runs; as many as the case needs if absent")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads; torch's own choice if absent")
+    parser.add_argument("--rounds", type=count, metavar="N", help="how often each contestant runs; as many as the case needs if absent")
+    parser.add_argument("--threads", type=count, metavar="N", help="torch.set_num_threads; torch's own choice if absent")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
     folder = Path("build/benchmarks")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=folder, help=f"where {name}.json goes; {folder} if absent")
@@ -86,7 +93,7 @@ def main(
     if options.backend == "triton" and _triton.INTERPRETED:
         reason = "the times of Triton's interpreter (TRITON_INTERPRET) say nothing about the kernels"
     if reason is not None:
-        print(f"{name}: backend {options.backend} cannot run here: {reason}")
+        say(f"{name}: backend {options.backend} cannot run here: {reason}")
         return CANNOT_RUN
     path = options.out / f"{name}.json"
     path.unlink(missing_ok=True)  # of an earlier run

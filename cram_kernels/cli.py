@@ -26,8 +26,8 @@ DESCRIPTION = "Train networks that can be pruned in one shot: look at what is in
 STATUSES = """
 Exit status:
   0  done; what was checked is right
-  1  checked and refused: a tensor violates the pattern, a result is wrong, a
-     figure is worse than before
+  1  checked and refused: a tensor violates the pattern or none has it, a result
+     is wrong, a figure is worse than before
   2  cannot: a file cannot be read or written, an argument is wrong, something
      that is needed is missing
   3  check only: something that may be a weight could not be checked

@@ -56,23 +56,36 @@ def wrapped(text: str, width: int) -> str:
 
 
 def say(text: str) -> None:
-    """On standard error, within the width of a terminal; where that is full or closed, the exit status has to do."""
+    """On standard error, within the width of a terminal, above the line of progress; where that is full or closed, the exit status has to
+    do."""
     with suppress(OSError):
+        if _stage:
+            _draw("")
         print(wrapped(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text, file=sys.stderr)
+        if _stage:
+            _draw(_stage)
+
+
+_stage = ""  # what `progress` shows now
+
+
+def _draw(line: str) -> None:
+    print(f"{CLEAR}{line}", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(stage: str) -> Iterator[None]:
     """Show on the terminal what takes its time, until it is done."""
-    shown = is_terminal(sys.stderr)
-    if shown:
-        room = shutil.get_terminal_size().columns - 5
-        print(f"{CLEAR}{textwrap.shorten(stage, room, placeholder='')} ...", end="", file=sys.stderr, flush=True)
+    global _stage
+    if is_terminal(sys.stderr):
+        _stage = f"{textwrap.shorten(stage, shutil.get_terminal_size().columns - 5, placeholder='')} ..."
+        _draw(_stage)
     try:
         yield
     finally:
-        if shown:
-            print(CLEAR, end="", file=sys.stderr, flush=True)
+        if _stage:
+            _stage = ""
+            _draw("")
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ SAYS = ("error", "warning", "critical", "exception", "add_note")  # methods of p
 PASSES_ON = {  # functions that say what somebody else gives them
     "_show_warning": "Python calls it with each warning",
     "_call": "the native library says it",
-    "progress": "it names the work that is under way",
+    "_draw": "it names the work that is under way",
 }
 
 

@@ -196,7 +196,7 @@ def test_a_backend_that_cannot_run_says_why(tmp_path: Path, capsys: pytest.Captu
         pytest.skip("every backend runs here: run on a machine without a GPU")
     for name in missing:
         assert main("bench_norm", tmp_path, "--backend", name) == run.CANNOT_RUN
-        assert capsys.readouterr().out == f"bench_norm: backend {name} cannot run here: {why_missing(name)}\n"
+        assert capsys.readouterr().err == f"bench_norm: backend {name} cannot run here: {why_missing(name)}\n"
     assert list(tmp_path.iterdir()) == []
 
 

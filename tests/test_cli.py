@@ -111,6 +111,17 @@ def test_reports_fit_a_terminal(tmp_path: Path) -> None:
     assert status == 1 and "\x1b" not in text and json.loads(text)["ok"] is False
 
 
+def test_a_warning_takes_the_place_of_progress(tmp_path: Path) -> None:
+    """Once: what `prune` reads back is its own file, which nobody has named."""
+    source = tmp_path / "model.pt"
+    torch.save({"model": state_dict(), "ema": state_dict()}, source)
+    status, text = in_terminal("prune", source, tmp_path / "pruned.pt", "--sparsity", "0.5")
+    lines = seen(text)
+    assert status == 0 and max(map(len, lines)) <= 80 and lines[0].startswith("warning: read:"), lines
+    assert text.count("warning:") == 1 and "partial" not in text and not any("reading" in line for line in lines)
+    assert re.search(r"chooses\n\r\x1b\[Kreading [^\n]* \.\.\.\r\x1b\[K", text)  # which is shown again until it is done
+
+
 def test_behind_pipes_nothing_is_cut_or_coloured(tmp_path: Path) -> None:
     torch.save(state_dict(), tmp_path / "model.pt")
     done = in_pipes("check", tmp_path / "model.pt", COLUMNS="80")
@@ -280,7 +291,10 @@ def test_a_file_that_gives_back_something_else_is_not_kept(
     [
         (["none.pt", "p.pt", "--sparsity", "0.5"], "is not there"),
         (["m.pt", "no/p.pt", "--sparsity", "0.5"], "out must be in a folder that is there"),
-        (["m.pt", "m.onnx", "--sparsity", "0.5"], "out must be the name of a safetensors file or a torch checkpoint"),
+        *(
+            (["m.pt", name, "--sparsity", "0.5"], "out must end in .safetensors, or as a torch checkpoint in .pt, ")
+            for name in ("m.onnx", "m.json", "p.txt", "p.safetensor")
+        ),
         (["m.pt", "p.pt", "--sparsity", "0.5", "--exclude", "*"], "prunes, got none: 50 % prunes nothing"),
         (["m.pt", "p.pt", "--sparsity", "0.5", "--exclude", "nothing"], "exclude must match the name of a parameter"),
         (["m.pt", "p.pt", "--pattern", "2:4", "--scope", "tensor"], "--scope must be absent for --pattern"),
@@ -310,6 +324,21 @@ def test_a_warning_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) 
     torch.save({"model": state, "ema": state_dict()}, tmp_path / "m.pt")
     assert cli.main(["check", str(tmp_path / "m.pt")]) == cli.REFUSED
     assert re.fullmatch(r"warning: read: .*: read the state dict under 'model'; there is also 'ema': .*\n", capsys.readouterr().err)
+
+
+def test_a_checkpoint_may_keep_its_suffix(tmp_path: Path) -> None:
+    torch.save(state_dict(), tmp_path / "m.pyth")
+    for name in ("p.pyth", "p.ckpt", "p"):
+        prune_file(tmp_path / "m.pyth", tmp_path / name, TopK(sparsity=0.5))
+        assert torch.load(tmp_path / name, weights_only=True).keys() == state_dict().keys()
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+@pytest.mark.parametrize("number", ["0", "-1", "2.5"])
+def test_bench_counts_from_one(option: str, number: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--quick", option, number])
+    assert end.value.code == cli.CANNOT and f"argument {option}: must be a whole number from 1, got '{number}'" in capsys.readouterr().err
 
 
 def test_bench_of_an_installed_package_says_what_it_needs(

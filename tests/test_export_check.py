@@ -258,12 +258,19 @@ def test_command_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture, monk
         assert cli.main(["check", str(path)]) == 2
         assert name in capsys.readouterr().err
     assert cli.main(["check", str(tmp_path / "none.pt")]) == 2
+    for data in (b"hi", b"", b'{"a": 1}', (tmp_path / "a.safetensors").read_bytes()):
+        (tmp_path / "w.pt").write_bytes(data)
+        assert cli.main(["check", str(tmp_path / "w.pt")]) == 2
+        assert capsys.readouterr().err.endswith("w.pt': torch.save did not write it\n")
+    (tmp_path / "w.pt").write_bytes(b"\x80\x02hi")  # a pickle, damaged
+    assert cli.main(["check", str(tmp_path / "w.pt")]) == 2
+    assert capsys.readouterr().err.endswith("w.pt': KeyError: 105\n")
     contents = {
         "must hold a state dict, got .* of type list": [1, 2],
         "must hold a state dict, got .* an empty dict under 'model'": {"model": {}},
         "whose entry 1 has no string for a name": {1: torch.zeros(4, 4)},
-        "whose entry 'optimizer' is of type dict": {"optimizer": {"state": {}}, "epoch": 3},
-        "whose entry 'extra' under 'model' is of type int": {"model": {"extra": 1}},
+        "whose entry 'optimizer' is an object of type dict": {"optimizer": {"state": {}}, "epoch": 3},
+        "whose entry 'extra' under 'model' is an object of type int": {"model": {"extra": 1}},
         "torch.nn.modules.linear.Linear was not an allowed global by default; save model.state_dict()": nn.Linear(2, 2),
     }
     for message, content in contents.items():

@@ -207,10 +207,18 @@ def test_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["check", str(tmp_path / "w.pt"), "--key", "model"]) == 0
     capsys.readouterr()
     assert cli.main(["check", str(tmp_path / "w.pt"), "--key", "none"]) == 2
-    assert "holds of type NoneType under 'none' (there is 'model', 'nets.a.b')" in capsys.readouterr().err
+    assert "which holds nothing under 'none'; key (--key) must be one of 'model', 'nets.a.b'" in capsys.readouterr().err
     torch.save({"one": {"w": SPARSE}, "two": {"w": dense}}, tmp_path / "w.pt")
     assert cli.main(["check", str(tmp_path / "w.pt")]) == 2
     assert "key (--key) must be one of 'one', 'two'" in capsys.readouterr().err
+    torch.save({"w": SPARSE, "extra": {"lr": 0.1}}, tmp_path / "w.pt")
+    for key, holds in {
+        "model": "which holds nothing under 'model'",
+        "w": "which holds an object of type Tensor under 'w'",
+        "extra": "whose entry 'lr' under 'extra' is an object of type float",
+    }.items():
+        assert cli.main(["check", str(tmp_path / "w.pt"), "--key", key]) == 2
+        assert f"{holds}; its weights are at the top: leave key (--key) out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="key must be absent for anything but a torch checkpoint"):
         read(tmp_path / "w.safetensors", key="model")
 

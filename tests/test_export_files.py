@@ -465,6 +465,24 @@ def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert cli.main(["export", source, str(tmp_path / "no" / "w.safetensors"), "--prune"]) == 2
 
 
+def test_a_refused_command_tells_all_as_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"a": torch.ones(8, 8), "b": torch.ones(8, 8), "c": torch.zeros(8, 8)}, tmp_path / "w.pt")
+    assert cli.main(["check", str(tmp_path / "w.pt"), "--json"]) == 1
+    checked = capsys.readouterr().out
+    assert cli.main(["export", str(tmp_path / "w.pt"), str(tmp_path / "w.safetensors"), "--json"]) == 1
+    out, error = capsys.readouterr()
+    assert out == checked and [row["name"] for row in json.loads(out)["tensors"] if row["violations"]] == ["a", "b"]
+    assert error.endswith("a has violations in 16 of 16 groups, the first [0, 0:4], and 1 more tensors violate 2:4\n")
+
+
+@pytest.mark.parametrize("option", [["--input", "1,3"], ["--model", "a:b"]])
+def test_options_of_another_format_are_refused(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"w": torch.zeros(8, 8)}, tmp_path / "w.pt")
+    assert cli.main(["export", str(tmp_path / "w.pt"), str(tmp_path / "w.safetensors"), *option]) == 2
+    assert "--model and --input must be absent for format 'safetensors'" in capsys.readouterr().err
+    assert not (tmp_path / "w.safetensors").exists()
+
+
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     export({"w": torch.zeros(4, 4)}, tmp_path / "w.safetensors")
     (tmp_path / "plain").write_text("")

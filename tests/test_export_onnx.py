@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from compare import assert_bitwise_equal
@@ -363,3 +364,34 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert cli.main(options) == 2 and cli.main([*options, "--model", "export_models:none"]) == 2
     assert "--model export_models:none must make a model, got AttributeError" in capsys.readouterr().err
     assert check_nm(model).ok
+    capsys.readouterr()
+    wrong = [*options[:3], "--model", "export_models:resnet"]
+    assert cli.main(wrong) == 2
+    assert capsys.readouterr().err == "export: --input must be given for format 'onnx', got none\n"
+    for text in ("1,x", "1,-3,12,12", "1,0,12,12", "", "1,3,16,16:none", "1,999999999,999999999"):
+        assert cli.main([*wrong, "--input", text]) == 2
+        error = capsys.readouterr().err
+        assert error == f"export: --input must be a shape, and after a colon a dtype of torch, got {text!r}\n"
+    command = [*forked.python(), "-m", "cram_kernels", *wrong, "--input", "1,4,16,16"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("export: model must run on inputs of shape [1, 4, 16, 16], got RuntimeError: ")
+    assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr and "but got" in done.stderr, done.stderr
+
+
+class Branch(nn.Module):
+    """It runs, but the numbers decide what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if float(x.sum()) > 0 else x
+
+
+def test_what_torch_cannot_export_is_one_sentence(tmp_path: Path) -> None:
+    model = Branch()
+    prune(model, NM(2, 4))
+    with pytest.raises(ValueError, match=r"^export: model must be one that torch\.onnx\.export takes, got [^\n\x1b]*$"):
+        export(model, tmp_path / "m.onnx", "onnx", example_inputs=(torch.ones(1, 8),))
+    assert os.listdir(tmp_path) == []

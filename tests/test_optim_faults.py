@@ -812,6 +812,8 @@ def test_a_base_with_checkpoints_of_its_own_is_not_saved_by_halves():
     with pytest.raises(RuntimeError, match="OwnCheckpoint has one of its own"):
         optimizer.state_dict()
     assert optimizer.train() == "training" and optimizer.slow == 3 and not hasattr(optimizer, "nothing")
+    with pytest.raises(AttributeError, match=r"^'CrAM' object has no attribute 'nothing'$"):
+        optimizer.nothing  # noqa: B018
 
 
 class TensorsOnly(torch.optim.RMSprop):

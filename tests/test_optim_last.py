@@ -32,6 +32,14 @@ def test_of_a_topk() -> None:
     assert found["kept"] == last.kept_share.item() and found["fallback"] == 0.0
 
 
+def test_it_prints_its_numbers() -> None:
+    last = perturbed(TopK(0.9)).last
+    assert str(last) == (
+        f"StepInfo(level=0, pattern='90 %', threshold={last.magnitudes.item()}, kept={last.kept_share.item()}, "
+        f"candidates={last.candidate_share.item()}, fallback=0.0)"
+    )
+
+
 def test_of_several_sets_and_of_none() -> None:
     several = perturbed(TopK(0.5, "tensor")).last
     assert several.magnitudes.shape == (2,) and several.to_dict()["threshold"] == several.magnitudes.max().item()

@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from .files import read, weights_in
 from .load import fitting
 from .prune_file import prune_file
 from .weights import weights_of
-from .write import FORMATS, export
+from .write import FORMATS, export, violating_rows
 
 OK, VIOLATED, UNCHECKED = 0, 1, 3
 OPTIONS = {"prune_embeddings=True": "--prune-embeddings", "scope='tensor'": "--scope tensor", "exclude=": "--exclude"}
@@ -145,18 +148,25 @@ def _in_options(report: Report) -> Report:
 
 def run_export(options: argparse.Namespace) -> int:
     options.format = options.format or ("onnx" if options.out.suffix == ".onnx" else "safetensors")
+    if options.format != "onnx" and (options.model is not None or options.input):
+        raise ValueError(f"export: --model and --input must be absent for format {options.format!r}, got some")
+    if options.format == "onnx" and not options.input:
+        raise ValueError("export: --input must be given for format 'onnx', got none")
     common: dict[str, Any] = {"pattern": options.pattern, "exclude": options.exclude}
     with progress(f"reading {options.file}"):
         source: Any = read(options.file, options.key)
         source = _model(options.model, source) if options.format == "onnx" else source
     before = options.file.stat().st_size  # now: it may be the one that is replaced
-    if not options.prune and (violating := check_weights(weights_of(source), **common).violating):
-        say(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}")
+    if not options.prune and (violating := violating_rows(found := check_weights(weights_of(source), **common))):
+        if options.json:
+            show(found, as_json=True)
+        more = f", and {len(violating) - 1} more tensors violate {options.pattern}" if len(violating) > 1 else ""
+        say(f"export: refused, nothing written: {violating[0].name} has violations in {violating[0].describe()}{more}")
         return VIOLATED
     common |= {"format": options.format, "prune": options.prune}
     if options.format == "onnx":
         common["example_inputs"] = tuple(_input(text, source) for text in options.input)
-    with progress(f"writing {options.out}"):
+    with progress(f"writing {options.out}"), _silent_logs():
         report = export(source, options.out, **common)
     after = options.out.stat().st_size
     if options.json:
@@ -165,6 +175,17 @@ def run_export(options: argparse.Namespace) -> int:
         pruned = f"pruned: {sum(report.pruned.values()):,} weights of {len(report.pruned)} tensors set to zero; " if report.pruned else ""
         show(f"{pruned}{report.summary()}", f"{options.out}: {after:,} bytes, {options.format}; {options.file}: {before:,}")
     return OK
+
+
+@contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Torch's exporter logs what it lacks and tries, also where all goes well; what fails is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _model(factory: str | None, weights: dict[str, Any]) -> nn.Module:
@@ -190,7 +211,8 @@ def _input(text: str, model: nn.Module) -> torch.Tensor:
     """1,3,224,224: normal numbers in the dtype of the model; 1,128:int64: zeros and ones."""
     shape, _, name = text.partition(":")
     dtype = getattr(torch, name, None) if name else next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"export: --input must be a shape, and after a colon a dtype of torch, got {text!r}")
-    sizes = [int(size) for size in shape.split(",")]
-    return torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.randint(2, sizes).to(dtype)
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in shape.split(",")]
+    if isinstance(dtype, torch.dtype) and 0 not in sizes:
+        with suppress(RuntimeError):  # too large, or a dtype that no numbers become
+            return torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.randint(2, sizes).to(dtype)
+    raise ValueError(f"export: --input must be a shape, and after a colon a dtype of torch, got {text!r}")

@@ -89,7 +89,14 @@ def checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch's unpickler meets in a file that is none
-        raise ValueError(f"read: path must be a torch checkpoint that weights_only loads, got {str(path)!r}: {_short(error)}") from error
+        why = _short(error) if isinstance(error, OSError) or _may_be_torchs(path) else "torch.save did not write it"
+        raise ValueError(f"read: path must be a torch checkpoint that weights_only loads, got {str(path)!r}: {why}") from error
+
+
+def _may_be_torchs(path: Path) -> bool:
+    """Whether a file begins as a zip archive or, as torch wrote them formerly, a pickle."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def state_in(path: Path, content: Any, key: str | None) -> dict[str, Any]:
@@ -100,16 +107,17 @@ def state_in(path: Path, content: Any, key: str | None) -> dict[str, Any]:
     if key is None and (others := [f"{name!r}" for name in found if name != where]) and where in found and where != "":
         warn(f"read: {path}: read the state dict under {where!r}; there is also {', '.join(others)}: key (--key) chooses")
     under = f" under {where!r}" if where else ""
+    top = "; its weights are at the top: leave key (--key) out"
+    keys = top if "" in found else f"; key (--key) must be one of {', '.join(map(repr, found))}" if found else ""
     if not isinstance(state, dict) or not state:
-        keys = f" (there is {', '.join(map(repr, found))})" if key is not None and found else ""
-        raise ValueError(f"read: path must hold a state dict, got {str(path)!r}, which holds {_kind(state)}{under}{keys}")
+        what = "nothing" if state is None else _kind(state)
+        raise ValueError(f"read: path must hold a state dict, got {str(path)!r}, which holds {what}{under}{keys}")
     if unnamed := [name for name in state if not isinstance(name, str)]:
         raise ValueError(
             f"read: path must hold a state dict, got {str(path)!r}, whose entry {unnamed[0]!r}{under} has no string for a name"
         )
     if not any(isinstance(t, Tensor) for t in state.values()):
         name = next(iter(state))
-        keys = f"; key (--key) must be one of {', '.join(map(repr, found))}" if found else ""
         raise ValueError(
             f"read: path must hold a state dict (at the top, or under {', '.join(map(repr, NESTED))}), got {str(path)!r}, "
             f"whose entry {name!r}{under} is {_kind(state[name])}{keys}"
@@ -152,14 +160,15 @@ def _at(content: Any, key: str) -> Any:
 
 
 def _kind(x: object) -> str:
-    return f"an empty {type(x).__name__}" if x in ({}, [], ()) else f"of type {type(x).__name__}"
+    return f"an empty {type(x).__name__}" if x in ({}, [], ()) else f"an object of type {type(x).__name__}"
 
 
 def _short(error: Exception) -> str:
     """torch says in a page that one may load with weights_only=False, which nobody should do with a file that he only wants to look at."""
     found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     if found is None:
-        return str(error).partition("\n")[0] or type(error).__name__
+        line = str(error).partition("\n")[0]
+        return line if isinstance(error, RuntimeError) else f"{type(error).__name__}: {line}".removesuffix(": ")
     reason = found[1].partition(". Please")[0]
     return f"{reason}; save model.state_dict(), not objects" if "global" in reason.lower() else reason
 

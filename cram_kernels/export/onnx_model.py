@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def write_onnx(model: nn.Module, path: Path, report: NMReport, example_inputs: t
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: the model is too large; a weight is not n:m along its input channels in the file; ONNX Runtime cannot run the file, or
-            its outputs differ.
+        ValueError: the model is too large, does not run on the inputs or cannot be exported. In the file a weight is not n:m along its
+            input channels. ONNX Runtime cannot run the file, or its outputs differ.
     """
     onnx = onnx_package()
     runtime = _runtime()
@@ -40,7 +41,10 @@ def write_onnx(model: nn.Module, path: Path, report: NMReport, example_inputs: t
             f"export: model must have at most {LIMIT:,} bytes of weights for one ONNX file, got {size:,}: "
             "export with torch.onnx.export(model, inputs, path, external_data=True), and check that file"
         )
-    program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, **options)
+    try:
+        program = torch.onnx.export(model, example_inputs, dynamo=True, verbose=False, **options)
+    except Exception as error:  # torch's own, a page with advice for its developers
+        raise _not_exported(model, example_inputs, options.get("kwargs") or {}, error) from error
     assert program is not None  # it is one where no file is named
     _names_of_the_model(program.model.graph, weights)
     program.model.metadata_props[KEY] = json.dumps(manifest("onnx", report, {}))
@@ -56,6 +60,25 @@ def _runtime() -> Any:
     except ImportError as error:
         raise ImportError(f"format 'onnx' needs onnxscript and onnxruntime: pip install 'cram_kernels[onnx]' ({error})") from error
     return onnxruntime
+
+
+def _not_exported(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> ValueError:
+    """The likeliest reason first: the model does not run on these inputs."""
+    try:
+        with torch.no_grad():
+            model(*inputs, **kwargs)
+    except Exception as own:
+        shapes = ", ".join(str(list(t.shape)) for t in torch.utils._pytree.tree_leaves((inputs, kwargs)) if isinstance(t, Tensor))
+        return ValueError(f"export: model must run on inputs of shape {shapes or 'none'}, got {_told(own)}")
+    return ValueError(f"export: model must be one that torch.onnx.export takes, got {_told(error)}")
+
+
+def _told(error: BaseException) -> str:
+    """The first line of what caused it, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}"
 
 
 def _names_of_the_model(graph: Any, weights: list[Weight]) -> None:

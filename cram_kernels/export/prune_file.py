@@ -20,6 +20,7 @@ from .weights import PARAMETRIZED
 from .write import same_bits, storable
 
 TABLE = re.compile(r"(^|\.)(emb|wte|wpe|shared|(?!\w*proj)\w*embed\w*)\.weight$")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pkl", "")
 # what torch stores for a layer whose weight it computes: the end of a part's name -> the ends of the others
 PARTS = {"_orig": ("_mask", "_u"), "_mask": ("_orig",), "_v": ("_g",), "_g": ("_v",)}
 
@@ -42,9 +43,9 @@ def prune_file(
 
     Args:
         path: as in `cram_kernels.export.read`.
-        out: NAME.safetensors holds the state dict. Any other name but NAME.onnx and NAME.json is a torch checkpoint; made from one, it
-            keeps all that is beside the state dict (step, optimizer, averages). It is replaced in one step after it was written and read
-            back.
+        out: NAME.safetensors holds the state dict. NAME.pt, .pth, .ckpt, .bin, .tar, .pkl and a name without a dot are torch checkpoints,
+            and so is the suffix of a checkpoint at `path`; made from one, it keeps all that is beside the state dict (step, optimizer,
+            averages). It is replaced in one step after it was written and read back.
         pattern: `TopK(sparsity=0.9)`, ranked over all tensors or with `scope="tensor"` over each, or `NM(2, 4)`.
         exclude: patterns of names that stay dense, as in `fnmatch`.
         key: where a torch checkpoint has its state dict, as in `read`.
@@ -65,8 +66,10 @@ def prune_file(
     path, out = Path(path), Path(out)
     if not target("prune", out).parent.is_dir():
         raise ValueError(f"prune: out must be in a folder that is there, got {str(out)!r}")
-    if out.suffix in (".onnx", ".json"):
-        raise ValueError(f"prune: out must be the name of a safetensors file or a torch checkpoint, got {str(out)!r}")
+    if out.suffix not in (".safetensors", *CHECKPOINTS, *([path.suffix] if _is_checkpoint(path) else [])):
+        raise ValueError(
+            f"prune: out must end in .safetensors, or as a torch checkpoint in {', '.join(CHECKPOINTS[:-1])}, got {str(out)!r}"
+        )
     with progress(f"reading {path}"):
         content: Any = files.checkpoint(path) if _is_checkpoint(path) else files.read(path, key)
         state = files.state_in(path, content, key) if _is_checkpoint(path) else content
@@ -77,10 +80,13 @@ def prune_file(
         raise ValueError(f"prune: path must hold weights that {pattern} prunes, got none: {'; '.join(report.remarks)}")
     with progress(f"writing {out}"), replacing("prune", out) as partial:
         if out.suffix == ".safetensors":
-            _write_safetensors(partial, state, _metadata(path))
+            _write_safetensors(partial, state, _metadata(path), out)
         else:
             torch.save(content, partial)
-            found = files.state_in(partial, files.checkpoint(partial), key) if _is_checkpoint(path) else files.checkpoint(partial)
+            found = files.checkpoint(partial)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CrAMWarning)  # reading path has said them
+                found = files.state_in(partial, found, key) if _is_checkpoint(path) else found
             _same(state, found, out)
     return report
 
@@ -130,12 +136,12 @@ def _metadata(path: Path) -> dict[str, str]:
     return {name: text for name, text in found.items() if name != container.KEY}
 
 
-def _write_safetensors(partial: Path, state: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+def _write_safetensors(partial: Path, state: Mapping[str, Any], metadata: Mapping[str, str], out: Path) -> None:
     weights = storable("prune", state)
     tensors = {weight.name: weight.tensor for weight in weights}
     tensors |= {alias: weight.tensor.clone() for weight in weights for alias in weight.aliases}
     container.save(partial, tensors, metadata)
-    _same(tensors, files.read_safetensors(partial), partial)
+    _same(tensors, files.read_safetensors(partial), out)
 
 
 def _same(state: Mapping[str, Any], found: Mapping[str, Any], out: Path) -> None:

@@ -132,14 +132,14 @@ def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prun
     """The report of weights of which none violates the pattern; pruned in place where asked."""
     exclude = globs_of("export: ", exclude)
     report = check_weights(weights, pattern, exclude)
-    if prune and (names := {row.name for row in _violating(report)}):
+    if prune and (names := {row.name for row in violating_rows(report)}):
         _prune_([weight for weight in weights if weight.name in names], pattern)
         before = {row.name: row.zeros or 0 for row in report.rows if row.name in names}
         report = check_weights(weights, pattern, exclude)
         report = dataclasses.replace(
             report, pruned={row.name: (row.zeros or 0) - before[row.name] for row in report.rows if row.name in names}
         )
-    if violating := _violating(report):
+    if violating := violating_rows(report):
         row, *others = violating
         more = f", and {len(others)} more tensors violate it" if others else ""
         how = "exclude it" if prune else "prune it (prune=True), or exclude it"
@@ -149,7 +149,7 @@ def _conforming(weights: list[Weight], pattern: NM, exclude: Iterable[str], prun
     return report
 
 
-def _violating(report: NMReport) -> list[Row]:
+def violating_rows(report: NMReport) -> list[Row]:
     """Embedding tables may be dense, as `cram_kernels.prune` leaves them."""
     return [row for row in report.violating if row.kind != "embedding"]
 

@@ -64,7 +64,7 @@ class Wrapper(Optimizer):
     def __getattr__(self, name: str) -> Any:
         """What a base has beyond torch's optimizers: `train()` of the schedule-free ones, `consolidate_state_dict()` of ZeRO."""
         base = self.__dict__.get("base_optimizer")
-        if base is None or name.startswith("_"):
+        if base is None or name.startswith("_") or not hasattr(base, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(base, name)
 

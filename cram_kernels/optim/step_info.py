@@ -64,6 +64,10 @@ class StepInfo:
                     found.append(slot.label)
         return tuple(found)
 
+    def __repr__(self) -> str:
+        """The numbers of `to_dict`. Waits for the device."""
+        return f"StepInfo({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
     @property
     def pattern(self) -> Pattern | None:
         """The pattern of the first parameter group."""
