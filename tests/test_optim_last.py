@@ -35,7 +35,7 @@ def test_of_a_topk() -> None:
 def test_it_prints_its_numbers() -> None:
     last = perturbed(TopK(0.9)).last
     assert str(last) == (
-        f"StepInfo(level=0, pattern='90 %', threshold={last.magnitudes.item()}, kept={last.kept_share.item()}, "
+        f"StepInfo(pattern_index=0, pattern='90 %', threshold={last.magnitudes.item()}, kept={last.kept_share.item()}, "
         f"candidates={last.candidate_share.item()}, fallback=0.0)"
     )
 
