@@ -62,11 +62,11 @@ EXECUTED_TESTS := $(filter-out tests/test_schema.py tests/test_threads.py tests/
 test-asan: setup
 	$(BIN)/python native_build.py build/asan address
 	CRAM_KERNELS_LIBRARIES=build/asan ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
-		$(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+		OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 test-ubsan: setup
 	$(BIN)/python native_build.py build/ubsan undefined
-	CRAM_KERNELS_LIBRARIES=build/ubsan $(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+	CRAM_KERNELS_LIBRARIES=build/ubsan OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 # Without torch, on std::thread: the thread sanitizer flags a correct libgomp loop.
 test-tsan: setup
@@ -123,7 +123,7 @@ test-wheel:
 	$(PYTHON) -m venv build/test-wheel/env
 	build/test-wheel/env/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) '$(TORCH)' pytest hypothesis numpy dist/*.whl
 	cp -r tests build/test-wheel/tests
-	cd build/test-wheel && env/bin/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
+	cd build/test-wheel && OMP_WAIT_POLICY=passive env/bin/python -m pytest -q -p no:cacheprovider $(OP_TESTS) $(ARGS)
 
 clean:
 	rm -rf build cram_kernels/*.so $(VENV)/.installed $(VENV)/.demo
