@@ -6,8 +6,10 @@ evaluation.json of examples/images.
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -34,6 +36,8 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
         "drawn": "CrAM+ {50 %, 70 %, 90 %}, one pass, drawn, 3 epochs",
         "SGD, at the price of split": "SGD, 3 epochs",
     },
+    "emoji-study": {"CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, as much work": "SGD, 20 epochs"},
+    "emoji-shift-study": {"CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, as much work": "SGD, 20 epochs"},
 }
 DIGITS = {"novels-study": 3}  # of bits per character; accuracies have one
 REPAIRS = {
@@ -41,6 +45,12 @@ REPAIRS = {
     "batch norm tuned": "batch-norm tuning",
     "reconstructed": "`reconstruct`",
     "dense tuned, reconstructed": "`reconstruct`, the dense one tuned before",
+}
+CORRUPTIONS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
 
 
@@ -70,11 +80,41 @@ def advice(record: str) -> str:
     return "\n".join(lines)
 
 
+def under_corruptions(run: dict[str, Any], state: str) -> dict[str, float]:
+    """Mean accuracies of a network on images as they are, under all 15 corruptions, and under each kind of them.
+
+    Args:
+        state: "dense", "dense, batch norm tuned" or "PATTERN, REPAIR".
+    """
+    pattern, _, repair = state.partition(", ")
+    dense = run["dense_tuned"] if repair else run["dense"]
+    means = {name: statistics.fmean(values.values()) for name, values in run["corrupted"][state].items()}
+    kinds = {kind: statistics.fmean(means[name] for name in names) for kind, names in CORRUPTIONS.items()}
+    clean = dense if pattern == "dense" else run["pruned"][pattern][repair]
+    return {"as they are": clean, "all corruptions": statistics.fmean(means.values()), **kinds}
+
+
+def corrupted(record: str) -> str:
+    """A row for each way of training and each state of the network."""
+    runs = json.loads((DATA / f"{record}.json").read_text())["runs"]
+    columns = under_corruptions(runs[0], "dense")
+    lines = ["| trained with | network | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for label in dict.fromkeys(run["label"] for run in runs):
+        own, first = [run for run in runs if run["label"] == label], label
+        for state in own[0]["corrupted"]:
+            found = [under_corruptions(run, state) for run in own]
+            values = [[values[column] for values in found] for column in columns]
+            cells = [f"{statistics.fmean(of):.1f} ± {statistics.stdev(of):.1f}" for of in values]
+            lines.append("| " + " | ".join([first, state, *cells]) + " |")
+            first = ""
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
-    """With what stands between `<!-- results: RECORD -->` or `<!-- advice: RECORD -->` and `<!-- end -->` made anew."""
-    made = {"results": results, "advice": advice}
+    """With what stands between `<!-- results: RECORD -->` (or advice, or corrupted) and `<!-- end -->` made anew."""
+    made = {"results": results, "advice": advice, "corrupted": corrupted}
     return re.sub(
-        r"(<!-- (results|advice): (\S+) -->\n)(?:.*?\n)??(?=<!-- end -->)",
+        r"(<!-- (results|advice|corrupted): (\S+) -->\n)(?:.*?\n)??(?=<!-- end -->)",
         lambda found: f"{found[1]}\n{made[found[2]](found[3])}\n\n",
         text,
         flags=re.DOTALL,
