@@ -67,7 +67,8 @@ class CoverageTable(tuple[Coverage, ...]):
         ]
         pruned = [f"{sum(c.numel for c in column if c.why_dense is None):,}" for column in columns]
         rows.append(("pruned parameters", "", f"{sum(c.numel for c in self[:count]):,}", *pruned, ""))
-        head = ["no pattern" if pattern is None else f"kept at {pattern}" for pattern in patterns]
+        told = {p: f"sparsity {p}" if isinstance(p, TopK) else str(p) for p in patterns}
+        head = ["no pattern" if p is None else f"kept at {told[p]}" for p in patterns]
         return table(("parameter", "shape", "weights", *head, "note"), rows, "<<>" + ">" * len(patterns) + "<")
 
     @property

@@ -31,7 +31,7 @@ def local_of(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
-def whole_of(param: Tensor, local: Tensor) -> Tensor:
+def as_dtensor(param: Tensor, local: Tensor) -> Tensor:
     """The inverse, for something that is spread as `param` is."""
     if not is_spread(param):
         return local

@@ -63,7 +63,7 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
     Example:
         tune_batchnorm(model, loader)
         dense = copy.deepcopy(model)
-        prune(model, TopK(0.9))
+        prune(model, TopK(sparsity=0.9))
         print(reconstruct(model, dense, loader))
     """
     check_loader("reconstruct", loader)

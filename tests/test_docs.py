@@ -134,3 +134,10 @@ def test_the_map_of_the_code_is_right() -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
     files = {path.name for path in (ROOT / "cram_kernels" / "optim").glob("*.py")} - {"__init__.py"}
     assert {file for file in files if f"| `{file}` |" not in text} == set()
+
+
+def test_a_sparsity_is_named_wherever_a_reader_sees_it() -> None:
+    """`TopK(0.9)` reads as "keep 90 %"."""
+    seen = [*PAGES, *ROOT.glob("docs/*.ipynb"), *ROOT.glob("examples/**/*.py"), *ROOT.glob("cram_kernels/**/*.py")]
+    unnamed = [f"{name_of(path)}: {found}" for path in seen for found in re.findall(r"TopK\([\d.][^)]*\)", path.read_text())]
+    assert len(seen) > 50 and not unnamed, unnamed

@@ -123,7 +123,7 @@ def test_coverage_has_every_pattern_of_every_group():
     assert found[NM(2, 4), "1.0"] == 32 and found[NM(2, 4), "0.0"] == "its group draws 50 % or 90 %"
     assert {found[p, "2.0"] for p in (TopK(sparsity=0.5), TopK(sparsity=0.9), NM(2, 4))} == {"its group draws no pattern"}
     lines = str(table).splitlines()
-    assert len(lines) == 1 + 5 + 1 and "kept at 50 %" in lines[0] and "kept at 2:4" in lines[0]
+    assert len(lines) == 1 + 5 + 1 and "kept at sparsity 50 %" in lines[0] and "kept at 2:4" in lines[0]
     assert "50 %: its group draws 2:4 or 90 %" in lines[4] and "dense" in lines[4] and "50.00%" in lines[4]
     assert lines[-1].split()[:6] == ["pruned", "parameters", f"{sum(p.numel() for p in params):,}", "416", "480", "64"]
 

@@ -98,7 +98,7 @@ def sparsify(
         RuntimeError: weights are perturbed, within a step of an optimizer. The model is as it was.
 
     Example:
-        >>> prune(model, TopK(0.9))
+        >>> prune(model, TopK(sparsity=0.9))
         >>> print(sparsify(model.eval(), (images,)))
     """
     check_module("sparsify", model)

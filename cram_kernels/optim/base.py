@@ -1,14 +1,16 @@
 """An optimizer around another one: for the outside world (schedulers, checkpoints, hooks, copies) there is one."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
 from .. import schedule
 from ..params import OPEN_STEPS
+from ..patterns import Pattern
 from . import options
 from .hooks import Guard, ModelHooks
 from .open_step import OpenStep
@@ -40,6 +42,9 @@ class Wrapper(Optimizer):
     """
 
     base_optimizer: Optimizer
+    master_weights: bool
+    _patterns: Callable[[], list[Pattern]]  # all that the next step may draw
+    _check_names: Callable[[], None]  # ValueError where an option needs names that a group does not have
     _copied: tuple[str, ...] = ("base_optimizer",)  # attributes that go with a copy or a pickle, beside those of torch
 
     def __init__(self, base: Optimizer, group_options: dict[str, Any]) -> None:
@@ -106,6 +111,16 @@ class Wrapper(Optimizer):
         if (step := self._workspace.open) is not None:
             step.restore(keep_written)
             self._workspace.open = None
+
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        """If the block raises, the step is given up and its gradients are released: nobody else has seen them."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            self.zero_grad()
+            raise
 
     def give_up(self, reason: str) -> None:
         """Restore the weights where a step is open; the next `step()` raises with this reason, since its gradients are those at perturbed
@@ -181,9 +196,6 @@ class Wrapper(Optimizer):
         self.give_up("a parameter group was added between perturb() and step()")
         self._heal_others()
 
-    def _check_names(self) -> None:
-        """Raise ValueError where an option needs names that a group does not have."""
-
     # --- checkpoints and copies ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,17 +221,13 @@ class Wrapper(Optimizer):
                 f"CrAM: state_dict must be what state_dict() of an optimizer gave, got {type(state_dict).__name__} of another kind"
             )
         super().load_state_dict(state_dict)
-        if getattr(self, "master_weights", False):
+        if self.master_weights:
             reload_float32(self.state, self.param_groups, state_dict)
         self._load_masks(state_dict.get(MASKS, {}))
 
     def _load_masks(self, masks: dict[int, dict[str, Any]]) -> None:
         self._workspace.follow(self.param_groups)
         self._workspace.load_masks(masks, self._patterns())
-
-    def _patterns(self) -> list[Any]:
-        """All patterns that the next step may draw."""
-        return []
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_within_step("copy or pickle")
@@ -247,52 +255,3 @@ class Wrapper(Optimizer):
         if model is not None:
             self._hooks = ModelHooks(model, self)
         self._load_masks(masks)
-
-
-def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, base_options: dict[str, Any]) -> Optimizer:
-    """`base_optimizer(params, **base_options)`; or the instance that either argument is, to which `params` may give names.
-
-    Raises:
-        ValueError: no parameters, options beside an instance, other parameters than those of the instance, or not such an optimizer.
-    """
-    if isinstance(params, Optimizer):
-        params, base_optimizer = None, params
-    named = list(options.unwrapped(params).named_parameters()) if isinstance(params, nn.Module) else None
-    if isinstance(base_optimizer, Optimizer):
-        base = base_optimizer
-        if base_options:
-            raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
-    elif not schedule.is_function(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-        raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
-    elif params is None:
-        raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
-    elif not isinstance(params, nn.Module | Iterable):
-        raise ValueError(f"CrAM: params must be a model, or parameters or groups as in torch, got {type(params).__name__}")
-    else:
-        base = base_optimizer(params if named is None else [p for _, p in named], **base_options)  # not every base takes names
-    if not isinstance(base, Optimizer) or isinstance(base, Wrapper | LBFGS):
-        raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
-    if named is not None:  # an instance may have a part of the model
-        held = {id(p) for group in base.param_groups for p in group["params"]}
-        _name(base, [(name, p) for name, p in named if id(p) in held])
-    elif params is not None and base is base_optimizer:
-        _name(base, params)
-    return base
-
-
-def _name(base: Optimizer, params: Iterable[Any]) -> None:
-    """Check that `params` are those of the base optimizer; take over their names, if they have any."""
-    entries = list(params)
-    if entries and isinstance(entries[0], dict):
-        if extra := sorted({key for group in entries for key in group} - {"params"}):
-            raise ValueError(f"CrAM: group options must be given to the base optimizer itself, got {', '.join(extra)} beside the instance")
-        entries = [p for group in entries for p in ([group["params"]] if isinstance(group["params"], Tensor) else group["params"])]
-    names = {id(entry[1]): entry[0] for entry in entries if isinstance(entry, tuple)}
-    given = set(names) | {id(p) for p in entries if not isinstance(p, tuple)}
-    held = [id(p) for group in base.param_groups for p in group["params"]]
-    if given != set(held):
-        found = f"{len(given)}, of which it has {len(given & set(held))}"
-        raise ValueError(f"CrAM: params must be the {len(held)} parameters of the base optimizer, got {found}")
-    if len(names) == len(held):
-        for group in base.param_groups:
-            group["param_names"] = [names[id(p)] for p in group["params"]]

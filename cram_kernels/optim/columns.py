@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import is_spread, local_of, whole_of
+from ..distributed import as_dtensor, is_spread, local_of
 from ..patterns import Pattern
 
 STRIDED = torch.strided
@@ -182,5 +182,5 @@ def kept_state(state: dict[str, Any], slot: Slot, key: str) -> Tensor:
     local, dtype = local_of(whole) if slot.spread else whole, slot.state_dtype()
     if local.stride() != slot.strides or local.dtype is not dtype:
         local = torch.empty_like(slot.local, dtype=dtype).copy_(local)
-        state[key] = whole_of(slot.param, local)
+        state[key] = as_dtensor(slot.param, local)
     return local

@@ -14,7 +14,7 @@ from ..coverage import CoverageTable, coverage_of, dense_in, why_dense
 from ..patterns import Pattern, TopK
 from ..warning import warn
 from . import halves, options
-from .base import Wrapper, base_of
+from .base import Wrapper
 from .columns import Slot
 from .fused import check_base
 from .precision import given_by_scaler
@@ -118,7 +118,7 @@ class CrAM(Wrapper):
             raise ValueError(f"CrAM: seed must be an int, got {seed!r}")
         group_options = {"rho": rho, "plus": plus, "sparse_grad": sparse_grad, "prune": prune, "compression": None}
         options.check_group_options(group_options)
-        base = base_of(params, base_optimizer, base_options)
+        base = options.base_of(params, base_optimizer, base_options)
         check_base(base, master_weights)
         for index, group in enumerate(base.param_groups):
             options.check_new_group(group, group_options, base.defaults)
@@ -256,16 +256,6 @@ class CrAM(Wrapper):
         with torch.enable_grad():
             closure()
         self._finish()
-
-    @contextmanager
-    def _released_on_error(self) -> Iterator[None]:
-        """If the block raises, the step is given up and its gradients are released: nobody else has seen them."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            self.zero_grad()
-            raise
 
     def first_step(self, zero_grad: bool = False) -> None:
         """`perturb()`, under the name that SAM implementations use. The gradients, one half of the update, are taken away in any case."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops as typed_ops
-from ..distributed import whole_of
+from ..distributed import as_dtensor
 from ..warning import warn
 from .columns import Columns, Slot, kept_state, per_tensor
 from .precision import Factor, on, put_master, skipped
@@ -71,7 +71,7 @@ class Update:
             if grad is slot.nothing:  # the op has nowhere to write: the first gradient, unscaled and clipped, is all there is
                 grad = part.first[i]
                 grad = grad if scale is None else (grad.float() * scale).to(grad.dtype)
-            slot.param.grad = whole_of(slot.param, grad)
+            slot.param.grad = as_dtensor(slot.param, grad)
 
     def factors(self, part: Columns) -> dict[str, Any]:
         """The keyword arguments that every restoring op shares."""

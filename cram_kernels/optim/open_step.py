@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from .. import ops
 from ..batchnorm import frozen_batchnorm
-from ..distributed import local_of, whole_mesh, whole_of
+from ..distributed import as_dtensor, local_of, whole_mesh
 from ..params import OPEN_STEPS, listed
 from ..patterns import Pattern
 from ..warning import warn
@@ -224,4 +224,4 @@ class OpenStep:
     def unperturbed(self, param: Tensor) -> Tensor | None:
         """A copy of the unperturbed weights of a parameter that is perturbed now, else None."""
         slot = self._perturbed(param)
-        return None if slot is None else whole_of(param, slot.clean.to(param.dtype, copy=True))
+        return None if slot is None else as_dtensor(param, slot.clean.to(param.dtype, copy=True))

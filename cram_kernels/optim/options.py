@@ -1,13 +1,14 @@
-"""What the options and the parameters of a group may be. Errors say what was wanted and what was found, before anything is changed."""
+"""What the arguments, and the options and parameters of a group, may be. Errors say what was wanted and what was found, before anything is
+changed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from ..distributed import local_of
 from ..params import excluded, globs_of, overlapping, why_unfit
@@ -162,3 +163,52 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def base_of(params: Any, base_optimizer: Callable[..., Optimizer] | Optimizer, base_options: dict[str, Any]) -> Optimizer:
+    """`base_optimizer(params, **base_options)`; or the instance that either argument is, to which `params` may give names.
+
+    Raises:
+        ValueError: no parameters, options beside an instance, other parameters than those of the instance, or not such an optimizer.
+    """
+    if isinstance(params, Optimizer):
+        params, base_optimizer = None, params
+    named = list(unwrapped(params).named_parameters()) if isinstance(params, nn.Module) else None
+    if isinstance(base_optimizer, Optimizer):
+        base = base_optimizer
+        if base_options:
+            raise ValueError(f"CrAM: options must be given to the base optimizer itself, got {', '.join(base_options)} beside the instance")
+    elif not is_function(base_optimizer) and not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+        raise ValueError(f"CrAM: base_optimizer must be a class such as torch.optim.SGD, or an instance, got {base_optimizer!r}")
+    elif params is None:
+        raise ValueError("CrAM: params must be given, got None and no instance of a base optimizer")
+    elif not isinstance(params, nn.Module | Iterable):
+        raise ValueError(f"CrAM: params must be a model, or parameters or groups as in torch, got {type(params).__name__}")
+    else:
+        base = base_optimizer(params if named is None else [p for _, p in named], **base_options)  # not every base takes names
+    if not isinstance(base, Optimizer) or isinstance(base, LBFGS) or "cram_step" in base.defaults:
+        raise ValueError(f"CrAM: base_optimizer must be a torch.optim.Optimizer that takes one gradient a step, got {type(base).__name__}")
+    if named is not None:  # an instance may have a part of the model
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        _name(base, [(name, p) for name, p in named if id(p) in held])
+    elif params is not None and base is base_optimizer:
+        _name(base, params)
+    return base
+
+
+def _name(base: Optimizer, params: Iterable[Any]) -> None:
+    """Check that `params` are those of the base optimizer; take over their names, if they have any."""
+    entries = list(params)
+    if entries and isinstance(entries[0], dict):
+        if extra := sorted({key for group in entries for key in group} - {"params"}):
+            raise ValueError(f"CrAM: group options must be given to the base optimizer itself, got {', '.join(extra)} beside the instance")
+        entries = [p for group in entries for p in ([group["params"]] if isinstance(group["params"], Tensor) else group["params"])]
+    names = {id(entry[1]): entry[0] for entry in entries if isinstance(entry, tuple)}
+    given = set(names) | {id(p) for p in entries if not isinstance(p, tuple)}
+    held = [id(p) for group in base.param_groups for p in group["params"]]
+    if given != set(held):
+        found = f"{len(given)}, of which it has {len(given & set(held))}"
+        raise ValueError(f"CrAM: params must be the {len(held)} parameters of the base optimizer, got {found}")
+    if len(names) == len(held):
+        for group in base.param_groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]

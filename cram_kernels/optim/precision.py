@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .. import ops
-from ..distributed import Spread, local_of, spread_of, whole_mesh, whole_of
+from ..distributed import Spread, as_dtensor, local_of, spread_of, whole_mesh
 from ..schedule import Groups
 from .columns import Slot
 
@@ -154,7 +154,7 @@ def prepare_masters(base: Optimizer, slots: list[Slot]) -> None:
         if master is None or master.dtype != torch.float32 or master.stride() != param.stride():
             master = torch.empty_like(param, dtype=torch.float32).copy_(param if master is None else master)
             if MASTER in state:
-                state[MASTER] = whole_of(slot.param, master)
+                state[MASTER] = as_dtensor(slot.param, master)
                 master = local_of(state[MASTER])
         elif slot.master is master and slot.version == slot.versions():
             continue
@@ -166,7 +166,7 @@ def put_master(state: dict[str, Any], slot: Slot) -> None:
     """Make the master part of the state, with the first update: state that has a master, but not yet what the base makes in its first step,
     is more than torch's optimizers can load and copy."""
     if slot.master is not slot.nothing and MASTER not in state:
-        state[MASTER] = whole_of(slot.param, slot.master)
+        state[MASTER] = as_dtensor(slot.param, slot.master)
 
 
 def note_versions(slots: list[Slot]) -> None:
