@@ -81,6 +81,12 @@ def chosen() -> str | None:
 def use_backend(name: str | None) -> "_Override":
     """Serve every op with this backend from now on; None: choose by device again. As a context manager: within the block only.
 
+    Args:
+        name: "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain torch, slow, on any device), or None.
+
+    Returns:
+        A context manager, at whose end the earlier choice holds again.
+
     Raises:
         ValueError: an unknown name.
         BackendUnavailable: the backend cannot run here.

@@ -64,11 +64,15 @@ class TopkCrAM(SAM):
     """CrAM by magnitude: one of `sparsities` a step, ranked over each parameter group.
 
     Args:
+        params, base_optimizer, rho, kwargs (options of the base): as in `CrAM`.
         sparsities: each in [0, 1).
         grad_norm: `normalize_grad`.
         plus_version: `plus`.
         unif_prune: rank each tensor on its own; the first entry of each parameter group and the last two stay dense.
         sparse_grad: as in `CrAM`.
+
+    Raises:
+        ValueError: sparsities is no list of numbers in [0, 1); or as `CrAM`.
 
     Example:
         opt = TopkCrAM(model.parameters(), torch.optim.SGD, sparsities=[0.5, 0.9], lr=0.1)
@@ -107,6 +111,10 @@ class TopkCrAM(SAM):
 class TopkCrAMPeriod(TopkCrAM):
     """`TopkCrAM` that computes the mask of a sparsity at every `mask_freq`-th use of it.
 
+    Args:
+        params, base_optimizer, rho, sparsities, grad_norm, plus_version, unif_prune, sparse_grad, kwargs: as in `TopkCrAM`.
+        mask_freq: `mask_period`, at least 1.
+
     Example:
         opt = TopkCrAMPeriod(model.parameters(), torch.optim.SGD, sparsities=[0.5, 0.9], mask_freq=10, lr=0.1)
     """
@@ -132,6 +140,7 @@ class NMTopkCrAM(SAM):
     """CrAM with 2:4 or 4:8 each step; of linear layers and 2-d convolutions.
 
     Args:
+        params, base_optimizer, rho, kwargs (options of the base): as in `CrAM`.
         grad_norm, sparse_grad, plus_version: as in `TopkCrAM`, in another order.
 
     Example:

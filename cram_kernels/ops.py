@@ -166,7 +166,12 @@ def perturb_nm_(
     found_inf: Tensor | None = None,
     masters: Tensors = (),
 ) -> None:
-    """`perturb_topk_` with the N:M pattern: `prune`, `n` and `m` as in `prune_nm_`."""
+    """`perturb_topk_` with the N:M pattern.
+
+    Args:
+        params, grads, saved*, masks*, perturbed, rho, inv_scale, found_inf, masters*: as in `perturb_topk_`.
+        prune, n, m: as in `prune_nm_`; a tensor whose `prune` is 0 is perturbed and not pruned.
+    """
 
 
 @_op()
@@ -182,7 +187,12 @@ def perturb_masked_(
     found_inf: Tensor | None = None,
     masters: Tensors = (),
 ) -> None:
-    """`perturb_topk_` with masks that are there already (*read only*); without a mask a tensor is perturbed and not pruned."""
+    """`perturb_topk_` with masks that are there already.
+
+    Args:
+        params, grads, saved*, perturbed, rho, inv_scale, found_inf, masters*: as in `perturb_topk_`.
+        masks*: [n] uint8 [ceil(numel / 8)], read only; without a mask a tensor is perturbed and not pruned.
+    """
 
 
 @_op()
@@ -288,7 +298,8 @@ def restore_adam_(
     """Restore the weights and take a step of torch.optim.Adam (decoupled: AdamW), in one pass.
 
     Args:
-        params ... perturbed, lr, inv_scale, first_inv_scale, found_inf, masters*: as in `restore_sgd_`.
+        params, saved*, grads*, first_grads*, masks*, perturbed, lr, inv_scale, first_inv_scale, found_inf, masters*: as in `restore_sgd_`.
+        decoupled: True: weight decay as AdamW has it; False: as Adam.
         exp_avgs, exp_avg_sqs: [n] of T (float32 beside a master), in place.
         max_exp_avg_sqs*: the same, in place; needed where amsgrad is 1.
         steps: [n] float32 [], in place: counted up by the parameters that are updated.

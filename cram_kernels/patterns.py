@@ -40,11 +40,26 @@ class TopK:
             raise ValueError(f"TopK: scope must be 'model', 'group' or 'tensor', got {self.scope!r}")
 
     def k(self, numel: int) -> int:
-        """The rank of the threshold among numel weights: what is larger than the k-th largest stays (contract: Top-k)."""
+        """The rank of the threshold: what is larger than the k-th largest stays (contract: Top-k).
+
+        Args:
+            numel: how many weights are ranked together.
+
+        Example:
+            >>> TopK(sparsity=0.9).k(1000)
+            100
+        """
         return numel + 1 if self.sparsity == 0 else math.ceil(numel * (1 - self.sparsity))
 
     def why_dense(self, shape: Sequence[int]) -> str | None:
-        """None where a weight of this shape can be pruned, else the reason why it stays dense."""
+        """None where a weight of this shape can be pruned, else the reason why it stays dense.
+
+        Args:
+            shape: of the weight.
+
+        Example:
+            TopK(sparsity=0.9).why_dense(model.conv.weight.shape)
+        """
         return "fewer than 2 dims" if len(shape) < 2 else None
 
     def __repr__(self) -> str:
@@ -82,7 +97,14 @@ class NM:
             raise ValueError(f"NM: n and m must be ints with 1 <= n < m <= 1024, got n={self.n!r}, m={self.m!r}")
 
     def why_dense(self, shape: Sequence[int]) -> str | None:
-        """None where a weight of this shape can be pruned, else the reason why it stays dense."""
+        """None where a weight of this shape can be pruned, else the reason why it stays dense.
+
+        Args:
+            shape: of the weight.
+
+        Example:
+            NM(2, 4).why_dense(model.conv.weight.shape)
+        """
         if len(shape) < 2:
             return "fewer than 2 dims"
         if shape[1] % self.m:

@@ -49,14 +49,17 @@ class Report:
 
     @property
     def pruned(self) -> tuple[Layer, ...]:
+        """The layers that were pruned."""
         return tuple(layer for layer in self.layers if layer.pattern is not None)
 
     @property
     def dense(self) -> tuple[Layer, ...]:
+        """The layers that stayed dense; `why_dense` of each is the reason."""
         return tuple(layer for layer in self.layers if layer.pattern is None)
 
     @property
     def emptied(self) -> tuple[Layer, ...]:
+        """The layers that were pruned and have only zeros."""
         return tuple(layer for layer in self.layers if layer.emptied)
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +73,14 @@ class Report:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON.
+
+        Args:
+            indent: spaces a level, as in `json.dumps`; None: all in one line.
+
+        Example:
+            print(prune(model, NM(2, 4)).to_json(indent=None))
+        """
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:

@@ -64,6 +64,12 @@ class SparsityWarmup:
 class RhoWarmup:
     """`rho=` that grows on a straight line from `start` to `rho` between the steps `begin` and `begin + steps`.
 
+    Args:
+        rho: the value at the end, >= 0.
+        steps: how many optimizer steps the growth takes, at least 1.
+        begin: the step at which it begins, at least 0.
+        start: the value until then, >= 0.
+
     Raises:
         ValueError: an argument out of its range.
 

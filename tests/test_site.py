@@ -4,6 +4,7 @@ public name out."""
 import ast
 import contextlib
 import copy
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from doc_names import names
+from python_messages import called
 
 import cram_kernels
 from cram_kernels import export, inference, ops
@@ -90,11 +92,58 @@ def test_the_reference_has_every_public_name(site: dict[str, Page]) -> None:
 
 
 CONSTANTS = {"cram_kernels.__version__", "cram_kernels.Pattern", "cram_kernels.export.FORMATS"}
+MADE_BY_OTHERS = {"cram_kernels.HeldZeros"}  # by a function of ours, not by its constructor
 
 
 def documented(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def members_of(cls: type) -> dict[str, Any]:
+    """Public methods and properties that the package wrote, its own and those of base classes of the package."""
+    ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] == "cram_kernels"]
+    own = {name: value for base in reversed(ours) for name, value in vars(base).items() if not name.startswith("_")}
+    return {name: value for name, value in own.items() if inspect.isroutine(value) or isinstance(value, property)}
+
+
+DOCUMENTED = {name: documented(name) for name in PUBLIC if name not in CONSTANTS}
+MEMBERS = {f"{name}.{own}": m for name, cls in DOCUMENTED.items() if inspect.isclass(cls) for own, m in members_of(cls).items()}
+EVERYTHING = DOCUMENTED | MEMBERS
+
+
+def code_of(thing: Any) -> Any:
+    """The function whose parameters and `raise` statements are those of a name; None: a class that nobody but the package makes."""
+    if inspect.isclass(thing):
+        is_data = dataclasses.is_dataclass(thing) and "__post_init__" not in vars(thing)
+        return None if is_data or "__init__" not in vars(thing) else thing.__init__
+    return inspect.unwrap(thing.fget if isinstance(thing, property) else thing)
+
+
+def entries(documentation: str, section: str) -> set[str]:
+    """The words before the colon of each entry of a section."""
+    found = re.search(rf"^{section}:\n((?:    .*\n|\n)+)", documentation + "\n", re.MULTILINE)
+    heads = re.findall(r"^    (\S.*?):(?: |$)", found[1], re.MULTILINE) if found else []
+    return {word for head in heads for word in re.findall(r"\w+", head)}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_public_name_says_what_it_takes_and_raises(name: str) -> None:
+    thing, documentation = EVERYTHING[name], inspect.getdoc(EVERYTHING[name])
+    assert documentation, "no docstring"
+    if (function := code_of(thing)) is None or name in MADE_BY_OTHERS:
+        return
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self" and p.kind not in variable]
+    assert [p for p in parameters if p not in entries(documentation, "Args")] == []
+    body = ast.parse(textwrap.dedent(inspect.getsource(getattr(thing, "__post_init__", function))))
+    raised = {called(node.exc) for node in ast.walk(body) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)}
+    assert raised - entries(documentation, "Raises") == set()
+
+
+@pytest.mark.parametrize("name", ["perturb", "step", "plain_step", "first_step", "second_step", "load_state_dict", "attach"])
+def test_every_form_of_a_step_has_an_example(name: str) -> None:
+    assert "\nExample:\n" in inspect.getdoc(MEMBERS[f"cram_kernels.CrAM.{name}"])
 
 
 def example_of(documentation: str) -> str:
@@ -105,7 +154,11 @@ def example_of(documentation: str) -> str:
     return "".join(line.source for line in doctest.DocTestParser().get_examples(text)) if code[1] == "pycon" else text
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in CONSTANTS and ".ops." not in name])
+WITH_EXAMPLE = [name for name in DOCUMENTED if ".ops." not in name]  # and those members that have one
+WITH_EXAMPLE += [name for name, member in MEMBERS.items() if "\nExample:\n" in (inspect.getdoc(member) or "")]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
 def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = names()
@@ -142,7 +195,7 @@ def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, m
     }
     found |= {"LightningModule": object, "Trainer": object, "TwoPassModule": TwoPassModule, "TwoPassTrainer": TwoPassTrainer}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        code = example_of(inspect.getdoc(documented(name)) or "")
+        code = example_of(inspect.getdoc(EVERYTHING[name]) or "")
         exec(compile(code, f"example of {name}", "exec"), found)
 
 

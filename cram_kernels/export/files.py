@@ -174,14 +174,23 @@ def _short(error: Exception) -> str:
 
 
 def weights_in(path: str | Path, key: str | None = None) -> list[Weight]:
-    """The weights in a file, as the checker wants them; key as in `read`.
+    """The weights in a file, each with what `cram-kernels check` asks about it: its layer, its axis of input channels, its other names.
+
+    Args:
+        path: a file that `read` reads, or an ONNX model.
+        key: of a torch checkpoint, where its state dict lies, as in `read`.
+
+    Returns:
+        An object an entry of the file, tied names together. It has `name`, `aliases`, `kind` (of layer), `why_dense` (None, or why it
+        cannot be N:M) and `tensor`, of shape [K, C, ...] with the input channels on axis 1, in the dtype of the file.
 
     Raises:
         FileNotFoundError, ValueError: as `read`.
         ImportError: the package that reads this kind of file is not installed.
 
     Example:
-        weights = weights_in("model.safetensors")
+        for weight in weights_in("model.safetensors"):
+            print(weight.name, weight.kind, tuple(weight.tensor.shape), weight.tensor.dtype)
     """
     path = Path(path)
     if path.suffix == ".onnx" and path.is_file() and key is None:

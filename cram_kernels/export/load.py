@@ -55,6 +55,7 @@ class LoadReport:
 
     @property
     def sparse(self) -> tuple[Loaded, ...]:
+        """The rows of the tensors that are semi-structured now."""
         return tuple(row for row in self.rows if row.backend != "dense")
 
     def __str__(self) -> str:
@@ -254,10 +255,17 @@ def _prototype() -> Iterator[None]:
 
 
 def read_cutlass(path: str | Path) -> dict[str, Any]:
-    """The packed tensors of a "cutlass-sm80" file as SparseSemiStructuredTensorCUTLASS, on the CPU; the others dense.
+    """The packed tensors of a "cutlass-sm80" file, for code that multiplies with them itself.
+
+    Args:
+        path: a file that `export` wrote with the format "cutlass-sm80".
+
+    Returns:
+        Name -> tensor on the CPU, in the dtype of the file. 2:4 matrices are torch's SparseSemiStructuredTensorCUTLASS, others are dense.
 
     Raises:
-        ValueError: the file is no such file, or damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: the file has another format, or is damaged.
 
     Example:
         prune(model, NM(2, 4))

@@ -50,6 +50,11 @@ class Row:
 class NMReport:
     """All tensors. `str()` is a table, which sums up in one line what has fewer than 2 dims; the rest is exact data.
 
+    Attributes:
+        pattern: what was checked.
+        rows: each tensor, with the groups that violate the pattern, or why it stays dense.
+        pruned: by `export`: name of a tensor -> how many of its weights it set to zero.
+
     Example:
         report = check_nm(model)
         print(report)
@@ -57,18 +62,21 @@ class NMReport:
 
     pattern: NM
     rows: tuple[Row, ...]
-    pruned: dict[str, int] = field(default_factory=dict)  # by `export`: tensor -> how many of its weights it set to zero
+    pruned: dict[str, int] = field(default_factory=dict)
 
     @property
     def holding(self) -> tuple[Row, ...]:
+        """The rows that hold the pattern."""
         return tuple(row for row in self.rows if row.holds)
 
     @property
     def violating(self) -> tuple[Row, ...]:
+        """The rows that could hold the pattern, do not, and were not excluded."""
         return tuple(row for row in self.rows if row.violates)
 
     @property
     def unchecked(self) -> tuple[Row, ...]:
+        """The rows of what may be a weight, and could not be checked."""
         return tuple(row for row in self.rows if row.unchecked)
 
     @property
@@ -82,6 +90,14 @@ class NMReport:
         return {"pattern": str(self.pattern), "ok": self.ok, "pruned": self.pruned, "tensors": rows}
 
     def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as JSON.
+
+        Args:
+            indent: spaces a level, as in `json.dumps`; None: all in one line.
+
+        Example:
+            print(check_nm(model).to_json(indent=None))
+        """
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
@@ -105,6 +121,7 @@ class NMReport:
         return row.name, shape, row.dtype, axis, status, share, *(MARKS[v.runs] for v in verdicts), "; ".join(filter(None, why))
 
     def summary(self) -> str:
+        """The last line of the table: how many tensors hold or violate the pattern."""
         if self.violating:
             return f"{len(self.violating)} of {len(self.rows)} tensors violate {self.pattern}"
         if self.unchecked:

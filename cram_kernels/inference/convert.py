@@ -53,6 +53,7 @@ class SparsifyReport:
 
     @property
     def sparse(self) -> list[LayerReport]:
+        """The rows of the layers that are sparse now."""
         return [row for row in self.rows if row.why_dense is None]
 
     def __str__(self) -> str:
@@ -126,13 +127,20 @@ def sparsify(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Put every sparse layer of a model back on a dense weight, in place, with the same bits; returns the model.
+    """Put every sparse layer of a model back on a dense weight, in place, with the same bits.
 
     A Parameter that something still holds since `sparsify`, such as an optimizer or a tied layer, is the layer's again, so the same
     optimizer goes on. All others are new ones, which layers share that shared one before. A model that is a sparse layer itself is not
-    changed; its dense layer is returned.
+    changed.
+
+    Args:
+        model: with layers that `sparsify` made, or without any. Weights that were rounded to bfloat16 stay rounded.
+
+    Returns:
+        The same model; of a single sparse layer its dense one. Weights are float32.
 
     Raises:
+        ValueError: not a module.
         RuntimeError: an optimizer that holds such a Parameter is within a step. Nothing was changed.
 
     Example:

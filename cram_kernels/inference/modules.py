@@ -55,6 +55,13 @@ class SparseLayer(nn.Module):
     The state dict has `weight.values` and `weight.bitmask`, as files of the export format "bitmask" have them, in place of `weight`;
     a state dict with a dense `weight` is loaded too.
 
+    Args:
+        dense: the layer whose weight and bias are taken; it is not changed.
+        values: the dtype of what is stored, torch.float32 or torch.bfloat16.
+
+    Raises:
+        ValueError: `values` is another dtype, or the weight is not float32.
+
     Example:
         [m for m in model.modules() if isinstance(m, SparseLayer)]
     """
@@ -125,7 +132,11 @@ class SparseLayer(nn.Module):
 
     @torch.inference_mode(False)  # Parameters that are made in this mode could not be trained
     def to_dense_with(self, made: dict[Tie, nn.Parameter]) -> nn.Module:
-        """As `to_dense`; `made` are Parameters of layers that are dense again, for those that are tied to them."""
+        """As `to_dense`, for one layer of several that are tied.
+
+        Args:
+            made: the Parameters of layers that are dense again, for those that are tied to them; new ones are added.
+        """
         dense, values = self._dense_layer(), {"weight": self._unpacked(), "bias": self.bias}
         if self._hooks_of_dense:
             dense._state_dict_hooks = self._hooks_of_dense
@@ -233,6 +244,22 @@ class SparseLinear(SparseLayer):
         self.out_features, self.in_features = self.weight_shape
 
     def forward(self, input: Tensor) -> Tensor:
+        """The product with the sparse weight, plus the bias.
+
+        Args:
+            input: float32 [..., in_features], on the CPU. It is copied where it is not contiguous.
+
+        Returns:
+            float32 [..., out_features], contiguous.
+
+        Raises:
+            RuntimeError: the input has another dtype or last dim, or needs a gradient.
+            ValueError: it is on another device than the layer.
+
+        Example:
+            with torch.inference_mode():
+                y = SparseLinear(pruned_linear)(x)
+        """
         self._refuse_gradient(input)
         own = self._buffers  # attribute access through nn.Module takes longer than small products
         x = input if input.is_contiguous() else input.contiguous()
@@ -273,6 +300,22 @@ class SparseConv2d(SparseLayer):
         self.padding = _padding(conv)
 
     def forward(self, input: Tensor) -> Tensor:
+        """The convolution with the sparse weight, plus the bias.
+
+        Args:
+            input: float32 [B, C, H, W] or [C, H, W], on the CPU. It is copied where it is not contiguous, as in channels_last.
+
+        Returns:
+            float32 [B, out_channels, H', W'] or [out_channels, H', W'], contiguous, of nn.Conv2d's sizes.
+
+        Raises:
+            RuntimeError: the input has another dtype or number of channels, is smaller than the kernel, or needs a gradient.
+            ValueError: it is on another device than the layer.
+
+        Example:
+            with torch.inference_mode():
+                y = SparseConv2d(model.conv)(images)
+        """
         self._refuse_gradient(input)
         batch = input if input.dim() == 4 else input.unsqueeze(0)
         sizes = (self._layout_numbers, self.kernel_size, self.stride, self.padding, self.dilation)

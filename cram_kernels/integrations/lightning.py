@@ -35,6 +35,12 @@ class TwoPassModule:
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         """Lightning's hook of automatic optimization.
 
+        Args:
+            epoch: of the training, from 0; not used.
+            batch_idx: of the batch in the epoch, from 0; not used.
+            optimizer: as Lightning hands it out, around CrAM. Any other takes its ordinary step.
+            optimizer_closure: Lightning's forward and backward pass.
+
         Raises:
             RuntimeError: `accumulate_grad_batches` is not 1: Lightning has dropped the earlier batches, which the second pass needs.
         """

@@ -52,6 +52,14 @@ class TwoPassTrainer:
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Trainer's forward and backward pass; after the last micro-batch of a step also `perturb()` and the second pass.
 
+        Args:
+            model: as Accelerate prepared it.
+            inputs: a micro-batch.
+            num_items_in_batch: by which the model divides its sum of losses; None: its loss is a mean.
+
+        Returns:
+            The loss of the first pass.
+
         Raises:
             TypeError: the optimizer is not CrAM, or hidden in a wrapper of DeepSpeed or the like.
             ValueError: FSDP1; fp16 and `args.max_grad_norm`, which would unscale the first gradients; a `compute_loss_func` that ignores

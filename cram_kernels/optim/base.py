@@ -75,6 +75,7 @@ class Wrapper(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the base optimizer, with CrAM's options in them."""
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -88,6 +89,7 @@ class Wrapper(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        """The state of the base optimizer, such as momentum, by parameter."""
         return self.base_optimizer.state
 
     @state.setter
@@ -124,12 +126,23 @@ class Wrapper(Optimizer):
 
     def give_up(self, reason: str) -> None:
         """Restore the weights where a step is open; the next `step()` raises with this reason, since its gradients are those at perturbed
-        weights. For code that changes the model or the optimizer between the halves of a step."""
+        weights. For code that changes the model or the optimizer between the halves of a step.
+
+        Args:
+            reason: what happened, for the message.
+        """
         if (step := self.open_step) is not None:
             step.give_up(reason)
 
     def refuse_within_step(self, what: str) -> None:
-        """Raise RuntimeError where a step is open."""
+        """For calls that must not see perturbed weights.
+
+        Args:
+            what: the call, for the message.
+
+        Raises:
+            RuntimeError: a step is open.
+        """
         if self.open_step is not None:
             raise RuntimeError(
                 f"CrAM: {what} must not be called between perturb() and step(), got it called there: step() or restore() first"
@@ -150,10 +163,19 @@ class Wrapper(Optimizer):
     def attach(self: Self, model: nn.Module) -> Self:
         """Let the model take part in the steps. While the weights are perturbed, its batch norms keep their statistics, and `state_dict()`
         of it or of a part of it gives copies of the unperturbed weights. Modules that are added later are not covered. An optimizer that
-        was made with the model is attached already. Returns the optimizer.
+        was made with the model is attached already.
+
+        Args:
+            model: has parameters of this optimizer. One that was attached before is detached.
+
+        Returns:
+            The optimizer.
 
         Raises:
             ValueError: not a module, or one without parameters of this optimizer.
+
+        Example:
+            opt = CrAM(model.parameters(), torch.optim.SGD, lr=0.1).attach(model)
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"CrAM.attach: model must be an nn.Module, got {type(model).__name__}")
@@ -177,8 +199,16 @@ class Wrapper(Optimizer):
         """As in torch. Options that the group does not have are those of the constructor. A step that is open is given up: the weights are
         restored, and the next `step()` raises.
 
+        Args:
+            param_group: a dict with `params` (and `param_names`, where the others have names), and options.
+
         Raises:
             ValueError: as the constructor. Nothing was changed.
+
+        Example:
+            adapter = nn.Linear(8, 8)
+            params, names = [adapter.weight, adapter.bias], ["adapter.weight", "adapter.bias"]
+            opt.add_param_group({"params": params, "param_names": names, "rho": 0.1})
         """
         if not (isinstance(param_group, dict) and "params" in param_group):
             raise ValueError(f"CrAM: param_group must be a dict with params, got {type(param_group).__name__}")
@@ -215,7 +245,18 @@ class Wrapper(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of CrAM or of the base optimizer. Options that it lacks keep their values, and so do patterns and schedules.
-        Masks that it lacks are computed anew. A step that is open is given up: the weights are restored, and the next `step()` raises."""
+        Masks that it lacks are computed anew. A step that is open is given up: the weights are restored, and the next `step()` raises.
+
+        Args:
+            state_dict: what `state_dict()` gave, with as many groups and parameters as this optimizer has.
+
+        Raises:
+            ValueError: not such a dict, or its groups are of other sizes. Nothing was changed.
+
+        Example:
+            save({"optimizer": opt.state_dict()}, "checkpoint.pt")
+            opt.load_state_dict(torch.load("checkpoint.pt", weights_only=True)["optimizer"])
+        """
         if not (isinstance(state_dict, dict) and "param_groups" in state_dict) and not self._optimizer_load_state_dict_pre_hooks:
             raise ValueError(
                 f"CrAM: state_dict must be what state_dict() of an optimizer gave, got {type(state_dict).__name__} of another kind"

@@ -132,7 +132,14 @@ class CrAM(Wrapper):
     @property
     def exclude(self) -> tuple[str, ...]:
         """Globs of the names of parameters that are not pruned. What is assigned is checked as in the constructor, and holds from the next
-        step on."""
+        step on.
+
+        Raises:
+            ValueError: what is assigned matches no name, or parameters have no names. The old globs stay.
+
+        Example:
+            opt.exclude = ["head.*"]
+        """
         return self._exclude
 
     @exclude.setter
@@ -163,6 +170,12 @@ class CrAM(Wrapper):
         Raises:
             RuntimeError: a gradient is sparse; TopK ranks weights of several devices together; the scaler's `unscale_` was called; the
                 attached model is a DDP one whose ranks have not shared their gradients. Nothing was changed.
+
+        Example:
+            loss(model).backward()
+            opt.perturb()
+            loss(model).backward()
+            opt.step()
         """
         if self.open_step is not None:
             warn("CrAM: perturb() was called twice without step(): the first step is given up, and its gradients are dropped")
@@ -173,6 +186,9 @@ class CrAM(Wrapper):
     def perturbed(self, scaler: GradScaler | None = None) -> Iterator[None]:
         """`perturb(scaler)`, and at the end of the block the weights are back; `step()` follows, or `scaler.step(optimizer)`. If the block
         raises, the step is given up and its gradients are released.
+
+        Args:
+            scaler: as in `perturb`.
 
         Example:
             loss(model).backward()
@@ -199,9 +215,18 @@ class CrAM(Wrapper):
             The clean loss; None without a closure.
 
         Raises:
+            TypeError: the closure is no function, as in `step(loss)`. Nothing was changed.
             RuntimeError: a GradScaler calls it with a closure, or after a `perturb()` that was not given the scaler. Or `perturb()` was
                 given a scaler, and something else calls it. Or the step was given up, by a loaded model, a new group or another optimizer.
                 In each case the weights are the clean ones, and nothing is updated.
+
+        Example:
+            def closure():
+                value = loss(model)
+                value.backward()
+                return value
+
+            value = opt.step(closure)
         """
         if closure is not None:
             if not schedule.is_function(closure):
@@ -224,7 +249,18 @@ class CrAM(Wrapper):
 
     def plain_step(self, scaler: GradScaler | None = None) -> None:
         """One step of the base optimizer with the gradients that are there, without a perturbation: for steps that are not to be CrAM's.
-        It is a step to hooks and schedulers. With a `scaler` it is `scaler.step(optimizer)`."""
+        It is a step to hooks and schedulers. A step that is open is dropped first, and its weights come back.
+
+        Args:
+            scaler: what has scaled the gradients. The step is `scaler.step(optimizer)` then, which unscales them.
+
+        Raises:
+            TypeError: the scaler is something else, such as a closure, which `plain_step` does not run. Nothing was changed.
+
+        Example:
+            loss(model).backward()
+            opt.plain_step()
+        """
         if not isinstance(scaler, GradScaler | None):
             raise TypeError(f"CrAM.plain_step: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._drop_step()
@@ -258,11 +294,31 @@ class CrAM(Wrapper):
         self._finish()
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """`perturb()`, under the name that SAM implementations use. The gradients, one half of the update, are taken away in any case."""
+        """`perturb()`, under the name that SAM implementations use.
+
+        Args:
+            zero_grad: ignored. The gradients, one half of the update, are taken away in any case.
+
+        Example:
+            loss(model).backward()
+            opt.first_step(zero_grad=True)
+            loss(model).backward()
+            opt.second_step(zero_grad=True)
+        """
         self.perturb()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """`step()`, under the name that SAM implementations use. Without `zero_grad` the second gradients stay in `p.grad`."""
+        """`step()`, under the name that SAM implementations use.
+
+        Args:
+            zero_grad: release the gradients. If False, the second gradients stay in `p.grad`.
+
+        Example:
+            loss(model).backward()
+            opt.first_step()
+            loss(model).backward()
+            opt.second_step(zero_grad=True)
+        """
         params = [p for group in self.param_groups for p in group["params"]]
         kept = [] if zero_grad else [(p, p.grad.clone()) for p in params if p.grad is not None]  # a base of another kind writes to them
         self.step()
