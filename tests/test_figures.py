@@ -95,12 +95,29 @@ def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
     return {key: f"{statistics.fmean(of):.{digits}f} ± {statistics.stdev(of):.{digits}f}" for key, of in values.items()}
 
 
+def corrupted_cells() -> dict[tuple[str, str], list[str]]:
+    """(method, state of the network) -> cells of the table of corruptions, as counted here."""
+    cells: dict[tuple[str, str], list[list[float]]] = {}
+    kinds = list(study_tables.CORRUPTIONS.values())
+    for run in json.loads((figures.DATA / "emoji-corrupted.json").read_text())["runs"]:
+        for state, found in run["corrupted"].items():
+            assert found.keys() == {name for names in kinds for name in names} and len(found) == 15
+            assert {severity for of in found.values() for severity in of} == {"3"}
+            parts = [[found[name]["3"] for name in names] for names in (found, *kinds)]
+            first = run["pruned"][state[:4]][state[6:]] if state[:5] == "90 %," else run["dense" if state == "dense" else "dense_tuned"]
+            cells.setdefault((run["label"], state), []).append([first, *(sum(values) / len(values) for values in parts)])
+    spread = {key: [(statistics.fmean(of), statistics.stdev(of)) for of in zip(*runs, strict=True)] for key, runs in cells.items()}
+    assert {len(runs) for runs in cells.values()} == {3}
+    return {key: [f"{mean:.1f} ± {std:.1f}" for mean, std in of] for key, of in spread.items()}
+
+
 def measured_accuracies() -> set[str]:
     """Of every method, pattern and repair."""
     methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
     cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
     studies = ("mnist5k-study", "bbc-study", *study_tables.COLUMNS)
-    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells}.union(*(study(name).values() for name in studies))
+    known = [*(study(name).values() for name in studies), *corrupted_cells().values()]
+    return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells}.union(*known)
 
 
 def table_of(page: str, first: str, which: int = 1) -> list[list[str]]:
@@ -128,6 +145,15 @@ def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
         state = {"`reconstruct`": "reconstructed", "batch-norm tuning": "batch norm tuned"}[repair]
         labels = ("CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, 20 epochs")
         assert cells[:2] == [known[label, pattern, state] for label in labels], (pattern, repair)
+
+
+def test_the_table_of_corruptions_is_that_of_the_record() -> None:
+    known, label = corrupted_cells(), ""
+    head, *rows = table_of("results.md", "trained with | network")
+    assert head[2:] == ["as they are", "all corruptions", *study_tables.CORRUPTIONS] and len(rows) == len(known)
+    for trained, state, *cells in rows:
+        label = trained or label
+        assert cells == known[label, state], (label, state)
 
 
 @pytest.mark.parametrize("record", study_tables.COLUMNS)

@@ -6,8 +6,11 @@ Plain SVG without a library, so that the same numbers give the same file; tests/
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+import study_tables
 
 ROOT = Path(__file__).parent.parent.parent
 DATA, IMAGES = ROOT / "docs" / "data", ROOT / "docs" / "images"
@@ -139,6 +142,40 @@ def traffic() -> str:
     return svg(720, 212, "Memory traffic", parts)
 
 
+def robustness(record: dict) -> str:
+    """Accuracy by kind of corruption: full lines for dense networks, broken ones for pruned ones; means over the runs."""
+    width, height, left, right, top, bottom = 720, 340, 60, 470, 46, 290
+    runs = record["runs"]
+    states = [state for state in runs[0]["corrupted"] if state != "dense"]
+    kinds = [kind for kind in study_tables.under_corruptions(runs[0], "dense") if kind != "all corruptions"]
+    x = {kind: left + 30 + (right - left - 60) * i / (len(kinds) - 1) for i, kind in enumerate(kinds)}
+    lines = {}
+    for label in dict.fromkeys(run["label"] for run in runs):
+        for state in states:
+            found = [study_tables.under_corruptions(run, state) for run in runs if run["label"] == label]
+            lines[label, state] = [statistics.fmean(values[kind] for values in found) for kind in kinds]
+    low = 10 * math.floor(min(map(min, lines.values())) / 10)
+    high = 10 * math.ceil(max(map(max, lines.values())) / 10)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    parts = [text(width / 2, 24, f"Emoji drawings: accuracy under corruptions, {len(found)} seeds", 15)]
+    for value in range(low, high + 1, 10):
+        parts.append(f"<line x1='{left}' x2='{right}' y1='{y(value):g}' y2='{y(value):g}' stroke='#e3e3e3'/>")
+        parts.append(text(left - 8, y(value) + 4, f"{value} %", 12, "end"))
+    parts += [text(px, bottom + 18, kind, 12) for kind, px in x.items()]
+    colours = dict(zip(dict.fromkeys(label for label, _ in lines), COLOURS, strict=False))
+    for i, ((label, state), values) in enumerate(lines.items()):
+        line = f"stroke='{colours[label]}' stroke-width='2.5'" + ("" if state.startswith("dense") else " stroke-dasharray='6 4'")
+        points = " ".join(f"{px:.1f},{y(value):.1f}" for px, value in zip(x.values(), values, strict=True))
+        parts.append(f"<polyline points='{points}' fill='none' {line}/>")
+        row = top + 30 + 26 * i
+        parts.append(f"<line x1='{right + 20}' x2='{right + 54}' y1='{row}' y2='{row}' {line}/>")
+        parts.append(text(right + 62, row + 4, f"{label.split(' {')[0].split(',')[0]}, {state.split(',')[0]}", 13, "start"))
+    return svg(width, height, "Accuracy under corruptions", parts)
+
+
 def badge(label: str, value: str) -> str:
     """A badge that needs no server."""
     one, two = 7 * len(label) + 16, 7 * len(value) + 16
@@ -164,6 +201,7 @@ def pictures() -> dict[str, str]:
     )
     return {
         "accuracy.svg": accuracy(json.loads((DATA / "mnist.json").read_text())),
+        "corruptions.svg": robustness(json.loads((DATA / "emoji-corrupted.json").read_text())),
         "bracket.svg": bracket(),
         "selection.svg": selection(),
         "traffic.svg": traffic(),
