@@ -27,15 +27,21 @@ struct Vector {
   typedef float Unaligned __attribute__((vector_size(4 * width), aligned(4), may_alias));
 };
 
-#define CRAM_INLINE_KERNEL inline __attribute__((always_inline))
+// Bytes of values that are fetched into the cache ahead of their use: between two calls of a layer others use the cache, and the CPU itself does not
+// fetch early enough.
+constexpr int64_t kAhead = 4096;
 
+#define CRAM_INLINE_LAMBDA __attribute__((always_inline))
+#define CRAM_INLINE_KERNEL inline CRAM_INLINE_LAMBDA
+
+// A tile of 16 is in two registers of 8 numbers, also with AVX-512: a Zen 4 takes one of 16 as two halves, and its factor, too.
 // Rows of a slice that are summed up together: each addition waits for the one before, so that about 8 sums are to be under way at a time, and not
 // more than there are registers for (32 of AVX-512, 16 of the others).
 template <int tile>
 struct Shape {
-  static constexpr int width = tile < kNative ? tile : kNative, registers = tile / width;
-  static constexpr int most = kNative == 16 ? 16 : 8;
-  static constexpr int group = registers >= most ? 1 : registers == 1 ? 8 : most / registers < 4 ? most / registers : 4;
+  static constexpr int width = tile <= 16 && kNative > 8 ? 8 : tile < kNative ? tile : kNative, registers = tile / width;
+  static constexpr int most = kNative == 16 ? 16 : 8, wanted = tile < 32 ? 128 / tile : 4;
+  static constexpr int group = registers >= most ? 1 : most / registers < wanted ? most / registers : wanted;
 };
 
 #if defined(__AVX512F__)
@@ -57,47 +63,58 @@ CRAM_INLINE_KERNEL void store(float* to, typename Vector<width>::Type v, bool st
   *reinterpret_cast<typename Vector<width>::Unaligned*>(to) = v;
 }
 
-// Value i of a group, in all elements. Of 8 of them one load and permutations: with as many columns two loads a non-zero are what takes longest.
+// Value i of a group, in all elements. One load of 4 or 8 of them and permutations, where there are as many: loads are what takes longest.
 template <int tile>
 CRAM_INLINE_KERNEL typename Vector<Shape<tile>::width>::Type factor_of(const float* value, int i) {
-  using V = typename Vector<Shape<tile>::width>::Type;
-#if defined(__AVX2__)
-  if constexpr (tile == 8) {
-    const __m256 all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), _mm256_set1_epi32(i));
-    V factor;
+  typename Vector<Shape<tile>::width>::Type factor;
+  [[maybe_unused]] const auto permuted = [&](const auto& all) CRAM_INLINE_LAMBDA {
     memcpy(&factor, &all, sizeof factor);
     return factor;
+  };
+#if defined(__AVX512F__)
+  if constexpr (Shape<tile>::width == 16 && Shape<tile>::group >= 4)
+    return permuted(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(value)), _mm512_set1_epi32(i)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (Shape<tile>::width == 8 && Shape<tile>::group >= 8)
+    return permuted(_mm256_permutevar8x32_ps(_mm256_loadu_ps(value + i / 8 * 8), _mm256_set1_epi32(i % 8)));
+  if constexpr (Shape<tile>::width == 8 && Shape<tile>::group == 4) {
+    const __m128 four = _mm_loadu_ps(value);
+    return permuted(_mm256_permutevar_ps(_mm256_set_m128(four, four), _mm256_set1_epi32(i)));
   }
 #endif
-  return value[i] - V{};
+  return factor = value[i] - decltype(factor){};
 }
 
-// `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored.
-template <int tile, bool fresh>
+// `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored. `fetch`: later values, a
+// cache line for each step, are fetched meanwhile.
+template <int tile, bool fresh, bool fetch>
 CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint8_t* order, int rows, const float* panel,
                                          const Sums& s) {
   constexpr int width = Shape<tile>::width, registers = Shape<tile>::registers, group = Shape<tile>::group;
+  constexpr int shift = __builtin_ctz(tile * sizeof(float));  // a row of the panel has 2^shift bytes
   using V = typename Vector<width>::Type;
   using Stored = typename Vector<width>::Unaligned;
   V sum[group][registers];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < group; ++i)
 #pragma GCC unroll 16
     for (int r = 0; r < registers; ++r) sum[i][r] = V{};
   for (int64_t step = 0; step < steps; ++step, value += kLanes, column += kLanes) {
-    uint64_t word = 0;
-    memcpy(&word, column, group);
-#pragma GCC unroll 8
+    if (fetch) __builtin_prefetch(reinterpret_cast<const char*>(value) + kAhead);
+    uint64_t words[2] = {};
+    memcpy(words, column, group);
+#pragma GCC unroll 16
     for (int i = 0; i < group; ++i) {
-      const uint64_t at = i % 2 == 0 ? word & 255 : word >> 8 & 255;
-      if (i % 2 == 1) word >>= 16;
+      const int right = (i % 8 * 8 - shift) & 63;  // a rotation: one instruction, which spares a second shift
+      const uint64_t at = (words[i / 8] >> right | words[i / 8] << (-right & 63)) & uint64_t{255} << shift;
       const V factor = factor_of<tile>(value, i);
-      const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + at * (tile * sizeof(float)));
+      const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + at);
 #pragma GCC unroll 16
       for (int r = 0; r < registers; ++r) sum[i][r] += factor * row[r];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < group; ++i) {
     if (i >= rows) break;
     const int64_t row = order[i];
@@ -119,13 +136,15 @@ void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
   int64_t left = piece.rows;
   for (; left >= kLanes; left -= kLanes, order += kLanes, ++steps_of) {
     const int64_t steps = *steps_of;
-    for (int lane = 0; lane < kLanes; lane += group)
-      accumulate_group<tile, fresh>(values + lane, column + lane, steps, order + lane, group, panel, s);
+    for (int64_t i = 0; i < steps * kLanes; i += 64) __builtin_prefetch(column + i + kAhead / 4);
+    accumulate_group<tile, fresh, true>(values, column, steps, order, group, panel, s);
+    for (int lane = group; lane < kLanes; lane += group)
+      accumulate_group<tile, fresh, false>(values + lane, column + lane, steps, order + lane, group, panel, s);
     values += steps * kLanes;
     column += steps * kLanes;
   }
   for (int lane = 0; lane < left; lane += group)
-    accumulate_group<tile, fresh>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
+    accumulate_group<tile, fresh, false>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
 }
 
 // Calls f(tile as a type).
