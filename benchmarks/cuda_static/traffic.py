@@ -46,11 +46,11 @@ class Op:
 GRADIENTS = ("saved", "grad", "first grad")
 NM = ("nm_kernel<4>", "nm_kernel<8>", "nm_kernel<0>")
 OPS = (
-    Op("topk_threshold", ("stream_kernel<false>",), ("weight",), (), 0, 5, 2),
+    Op("topk_threshold", ("stream_kernel<false>",), ("weight",), (), 0, 3, 2),
     Op("topk_histogram", ("histogram_kernel<true>", "histogram_kernel<false>"), ("param", "grad"), (), 0, 1),
     # a pass that only looks, then one that writes: unlike perturb_topk_, it has no copy from which a wrong guess could be set right
-    Op("prune_topk_", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 5, passes=2),
-    Op("perturb_topk_", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 5, 2),
+    Op("prune_topk_", ("stream_kernel<false>", "finish_kernel"), ("weight", "weight"), ("weight",), 1, 3, passes=2),
+    Op("perturb_topk_", ("stream_kernel<true>",), ("param", "grad"), ("saved", "param"), 1, 3, 2),
     Op("prune_nm_", NM, ("weight",), ("weight",), 1, 1, 2),
     Op("perturb_nm_", NM, ("param", "grad"), ("saved", "param"), 1, 1, 2),
     Op("perturb_masked_", ("perturb_masked_kernel",), ("param", "grad"), ("saved", "param"), 1, 1, 2),

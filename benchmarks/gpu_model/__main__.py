@@ -32,7 +32,7 @@ def op_row(counts: Counts, instructions: dict[str, float]) -> text.Row:
     row["shared wavefronts"] = f"{per_32(counts.accesses('shared', 'wavefronts'), counts):.2f}"
     row["conflicts"] = f"{counts.conflicts:.1%}"
     row |= {"barriers": counts.total("barriers"), "global atomics": counts.total("atomics", "global"), "launches": len(counts.launches)}
-    return row | {"serial us": f"{1e6 * model.serial(counts.op):.1f}"}
+    return row | {"serial us": f"{1e6 * model.serial(counts.op, counts.dtype):.1f}"}
 
 
 def bound_rows(counts: Counts, bounds: dict[str, Bound]) -> list[text.Row]:
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     print(text.table(costs))
     for line in missed:
         print(f"MISSED: {line}")
-    text.write_json(options.out / "gpu_model.json", {"weights": RESNET50, "counted": rows, "model": costs, "missed": missed})
+    record = {"commit": text.commit(), "quarter": options.quarter, "weights": RESNET50, "counted": rows, "model": costs, "missed": missed}
+    text.write_json(options.out / "gpu_model.json", record)
     print(f"{len(rows)} ops, {len(missed)} bars missed; {options.out / 'gpu_model.json'}")
     return MISSED if missed and options.check else OK
 

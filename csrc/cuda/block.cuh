@@ -38,14 +38,27 @@ __device__ __forceinline__ unsigned long long warp_sum(unsigned long long x) {
   return x;
 }
 
+// The last of n numbers, each at least as large as the one before, that is at most `wanted`, as the first is. All lanes of a warp.
+template <class NumberAt>
+__device__ __forceinline__ int32_t last_at_most(int32_t n, uint32_t wanted, NumberAt number) {
+  int32_t low = 0;
+  while (n > 1) {
+    const int32_t step = (n + 31) / 32, own = lane_of() * step;
+    const int32_t found = __popc(__ballot_sync(kAllLanes, own < n && number(low + own) <= wanted)) - 1;
+    low += found * step;
+    n = min(step, n - found * step);
+  }
+  return low;
+}
+
 struct Ranked {
   int32_t bin;
   int64_t rank;   // within the bin, from its largest, 1-based
   int64_t count;  // in the bin
 };
 
-// Finds numbers by rank in a histogram of kBins counts in global memory: count() or take() first, then after a barrier find(), by whole warps. What is
-// read is coalesced, and past the first-level cache: other blocks of this launch may have written the bins.
+// Finds numbers by rank in a histogram of kBins counts in global memory: count() or take() first, then after a barrier find(), by whole warps. What
+// is read is coalesced, and past the first-level cache: other blocks of this launch may have written the bins.
 template <int kBins, class Count>
 class RankedBins {
  public:
@@ -164,6 +177,44 @@ __device__ __forceinline__ bool is_last(uint32_t* done, uint32_t own, uint32_t t
   const bool result = last;
   if (result) __threadfence();
   return result;
+}
+
+// Pieces of work that the blocks of a launch claim in order. Whoever has found that none is left, and waits for one to be done, waits for a block
+// that runs and does not wait: no launch has to be resident as a whole.
+class Claims {
+ public:
+  // The first claim is under way while the block does something else.
+  __device__ __forceinline__ explicit Claims(uint32_t* claimed) : claimed_(claimed) { ask(); }
+
+  // Calls f(piece), by all threads of the block, until none of `pieces` is left.
+  template <class Function>
+  __device__ __forceinline__ void work(uint32_t pieces, Function f) {
+    __shared__ uint32_t piece;
+    while (left_) {
+      if (threadIdx.x == 0) piece = asked_;
+      __syncthreads();
+      const uint32_t own = piece;
+      left_ = own < pieces;
+      if (left_) f(own);
+      __syncthreads();
+      if (left_) ask();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void ask() {
+    if (threadIdx.x == 0) asked_ = atomicAdd(claimed_, 1u);
+  }
+
+  uint32_t* claimed_;
+  uint32_t asked_ = 0;  // in thread 0
+  bool left_ = true;
+};
+
+// What another block of this launch may have written.
+template <class Number>
+__device__ __forceinline__ Number seen(const Number& x) {
+  return *static_cast<const volatile Number*>(&x);
 }
 
 }  // namespace cuda

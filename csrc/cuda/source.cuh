@@ -10,8 +10,8 @@
 namespace cram {
 namespace cuda {
 
-template <class Function>
-__device__ __forceinline__ void with_types(const PerturbEntry& entry, Function f) {
+template <class Entry, class Function>
+__device__ __forceinline__ void with_types(const Entry& entry, Function f) {
   with_number_types(static_cast<DType>(entry.dtype), entry.master != nullptr, f);
 }
 
@@ -34,7 +34,8 @@ struct Source {
   float rho, inv_scale;
   bool scaled;
 
-  __device__ __forceinline__ Source(const PerturbEntry& entry, const void* weights_or_saved, const Perturbation& p)
+  template <class Entry>
+  __device__ __forceinline__ Source(const Entry& entry, const void* weights_or_saved, const Perturbation& p)
       : weights(static_cast<const W*>(entry.master != nullptr ? entry.master : weights_or_saved)),
         grad(static_cast<const T*>(entry.grad)),
         rho(grad != nullptr ? p.rho[p.rho_per_tensor ? entry.index : 0] : 0),
@@ -118,7 +119,7 @@ struct MovedVectors {
 
   // u, and true; false where one may be Inf or NaN (as it is where its gradient is): then u is not to be used.
   __device__ __forceinline__ bool move(const Source<T, W>& source) {
-    float zero = 0;  // a sum of zeros as long as every u is finite
+    float zero = 0;                // a sum of zeros as long as every u is finite
     if (source.grad == nullptr) {  // not w + 0: the sum of -0 and 0 is +0
 #pragma unroll
       for (int j = 0; j < kVectors<T>; ++j) {

@@ -24,8 +24,7 @@ inline int64_t chunks_of(const void* p, int64_t numel) { return (numel + chunk_s
 
 // Whether all vectors of these arrays, absent ones left out, are whole.
 inline bool whole_vectors(int64_t numel, std::initializer_list<const void*> arrays) {
-  return numel % 8 == 0 &&
-         std::all_of(arrays.begin(), arrays.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  return numel % 8 == 0 && std::all_of(arrays.begin(), arrays.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
 // An Entry is a tensor as a kernel sees it: plain data.
@@ -76,17 +75,23 @@ struct Task {
   uint32_t number;  // among the tasks of the entry
 };
 
-template <class Entry>
-__device__ __forceinline__ Task find(const Table<Entry>& table, uint32_t task) {
-  int low = 0, high = table.count - 1;  // the first entry that ends behind the task
+// end(i): tasks of the entries up to and including i.
+template <class End>
+__device__ __forceinline__ Task find(int count, uint32_t task, End end) {
+  int low = 0, high = count - 1;  // the first entry that ends behind the task
   while (low < high) {
     const int middle = (low + high) / 2;
-    if (table.ends[middle] > task)
+    if (end(middle) > task)
       high = middle;
     else
       low = middle + 1;
   }
-  return {low, low > 0 ? task - table.ends[low - 1] : task};
+  return {low, low > 0 ? task - end(low - 1) : task};
+}
+
+template <class Entry>
+__device__ __forceinline__ Task find(const Table<Entry>& table, uint32_t task) {
+  return find(table.count, task, [&](int i) { return table.ends[i]; });
 }
 
 // Calls f(entry, task, number of the task in the launch) for the tasks of this block: neighbours, so that one search is enough.

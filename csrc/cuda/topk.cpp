@@ -1,6 +1,7 @@
 #include "topk.h"
 
 #include <cmath>
+#include <new>
 #include <numeric>
 
 namespace cram {
@@ -36,7 +37,7 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
 
   std::vector<SetEntry> entries(num_sets);
   std::vector<int64_t> first(items.size(), 0);
-  for (int64_t s = 0; s < num_sets; ++s) entries[s].index = static_cast<int32_t>(s), entries[s].key_step = 1 << 16;
+  for (SetEntry& set : entries) set.key_step = 1 << 16;
   for (size_t i : order) {
     if (items[i].set < 0) continue;
     SetEntry& set = entries[items[i].set];
@@ -48,22 +49,50 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
   for (SetEntry& set : entries) {
     set.samples = samples_of(set.numel);
     set.capacity = capacity_of(set.numel, set.samples);
-    set.slices = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(set.capacity, kSliceSize)));
     set.first = candidates;
     set.tallies = tallied;
+    set.sample_slices_before = sample_slices;
+    set.slices_before = slices;
     candidates += set.capacity;
     tallied += tally_bytes(set.samples);
+    sample_slices += slices_of(set.samples);
+    slices += std::max(1u, slices_of(set.capacity));
   }
 
-  const auto entry = [&](size_t j) { return perturb_entry(items[order[j]], order[j], first[order[j]]); };
-  chunks = make_tables<PerturbEntry>(order.size(), entry, [&](size_t j) { return chunks_of(items[order[j]].param, items[order[j]].numel); });
-  samples = make_tables<PerturbEntry>(order.size(), entry, [&](size_t j) {
-    const Item& item = items[order[j]];
-    return item.set < 0 ? 0 : ceil_div(samples_in(first[order[j]], item.numel, entries[item.set]), kThreads);
-  });
-  const auto set_entry = [&](size_t s) { return entries[s]; };
-  sets = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return ceil_div(tally_bytes(entries[s].samples), kClearBytes); });
-  slices = make_tables<SetEntry>(num_sets, set_entry, [&](size_t s) { return int64_t{entries[s].slices}; });
+  starts.emplace_back();
+  const auto add = [&](int32_t StartTable::* number, const auto& entry, size_t at, int64_t tasks) {
+    if (tasks == 0) return;
+    if (!starts.back().has_room(sizeof(entry))) {
+      starts.emplace_back();
+      starts.back().sets_before = static_cast<int32_t>(at);
+    }
+    StartTable& table = starts.back();
+    unsigned char* const bytes = table.bytes + table.num_sets * sizeof(SetEntry) + table.num_tensors * sizeof(SampledEntry);
+    auto& added = *new (bytes) std::decay_t<decltype(entry)>(entry);
+    added.end = static_cast<uint32_t>(tasks) + (table.*number > 0 ? (&added)[-1].end : 0);
+    ++(table.*number);
+  };
+  for (int64_t s = 0; s < num_sets; ++s) add(&StartTable::num_sets, entries[s], s, ceil_div(tally_bytes(entries[s].samples), kClearBytes));
+  for (size_t i : order) {
+    const Item& item = items[i];
+    if (item.set < 0) continue;
+    const SetEntry& set = entries[item.set];
+    const SampledEntry sampled = {item.param,
+                                  item.grad,
+                                  item.master,
+                                  item.numel,
+                                  first[i],
+                                  set.numel,
+                                  set.samples,
+                                  set.sample_slices_before,
+                                  static_cast<uint32_t>(i),
+                                  static_cast<uint32_t>(item.dtype),
+                                  0};
+    add(&StartTable::num_tensors, sampled, 0, ceil_div(samples_in(first[i], item.numel, set), kThreads));
+  }
+  chunks = make_tables<PerturbEntry>(
+      order.size(), [&](size_t j) { return perturb_entry(items[order[j]], order[j], first[order[j]]); },
+      [&](size_t j) { return chunks_of(items[order[j]].param, items[order[j]].numel); });
 
   num_chunks = chunks.back().tasks_before + tasks_in(chunks.back());
   const auto place = [&](int64_t size) {
@@ -76,6 +105,7 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
   tallies_at = place(tallied);
   tensors_at = place(order.size() * sizeof(StreamedTensor));
   records_at = place(num_chunks * sizeof(CandidateRecord));
+  samples_at = place(sample_slices * kSliceSize * sizeof(uint16_t));
   keys_at = place(candidates * sizeof(int32_t));
   offsets_at = place(candidates * sizeof(uint16_t));
 }
@@ -86,9 +116,13 @@ TopkMemory TopkPlan::memory(void* workspace) const {
           reinterpret_cast<SetState*>(p + sets_at),
           reinterpret_cast<StreamedTensor*>(p + tensors_at),
           reinterpret_cast<CandidateRecord*>(p + records_at),
-          num_chunks,
+          reinterpret_cast<uint16_t*>(p + samples_at),
           reinterpret_cast<int32_t*>(p + keys_at),
-          reinterpret_cast<uint16_t*>(p + offsets_at)};
+          reinterpret_cast<uint16_t*>(p + offsets_at),
+          num_chunks,
+          static_cast<int32_t>(num_sets),
+          sample_slices,
+          slices};
 }
 
 namespace {
@@ -98,11 +132,9 @@ void topk(const std::vector<Item>& items, const Perturbation& p, TopkMode mode, 
   const TopkPlan plan(items, selection.num_sets, perturbs);
   void* const workspace = c.allocate(plan.workspace());
   const TopkMemory memory = plan.memory(workspace);
-  topk_prepare(plan, memory, plan.tallies(workspace), selection.k, c.stream);
-  topk_sample(plan, memory, p, c.stream);
+  topk_start(plan, memory, plan.tallies(workspace), selection.k, p, c.stream);
   topk_stream(plan, memory, p, perturbs, c.stream);
-  topk_select(plan, memory, c.stream);
-  topk_finish(plan, memory, p, mode, selection.thresholds, selection.stats, c.stream);
+  topk_finish(memory, p, mode, selection.thresholds, selection.stats, c.stream);
 }
 
 }  // namespace

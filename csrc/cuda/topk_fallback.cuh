@@ -1,17 +1,17 @@
 // Where a guess has failed: three passes that count the digits of all keys of the set, then one that writes its weights anew.
 // The passes are one after the other within a launch. Blocks claim pieces of work in order, those of a pass after all of the pass before, and wait
-// until that is done. So whoever waits, waits for blocks that run: it needs no grid that is resident as a whole.
+// until that is done: again for blocks that run (Claims).
 #pragma once
 
 #include "block.cuh"
 #include "mask.cuh"
 #include "source.cuh"
 #include "topk.h"
+#include "topk_select.cuh"
 
 namespace cram {
 namespace cuda {
 
-constexpr int kPasses = 3;  // digits of 11, 10 and 10 bits
 CRAM_HOST_DEVICE constexpr int digit_shift(int pass) { return 20 - 10 * pass; }
 CRAM_HOST_DEVICE constexpr int digit_bits(int pass) { return pass == 0 ? 11 : 10; }
 
@@ -25,17 +25,8 @@ static __device__ Ranked digits_before(const SetState& state, int pass) {
   return found;
 }
 
-struct Threshold {
-  int32_t key;
-  int64_t larger;  // keys above
-};
-
-// All threads of a block.
-static __device__ __forceinline__ Threshold threshold_of(const SetState& state) {
-  if (!state.fallback) return {state.threshold, state.larger};
-  const Ranked found = digits_before(state, kPasses);
-  return {found.bin, state.k - found.rank};
-}
+// Of a set whose guess has failed. All threads of a block.
+static __device__ __forceinline__ Ranked threshold_of_all(const SetState& state) { return digits_before(state, kPasses); }
 
 // What is written for a vector: u, or the weights' own bits where they did not move; +0 where `kept` has no bit, but a NaN stays.
 template <class T, int kLanes>
@@ -75,30 +66,27 @@ __device__ __forceinline__ void rewrite(const PerturbEntry& entry, uint32_t numb
 // In shared memory.
 class Fallback {
  public:
-  // From pass `first` on: kPasses writes alone, for the sets that want it. report(piece, pieces) is called once for each piece when the thresholds are
-  // known. All threads of the block.
-  template <class Report>
-  __device__ __forceinline__ void run(const TopkMemory& memory, const Perturbation& p, TopkMode mode, int first, Report report) {
-    const uint32_t pieces = max(1u, static_cast<uint32_t>((memory.num_chunks + kPiece - 1) / kPiece));
+  // From pass `first` on: kPasses writes alone, for the sets that want it. All threads of the block.
+  __device__ __forceinline__ void run(const TopkMemory& memory, const Perturbation& p, TopkMode mode, int first, const Results& results) {
     __syncthreads();  // the memory was another's
     clear();
     for (;;) {
       if (threadIdx.x == 0) {
-        claimed_ = atomicAdd(&memory.progress->claimed, 1u);
-        const uint32_t before = claimed_ / pieces;  // passes
-        while (first + before <= kPasses && *static_cast<volatile uint32_t*>(&memory.progress->done) < before * pieces) {
+        const uint32_t pieces = max(1u, static_cast<uint32_t>((memory.num_chunks + kPiece - 1) / kPiece));
+        const uint32_t claimed = atomicAdd(&memory.progress->claimed, 1u), before = claimed / pieces;  // passes
+        pieces_ = pieces, piece_ = claimed % pieces, pass_ = first + static_cast<int>(before);
+        while (pass_ <= kPasses && seen(memory.progress->done) < before * pieces) {
         }
         __threadfence();
       }
       __syncthreads();
-      const uint32_t piece = claimed_ % pieces;
-      const int pass = first + static_cast<int>(claimed_ / pieces);
+      const int pass = pass_;
       if (pass > kPasses) return;
-      const int64_t begin = piece * kPiece, end = min(begin + kPiece, memory.num_chunks);
+      const int64_t begin = piece_ * int64_t{kPiece}, end = min(begin + kPiece, memory.num_chunks);
       if (pass < kPasses) {
         count(memory, p, mode, begin, end, pass);
       } else {
-        report(piece, pieces);
+        report(memory, results, static_cast<int32_t>(piece_), static_cast<int32_t>(pieces_));
         if (mode != TopkMode::kThreshold) write(memory, p, mode, begin, end);
       }
       __threadfence();
@@ -121,12 +109,23 @@ class Fallback {
     __syncthreads();
   }
 
+  // Of the sets first, first + step, ... whose guess has failed.
+  __device__ __forceinline__ static void report(const TopkMemory& memory, const Results& results, int32_t first, int32_t step) {
+    for (int32_t s = first; s < memory.num_sets; s += step) {
+      const SetState& state = memory.sets[s];
+      if (!has_failed(state)) continue;
+      const Ranked found = threshold_of_all(state);
+      if (threadIdx.x == 0) results.write(state, s, found.bin, state.k - found.rank, true);
+    }
+  }
+
   // f(entry, number of the chunk in its tensor) for the chunks that are a set's.
   template <class Function>
   __device__ __forceinline__ static void for_chunks(const TopkMemory& memory, int64_t begin, int64_t end, Function f) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const StreamedTensor& tensor = memory.tensors[memory.records[chunk].tensor];
-      if (tensor.entry.set >= 0) f(tensor.entry, static_cast<uint32_t>(chunk - tensor.first));
+      const CandidateRecord record = memory.records[chunk];
+      const StreamedTensor& tensor = memory.tensors[record.tensor];
+      if (record.set >= 0) f(tensor.entry, static_cast<uint32_t>(chunk - tensor.first));
     }
   }
 
@@ -134,7 +133,7 @@ class Fallback {
     const int shift = digit_shift(pass), bits = digit_bits(pass);
     int32_t set = -1, prefix = 0;
     for_chunks(memory, begin, end, [&](const PerturbEntry& entry, uint32_t number) {
-      if (!memory.sets[entry.set].fallback) return;
+      if (!has_failed(memory.sets[entry.set])) return;
       if (entry.set != set) {
         if (set >= 0) flush(memory.sets[set].radix + pass * kDigitBins);
         set = entry.set;
@@ -159,19 +158,21 @@ class Fallback {
   }
 
   __device__ __forceinline__ void write(const TopkMemory& memory, const Perturbation& p, TopkMode mode, int64_t begin, int64_t end) {
-    int32_t set = -1;
-    Threshold threshold = {};
+    int32_t set = -1, threshold = 0;
     for_chunks(memory, begin, end, [&](const PerturbEntry& entry, uint32_t number) {
-      if (mode == TopkMode::kPerturb && !memory.sets[entry.set].fallback) return;
+      const SetState& state = memory.sets[entry.set];
+      const bool failed = has_failed(state);
+      if (mode == TopkMode::kPerturb && !failed) return;
       if (entry.set != set) {
         set = entry.set;
-        threshold = threshold_of(memory.sets[set]);
+        threshold = failed ? threshold_of_all(state).bin : wait_for_threshold(state);
       }
-      with_types(entry, [&](auto t, auto w) { rewrite<decltype(t), decltype(w)>(entry, number, threshold.key, p, mask_); });
+      with_types(entry, [&](auto t, auto w) { rewrite<decltype(t), decltype(w)>(entry, number, threshold, p, mask_); });
     });
   }
 
-  uint32_t claimed_;
+  uint32_t pieces_, piece_;  // of each pass; the one that this block has claimed
+  int pass_;
   uint32_t counts_[kDigitBins];  // of the keys of a set that this block has counted so far, by digit
   MaskStage mask_;
 };

@@ -1,5 +1,5 @@
-// Sets right what the guess got wrong, the candidates between it and the threshold. Where a guess has failed: the threshold from all keys, digit after
-// digit, and all weights anew. Results.
+// The threshold of each set. Sets right what the guess got wrong, the candidates between it and the threshold. Where a guess has failed: the
+// threshold from all keys, digit after digit, and all weights anew. Results.
 #include "launch.h"
 #include "mask.cuh"
 #include "topk_fallback.cuh"
@@ -12,40 +12,77 @@ namespace {
 
 // The weights that change sides in the chunks of a warp, a few of each.
 struct Moves {
-  static constexpr int kRoom = 128;
+  static constexpr int kRoom = 160;
   uint32_t flips[kPiece * kChunk / 32];  // mask bits to turn over; clear between two lists
   uint32_t places[kRoom];                // number among the warp's chunks * kChunk + offset in it
 };
 
-// What lane c < kPiece of a warp knows of its chunk c.
-struct Fix {
+// kPiece chunks from `begin` on, a warp's, whose candidates are thought of as one list.
+struct Piece {
+  static constexpr int kAhead = Moves::kRoom / 32;
+
+  // Of chunk c, in lane c < kPiece.
   CandidateRecord record = {};
-  int64_t first = 0;               // of its candidates among those of all sets
-  int32_t low = 0, high = 0;       // the keys that change sides: low < key <= high
+  int end = 0;                // of its candidates in the list
+  int32_t low = 0, high = 0;  // the keys that change sides: low < key <= high
   bool keep = false;
 
-  __device__ Fix() = default;
-  __device__ __forceinline__ Fix(const TopkMemory& memory, int64_t chunk) : record(memory.records[chunk]) {
-    const int32_t set = memory.tensors[record.tensor].entry.set;
+  // Of the candidates that lie 32 apart, from where load() was asked to begin.
+  int32_t key[kAhead];
+  uint16_t offset[kAhead];
+
+  __device__ __forceinline__ Piece(const TopkMemory& memory, int64_t begin) {
+    if (lane_of() < kPiece && begin + lane_of() < memory.num_chunks) record = memory.records[begin + lane_of()];
+  }
+  // When the records are there.
+  __device__ __forceinline__ void begin_list(const TopkMemory& memory) {
+    end = warp_inclusive_sum(static_cast<int>(record.count));
+    load(memory, 0);
+  }
+
+  __device__ __forceinline__ int total() const { return __shfl_sync(kAllLanes, end, kPiece - 1); }
+
+  __device__ __forceinline__ void load(const TopkMemory& memory, int from) {
+    const int64_t first = static_cast<int64_t>(record.first) - (end - static_cast<int>(record.count));
+    const int size = total();
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = from + j * 32 + lane_of();
+      const int64_t at = __shfl_sync(kAllLanes, first, chunk_of(i)) + i;
+      key[j] = i < size ? memory.keys[at] : kNanKey;
+      offset[j] = i < size ? memory.offsets[at] : 0;
+    }
+  }
+
+  // The chunk of candidate i of the list. By a warp.
+  __device__ __forceinline__ int chunk_of(int i) const {
+    int chunk = 0;
+#pragma unroll
+    for (int c = 0; c < kPiece - 1; ++c) chunk += i >= __shfl_sync(kAllLanes, end, c) ? 1 : 0;
+    return chunk;
+  }
+
+  // Waits for the thresholds. By a warp.
+  __device__ __forceinline__ void settle(const TopkMemory& memory) {
     if (record.count == 0) return;
-    const SetState& state = memory.sets[set];
-    first = state.first + record.first;
-    low = min(state.cut, state.threshold), high = max(state.cut, state.threshold);
-    keep = state.threshold < state.cut;
-    if (state.fallback || low == high) record.count = 0;
+    const SetState& state = memory.sets[record.set];
+    if (has_failed(state)) return;
+    const int32_t threshold = wait_for_threshold(state), cut = state.guess.cut;
+    low = min(cut, threshold), high = max(cut, threshold);
+    keep = threshold < cut;
   }
 };
 
 // Moves `count` weights, and clears their flips. By a warp.
-__device__ __forceinline__ void apply(const TopkMemory& memory, const Perturbation& p, const Fix& fix, int64_t begin, int count, Moves& moves) {
+__device__ __forceinline__ void apply(const TopkMemory& memory, const Perturbation& p, const Piece& piece, int64_t begin, int count, Moves& moves) {
   for (int i = lane_of(); i < count; i += 32) atomicXor(moves.flips + moves.places[i] / 32, 1u << (moves.places[i] % 32));
   __syncwarp();
   for (int first = 0; first < count; first += 32) {
     const bool mine = first + lane_of() < count;
     const uint32_t place = mine ? moves.places[first + lane_of()] : 0;
     const int chunk = static_cast<int>(place / kChunk), offset = static_cast<int>(place % kChunk);
-    const StreamedTensor& tensor = memory.tensors[__shfl_sync(kAllLanes, fix.record.tensor, chunk)];
-    const bool keep = __shfl_sync(kAllLanes, static_cast<int>(fix.keep), chunk) != 0;
+    const StreamedTensor& tensor = memory.tensors[__shfl_sync(kAllLanes, piece.record.tensor, chunk)];
+    const bool keep = __shfl_sync(kAllLanes, static_cast<int>(piece.keep), chunk) != 0;
     if (mine) {
       const PerturbEntry& entry = tensor.entry;
       const int64_t at = (begin + chunk - tensor.first) * chunk_size(aligned(entry.param)) + offset;
@@ -64,91 +101,66 @@ __device__ __forceinline__ void apply(const TopkMemory& memory, const Perturbati
   }
 }
 
-// kPiece chunks from `begin` on, whose candidates are thought of as one list. By a warp.
-__device__ __forceinline__ void fix_up(const TopkMemory& memory, const Perturbation& p, int64_t begin, Moves& moves) {
-  constexpr int kAhead = Moves::kRoom / 32;
-  const bool exists = lane_of() < kPiece && begin + lane_of() < memory.num_chunks;
-  const Fix fix = exists ? Fix(memory, begin + lane_of()) : Fix();
-  const int end = warp_inclusive_sum(fix.record.count), total = __shfl_sync(kAllLanes, end, kPiece - 1);
+// By a warp.
+__device__ __forceinline__ void fix_up(const TopkMemory& memory, const Perturbation& p, Piece& piece, int64_t begin, Moves& moves) {
+  piece.settle(memory);
+  __syncwarp();
+  const int total = piece.total();
   for (int from = 0; from < total; from += Moves::kRoom) {
-    int32_t key[kAhead], chunk[kAhead];
-    uint16_t offset[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = from + j * 32 + lane_of();
-      chunk[j] = 0;
-#pragma unroll
-      for (int c = 0; c < kPiece - 1; ++c) chunk[j] += i >= __shfl_sync(kAllLanes, end, c) ? 1 : 0;
-      const int64_t at = __shfl_sync(kAllLanes, fix.first - (end - fix.record.count), chunk[j]) + i;
-      key[j] = i < total ? memory.keys[at] : kNanKey;
-      offset[j] = i < total ? memory.offsets[at] : 0;
-    }
+    if (from > 0) piece.load(memory, from);
     int count = 0;
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int32_t low = __shfl_sync(kAllLanes, fix.low, chunk[j]), high = __shfl_sync(kAllLanes, fix.high, chunk[j]);
-      const bool moves_over = key[j] > low && key[j] <= high && key[j] != kNanKey;
+    for (int j = 0; j < Piece::kAhead; ++j) {
+      const int32_t key = piece.key[j], chunk = piece.chunk_of(from + j * 32 + lane_of());
+      const int32_t low = __shfl_sync(kAllLanes, piece.low, chunk), high = __shfl_sync(kAllLanes, piece.high, chunk);
+      const bool moves_over = key > low && key <= high && key != kNanKey;
       const uint32_t all = __ballot_sync(kAllLanes, moves_over);
-      if (moves_over) moves.places[count + __popc(all & ((1u << lane_of()) - 1))] = static_cast<uint32_t>(chunk[j] * kChunk + offset[j]);
+      if (moves_over) moves.places[count + __popc(all & ((1u << lane_of()) - 1))] = static_cast<uint32_t>(chunk * kChunk + piece.offset[j]);
       count += __popc(all);
     }
     __syncwarp();
-    apply(memory, p, fix, begin, count, moves);
-  }
-}
-
-// ---- Results ----
-
-struct Results {
-  int32_t* thresholds;  // [num_sets]
-  int64_t* stats;       // [num_sets, 3]; optional
-  int64_t num_sets;
-};
-
-// Of the sets first, first + step, ... whose guess has failed, or of those whose guess held. All threads of a block.
-__device__ __forceinline__ void report(const TopkMemory& memory, const Results& results, int64_t first, int64_t step, bool fallback) {
-  for (int64_t s = first; s < results.num_sets; s += step) {
-    const SetState& state = memory.sets[s];
-    if (state.fallback != fallback) continue;
-    const Threshold threshold = threshold_of(state);
-    if (threadIdx.x > 0) continue;
-    results.thresholds[s] = threshold.key;
-    if (results.stats == nullptr) continue;  // topk_threshold reports none
-    results.stats[3 * s] = threshold.key == kNanKey ? 0 : threshold.larger - static_cast<int64_t>(state.nans);
-    results.stats[3 * s + 1] = static_cast<int64_t>(state.candidates);
-    results.stats[3 * s + 2] = state.fallback;
+    apply(memory, p, piece, begin, count, moves);
   }
 }
 
 // perturb_topk_: `stream` has written every weight, pruned at `cut`. A set whose guess held needs only its candidates between cut and threshold,
-// some chunks a warp; one whose guess failed is written anew. prune_topk_: nothing has been written yet, and every set is. topk_threshold: nothing is.
+// some chunks a warp; one whose guess failed is written anew. prune_topk_: nothing has been written yet, and every set is. topk_threshold: nothing
+// is.
 __global__ void __launch_bounds__(kThreads, kFinishBlocks)
     finish_kernel(const TopkMemory memory, const Perturbation p, const TopkMode mode, const Results results) {
   __shared__ union {
     Moves moves[kWarps];
     Fallback fallback;
   } shared;
-  const bool any_fallback = memory.progress->any_fallback != 0;
-  report(memory, results, blockIdx.x, gridDim.x, false);
-  if (mode == TopkMode::kPerturb) {
+  Claims claims(&memory.progress->slices);
+  const int64_t apart = int64_t{gridDim.x} * kPiece;  // pieces of the warps of a block
+  int64_t begin = warp_of() * apart + blockIdx.x * kPiece;
+  const bool fixes = mode == TopkMode::kPerturb;
+  Piece piece(memory, fixes ? begin : memory.num_chunks);
+  bool failed = false;
+  for (int32_t s = threadIdx.x; s < memory.num_sets; s += kThreads) failed |= has_failed(memory.sets[s]);
+  piece.begin_list(memory);  // its candidates are on their way while thresholds are found
+  claims.work(memory.slices, [&](uint32_t slice) { select(memory, slice, results); });
+  if (fixes) {
     Moves& moves = shared.moves[warp_of()];
     for (int i = lane_of(); i < kPiece * kChunk / 32; i += 32) moves.flips[i] = 0;
     __syncwarp();
-    for (int64_t begin = (static_cast<int64_t>(warp_of()) * gridDim.x + blockIdx.x) * kPiece; begin < memory.num_chunks;
-         begin += static_cast<int64_t>(gridDim.x) * kWarps * kPiece)
-      fix_up(memory, p, begin, moves);
+    while (begin < memory.num_chunks) {
+      fix_up(memory, p, piece, begin, moves);
+      begin += kWarps * apart;
+      piece = Piece(memory, begin);
+      piece.begin_list(memory);
+    }
   }
-  if (!any_fallback && mode != TopkMode::kPrune) return;
-  shared.fallback.run(memory, p, mode, any_fallback ? 0 : kPasses,
-                      [&](int64_t piece, int64_t pieces) { report(memory, results, piece, pieces, true); });
+  const bool any_failed = __syncthreads_or(failed);
+  if (any_failed || mode == TopkMode::kPrune) shared.fallback.run(memory, p, mode, any_failed ? 0 : kPasses, results);
 }
 
 }  // namespace
 
-void topk_finish(const TopkPlan& plan, const TopkMemory& memory, const Perturbation& p, TopkMode mode, int32_t* thresholds, int64_t* stats,
-                 Stream stream) {
-  const Results results = {thresholds, stats, plan.num_sets};
-  launch("top-k, finish", finish_kernel, std::max((plan.num_chunks + kPiece - 1) / kPiece, plan.num_sets), stream, memory, p, mode, results);
+void topk_finish(const TopkMemory& memory, const Perturbation& p, TopkMode mode, int32_t* thresholds, int64_t* stats, Stream stream) {
+  const int64_t pieces = (memory.num_chunks + kPiece - 1) / kPiece;
+  launch("top-k, finish", finish_kernel, std::max(pieces, int64_t{memory.slices}), stream, memory, p, mode, Results{thresholds, stats});
 }
 
 }  // namespace cuda

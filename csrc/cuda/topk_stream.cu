@@ -1,9 +1,11 @@
-// The pass over all weights: perturb, save, prune on the guess, mask bits; count what lies above the bracket and write down what lies inside.
+// A bracket around the threshold, then the pass over all weights: perturb, save, prune on the guess, mask bits; count what lies above the bracket and
+// write down what lies inside.
 #include "block.cuh"
 #include "launch.h"
 #include "mask.cuh"
 #include "source.cuh"
 #include "topk.h"
+#include "topk_bracket.cuh"
 
 namespace cram {
 namespace cuda {
@@ -22,15 +24,6 @@ struct Counts {
     const unsigned long long sum = warp_sum(static_cast<unsigned long long>(own));
     if (lane_of() == 0 && sum > 0) atomicAdd(counter, sum);
   }
-};
-
-// What the kernel needs of a set for each weight. A copy in shared memory: the compiler would load the SetState anew after every atomic, which may
-// alias it.
-struct Guess {
-  int32_t low, high, cut;
-  bool ties_below;
-
-  __device__ __forceinline__ bool appends() const { return writes_candidates(low, high); }
 };
 
 // Bits of the weights of a vector.
@@ -85,13 +78,15 @@ struct Levels {
 };
 
 struct Shared {
-  Guess guess;
+  Bracketing bracketing;
+  Guess guess;    // of the set: a copy, since the compiler would load the SetState anew after every atomic, which may alias it
+  int32_t shift;  // of its candidates' first digit
   MaskStage mask;
   // Two chunks take turns: while one warp writes down the candidates of a chunk, the others go on to the next.
   uint4 u[2][kThreads * 2];  // of a chunk, as its numbers lie in memory
   uint16_t offsets[2][kStaged];
   int32_t count[4];  // of candidates: of the chunk before, of this one, of the next two; cleared one barrier ahead of its use
-  int32_t total;  // and `first`: of stream_exactly
+  int32_t total;     // and `first`: of stream_exactly
   int64_t first;
 };
 
@@ -99,22 +94,28 @@ struct Shared {
 struct Work {
   const PerturbEntry& entry;
   uint32_t number;  // of the chunk in its tensor
-  int64_t record;   // of all chunks
-  int32_t tensor;   // of those that are streamed
+  int64_t number_of_all;
+  int32_t tensor;  // of those that are streamed
   const Guess& guess;
+  const int32_t& shift;
   const TopkMemory& memory;
   const Perturbation& p;
 
   __device__ __forceinline__ SetState& state() const { return memory.sets[entry.set]; }
+  __device__ __forceinline__ bool appends() const { return writes_candidates(guess); }
+  __device__ __forceinline__ void record(int64_t first, int32_t count) const {
+    memory.records[number_of_all] = {static_cast<uint64_t>(first), static_cast<uint64_t>(count), tensor, entry.set};
+  }
 };
 
 // The place of a chunk's candidates among those of all sets; -1: there is no room. By one thread.
 __device__ __forceinline__ int64_t reserve(const Work& work, int32_t total) {
   SetState& state = work.state();
-  const int64_t first = total > 0 ? static_cast<int64_t>(atomicAdd(&state.candidates, static_cast<unsigned long long>(total))) : 0;
-  const bool fits = first + total <= state.capacity;
-  work.memory.records[work.record] = {first, fits ? total : 0, work.tensor};
-  return fits ? state.first + first : -1;
+  const int64_t place = total > 0 ? static_cast<int64_t>(atomicAdd(&state.candidates, static_cast<unsigned long long>(total))) : 0;
+  const int64_t first = state.first + place;
+  const bool fits = place + total <= state.capacity;
+  work.record(first, fits ? total : 0);
+  return fits ? first : -1;
 }
 
 // Writes down the candidates of a chunk: `total` places in u. By a warp.
@@ -124,7 +125,7 @@ __device__ __forceinline__ void write_down(const Work& work, int32_t total, cons
   if (lane_of() == 0) first = reserve(work, total);
   first = __shfl_sync(kAllLanes, first, 0);
   if (first < 0) return;
-  const int32_t low = work.guess.low, shift = work.state().shift;
+  const int32_t low = work.guess.low, shift = work.shift;
   uint32_t* const digits = work.state().digits;
   for (int32_t begin = 0; begin < total; begin += 32) {
     const int32_t i = begin + lane_of();
@@ -179,7 +180,7 @@ __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Cou
   if (entry.set < 0) return;
   if (nans > 0) atomicAdd(&work.state().nans, static_cast<unsigned long long>(nans));
   if (kWrite && entry.mask != nullptr) write_mask<T>(chunk, param, entry.mask, kept, shared.mask);
-  if (!work.guess.appends()) {
+  if (!work.appends()) {
     counts.unlisted += count;
     return;
   }
@@ -195,7 +196,7 @@ __device__ __forceinline__ void stream_exactly(const Work& work, bool again, Cou
   const Source<T, W> written(entry, entry.saved != nullptr ? entry.saved : param, work.p);
   int32_t* const keys = work.memory.keys + first;
   uint16_t* const offsets = work.memory.offsets + first;
-  const int32_t low = work.guess.low, shift = work.state().shift;
+  const int32_t low = work.guess.low, shift = work.shift;
   uint32_t* const digits = work.state().digits;
   for_vectors(chunk, param, [&](int j, const auto& span) {
 #pragma unroll
@@ -246,7 +247,7 @@ __device__ __forceinline__ bool stream_whole(const Work& work, uint32_t turn, Co
       for (int i = 0; i < kLanes; ++i) at_low += span.exists && moved.key(j, i) == work.guess.low ? 1 : 0;
     });
   }
-  const bool appends = work.guess.appends();
+  const bool appends = work.appends();
   if (appends) {
 #pragma unroll
     for (int j = 0; j < kVectors<T>; ++j) shared.u[stage][j * kThreads + threadIdx.x] = words_of(moved.u[j]);
@@ -277,6 +278,7 @@ template <bool kWrite>
 __global__ void __launch_bounds__(kThreads, kStreamBlocks)
     stream_kernel(const __grid_constant__ PerturbTable table, const TopkMemory memory, const Perturbation p) {
   __shared__ Shared shared;
+  Claims claims(&memory.progress->sample_slices);
   if (threadIdx.x < 4) shared.count[threadIdx.x] = 0;
   __syncthreads();
   if (kWrite && blockIdx.x == 0 && threadIdx.x == 0) *p.perturbed = 1;
@@ -286,22 +288,20 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
   int32_t set = -2;
   uint32_t turn = 0;  // of the block, counted in chunks of whole vectors
   for_own_tasks(table, [&](const PerturbEntry& entry, const Task& task, uint32_t place) {
+    claims.work(memory.sample_slices, [&](uint32_t slice) { shared.bracketing.run(memory, slice); });  // before the first chunk
     if (entry.set != set) {
       if (set >= 0) counts.flush(memory.sets[set]);
       counts = {};  // what was counted in dense tensors too
       set = entry.set;
       __syncthreads();
       if (threadIdx.x == 0) {
-        shared.guess = {kNanKey, kNanKey, kKeepAll, false};  // outside of all sets: all is kept
-        if (set >= 0) {
-          const SetState& state = memory.sets[set];
-          shared.guess = {state.low, state.high, state.cut, state.ties_below};
-        }
+        shared.guess = set >= 0 ? wait_for_guess(memory.sets[set]) : Guess{kNanKey, kNanKey, kKeepAll, false};  // outside of all sets all is kept
+        shared.shift = first_shift(shared.guess);
       }
       __syncthreads();
     }
-    const Work work = {entry, task.number, table.tasks_before + place, table.entries_before + task.entry, shared.guess, memory, p};
-    if (!shared.guess.appends() && threadIdx.x == 0) memory.records[work.record] = {0, 0, work.tensor};
+    const Work work = {entry, task.number, table.tasks_before + place, table.entries_before + task.entry, shared.guess, shared.shift, memory, p};
+    if (!work.appends() && threadIdx.x == 0) work.record(0, 0);
     with_types(entry, [&](auto t, auto w) {
       using T = decltype(t);
       using W = decltype(w);

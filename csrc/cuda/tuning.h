@@ -11,18 +11,17 @@ namespace cuda {
 constexpr int kThreads = CRAM_BLOCK_THREADS;
 static_assert(kThreads == 128 || kThreads == 256 || kThreads == 512, "whole warps, which share 2048 bins out evenly; offsets in a chunk of 16 bits");
 
-constexpr int kItems = 8;                 // weights a thread has of a chunk: two vectors of float32, one of 16 bits
+constexpr int kItems = 8;                  // weights a thread has of a chunk: two vectors of float32, one of 16 bits
 constexpr int kChunk = kItems * kThreads;  // weights of a chunk: what a block works on at a time
-constexpr int kStaged = 512;              // top-k's stream: room in shared memory for the candidates of a chunk, of which there are some 27
-constexpr int kSelectAhead = 8;           // top-k's select: candidates of a thread, which loads all before it waits for the first
-constexpr int kGroupBins = 128;           // bins whose sum is looked at first
-constexpr int kPiece = 4;                 // top-k's finish: neighbouring chunks that a warp, or where a guess has failed a block, has at a time
+constexpr int kStaged = 512;               // top-k's stream: room in shared memory for the candidates of a chunk, of which there are some 27
+constexpr int kSelectAhead = 8;            // top-k: candidates, or keys of the sample, of a thread, which loads all before it waits for the first
+constexpr int kGroupBins = 128;            // bins whose sum is looked at first
+constexpr int kPiece = 5;                  // top-k's finish: neighbouring chunks that a warp, or where a guess has failed a block, has at a time
 
 // Blocks of a multiprocessor: the most for which no arch spills registers.
 constexpr int kNmBlocks = 3;
 constexpr int kSgdBlocks = 4;
 constexpr int kRestoreBlocks = 2;
-constexpr int kSelectBlocks = 4;
 constexpr int kFinishBlocks = 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // nvcc 13 loads more ahead there
 constexpr int kAdamBlocks = 2;
