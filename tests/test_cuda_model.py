@@ -158,6 +158,13 @@ def test_bars() -> None:
     assert model.missed(many, {}, {}) == ["restore_ bf16: 2 launches; the bar is 1"]
 
 
+def test_serial_phases_depend_on_the_type() -> None:
+    """Global top-k counts a second digit in float32 alone: three of seventeen accesses."""
+    assert model.serial("perturb_topk_", "fp32") == pytest.approx(17 * 0.7e-6)
+    assert model.serial("perturb_topk_", "bf16") == pytest.approx(14 * 0.7e-6)
+    assert model.serial("perturb_nm_", "fp32") == model.serial("perturb_nm_", "bf16")
+
+
 def test_command(executed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On one layer: the bytes are the formula's and two sectors, and a bar that is missed is named and fails the command where asked."""
     monkeypatch.setattr(counting, "executor", lambda: executed)

@@ -3,7 +3,8 @@
 An op's bytes are those of float32 without master weights: each stream once a weight.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 MASK = 1 / 8  # bytes: one bit
 VECTOR = 16  # bytes
@@ -64,15 +65,14 @@ OPS = (
 
 @dataclass(frozen=True)
 class Vectors:
-    """Accesses of 16 bytes in a kernel's machine code. `again`: loads that nvcc 13.0 has twice, for the archs of `again_on`."""
+    """Accesses of 16 bytes in a kernel's machine code. `again`: arch -> loads that nvcc 13.0 has twice there."""
 
     load: int
     store: int = 0
-    again: int = 0
-    again_on: tuple[str, ...] = ()
+    again: Mapping[str, int] = field(default_factory=dict)
 
     def wanted(self, kind: str, arch: str) -> int:
-        return self.store if kind == "store" else self.load + (self.again if arch in self.again_on else 0)
+        return self.store if kind == "store" else self.load + self.again.get(arch, 0)
 
     def times(self, count: int) -> "Vectors":
         return Vectors(count * self.load, count * self.store)
@@ -88,14 +88,17 @@ LOOP_FROM = 1 + 1 + 2 + 1 + 2  # of the type of master weights and state
 PERTURB = Vectors(OWN + MASTERS + OWN, 2 * OWN)  # param, masters, grad; saved, param
 LOOK = Vectors(FROM + OWN)  # weights, grad
 DIGIT = 6  # RankedBins: two groups of 2,048 counts of 64 bits, then four counts of the group that holds the rank
+SMALL_DIGIT = 2  # the same of 32 bits, where the counts of the group are kept
+BRACKET = 1 + 1  # keys of the sample, the bins of one rank
 
 # Kernel -> its accesses, exactly: one more would hide the loss of another. What is not here has no stream of weights in vectors.
 VECTORS = {
     # vectors that are cut, and those that are not; without a gradient u is the weight itself
-    "stream_kernel<false>": Vectors(2 * PERTURB.load),
-    "stream_kernel<true>": Vectors(2 * PERTURB.load, 2 * PERTURB.store),
-    # the passes that count digits, then the one that writes: the parameter too, whose bits stay where nothing moves
-    "finish_kernel": Vectors(2 * LOOK.load + OWN + 3 * DIGIT, OWN),
+    "stream_kernel<false>": Vectors(BRACKET + 2 * PERTURB.load),
+    "stream_kernel<true>": Vectors(BRACKET + 2 * PERTURB.load, 2 * PERTURB.store),
+    # three digits of the candidates; the passes that count digits of all keys, then the one that writes: the parameter too, whose bits stay
+    # where nothing moves. The sets' own words come on top, some in vectors
+    "finish_kernel": Vectors(3 * SMALL_DIGIT + 2 * LOOK.load + OWN + 3 * DIGIT, OWN),
     "histogram_kernel<false>": LOOK.times(2),
     "histogram_kernel<true>": LOOK.times(2),
     # tensors that are not pruned, with vectors that are cut and without; for m = 4 and 8 also groups within a vector
@@ -112,8 +115,7 @@ VECTORS = {
     "update_kernel<AdamStep>": Vectors(
         2 * (FROM + 2 * LOOP_OWN + 4 * LOOP_FROM),
         2 * (OWN + LOOP_OWN + 4 * LOOP_FROM),
-        again=4 * LOOP_OWN - 2,
-        again_on=("80", "86", "89", "90"),
+        again=dict.fromkeys(("80", "86", "89", "90"), 4 * LOOP_OWN - 2) | dict.fromkeys(("100", "120"), 2 * LOOP_OWN),
     ),
     "norm_kernel": Vectors(8 + 4 + 4),  # a lane has 32 numbers; three types
 }

@@ -17,14 +17,15 @@ def table(record: Record) -> str:
     head = ["op", "bytes a weight (formula)", "warp instructions for 32 weights, sm_80 / 86 / 89 / 90", "launches", "serial, us", *cards]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in record["counted"]:
+        op, dtype = row["name"].split()
         instructions = " / ".join(value for key, value in row.items() if key.startswith("instructions "))
         share = {own["card"]: own["share of copy, at most"] for own in record["model"] if own["name"] == row["name"]}
-        cells = [f"`{row['name'].replace(' ', '` ')}", f"{row['B/weight']} ({row['formula']})", instructions, row["launches"], row["serial us"]]
-        lines.append(f"| {' | '.join(map(str, [*cells, *(share[card] for card in cards)]))} |")
-    counted_on = "a quarter of the weights" if record["quarter"] else "all weights"
-    caption = f"*Commit {record['commit']}. A model, not a measurement: shares of a copy at the most. Counted on {counted_on} of ResNet-50.*"
-    missed = [f"- {line}" for line in record["missed"]]
-    return "\n".join([caption, "", *lines, "", "Bars that are missed:" if missed else "No bar is missed.", *([""] if missed else []), *missed])
+        cells = [f"`{op}` {dtype}", f"{row['B/weight']} ({row['formula']})", instructions, str(row["launches"]), row["serial us"]]
+        lines.append(f"| {' | '.join([*cells, *(share[card] for card in cards)])} |")
+    counted_on = "a quarter of ResNet-50's weights" if record["quarter"] else "ResNet-50's weights"
+    caption = f"*Commit {record['commit']}, counted on {counted_on}. A model, not a measurement: shares of a copy at the most.*"
+    missed = ["Bars that are missed:", "", *(f"- {line}" for line in record["missed"])] if record["missed"] else ["No bar is missed."]
+    return "\n".join([caption, "", *lines, "", *missed])
 
 
 def filled(text: str, record: Record) -> str:
