@@ -45,10 +45,15 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
     set.numel += items[i].numel;
     set.key_step = std::min(set.key_step, key_step(items[i].dtype));
   }
-  int64_t candidates = 0, tallied = 0;
+  int64_t candidates = 0, tallied = 0, sampled_sets = 0, first_sampled = 0;
   for (SetEntry& set : entries) {
     set.samples = samples_of(set.numel);
     set.capacity = capacity_of(set.numel, set.samples);
+    if (set.samples > 0) {
+      candidates = ceil_div(candidates, 4) * 4;  // aligned to 16 bytes
+      first_sampled = candidates;
+      ++sampled_sets;
+    }
     set.first = candidates;
     set.tallies = tallied;
     set.sample_slices_before = sample_slices;
@@ -105,8 +110,10 @@ TopkPlan::TopkPlan(const std::vector<Item>& items, int64_t sets_wanted, bool den
   tallies_at = place(tallied);
   tensors_at = place(order.size() * sizeof(StreamedTensor));
   records_at = place(num_chunks * sizeof(CandidateRecord));
-  samples_at = place(sample_slices * kSliceSize * sizeof(uint16_t));
   keys_at = place(candidates * sizeof(int32_t));
+  // Of a set that alone is sampled the samples lie where its candidates come later: those wait for the bracket, which waits for the last sample.
+  const int64_t sampled_bytes = sample_slices * kSliceSize * static_cast<int64_t>(sizeof(uint16_t));
+  samples_at = sampled_sets == 1 ? keys_at + first_sampled * static_cast<int64_t>(sizeof(int32_t)) : place(sampled_bytes);
   offsets_at = place(candidates * sizeof(uint16_t));
 }
 
