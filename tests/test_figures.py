@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT / "tools" / "site"), str(ROOT)]
 
 import bench_tables  # noqa: E402
 import figures  # noqa: E402
+import gpu_model_table  # noqa: E402
 import inference_table  # noqa: E402
 import pytest  # noqa: E402
 import study_tables  # noqa: E402
@@ -54,6 +55,12 @@ def test_tables_of_sparse_inference_are_those_of_the_record() -> None:
     assert len({run["cpu"] for run in runs}) == 1 and [run["threads"] for run in runs] == [1, 2]
     one = [case["ratio"] for case in runs[0]["cases"]["linear"] if case["input"][0] == 128 and case["sparsity"] == "0.9"]  # a cell by hand
     assert len(one) == 3 and re.search(rf"^\| Linear, 128 rows \|[^|]*\|[^|]*\| {sorted(one)[1]:.2f} \|", text, re.M)
+
+
+def test_the_table_of_the_gpu_model_is_that_of_its_record() -> None:
+    record, text = json.loads(gpu_model_table.RECORD.read_text()), gpu_model_table.PAGE.read_text()
+    assert gpu_model_table.filled(text, record) == text, "run python tools/site/gpu_model_table.py"
+    assert gpu_model_table.table(record) in text
 
 
 def test_tables_of_bench_are_those_of_the_record() -> None:

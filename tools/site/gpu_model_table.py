@@ -1,0 +1,48 @@
+"""The table of docs/gpu-model.md, between its marks, from docs/data/gpu-model.json: python tools/site/gpu_model_table.py.
+New records, of one commit, are given as arguments: build/gpu_model/gpu_model.json, which `make gpu-model` writes."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RECORD, PAGE = ROOT / "docs" / "data" / "gpu-model.json", ROOT / "docs" / "gpu-model.md"
+Record = dict[str, Any]
+
+
+def table(record: Record) -> str:
+    cards = list(dict.fromkeys(row["card"] for row in record["model"]))
+    head = ["op", "bytes a weight (formula)", "warp instructions for 32 weights, sm_80 / 86 / 89 / 90", "launches", "serial, us", *cards]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in record["counted"]:
+        op, dtype = row["name"].split()
+        instructions = " / ".join(value for key, value in row.items() if key.startswith("instructions "))
+        share = {own["card"]: own["share of copy, at most"] for own in record["model"] if own["name"] == row["name"]}
+        cells = [f"`{op}` {dtype}", f"{row['B/weight']} ({row['formula']})", instructions, str(row["launches"]), row["serial us"]]
+        lines.append(f"| {' | '.join([*cells, *(share[card] for card in cards)])} |")
+    counted_on = "a quarter of ResNet-50's weights" if record["quarter"] else "ResNet-50's weights"
+    caption = f"*Commit {record['commit']}, counted on {counted_on}. A model, not a measurement: shares of a copy at the most.*"
+    missed = ["Bars that are missed:", "", *(f"- {line}" for line in record["missed"])] if record["missed"] else ["No bar is missed."]
+    return "\n".join([caption, "", *lines, "", *missed])
+
+
+def filled(text: str, record: Record) -> str:
+    begin, end = "<!-- gpu-model -->", "<!-- end -->"
+    return re.sub(f"{begin}.*?{end}", f"{begin}\n\n{table(record)}\n\n{end}", text, flags=re.DOTALL)
+
+
+def main(*new: str) -> None:
+    if new:
+        first, *rest = [json.loads(Path(path).read_text()) for path in new]
+        for other in rest:
+            assert (other["commit"], other["quarter"]) == (first["commit"], first["quarter"]), "records of one commit, counted alike"
+            for key in ("counted", "model", "missed"):
+                first[key] += other[key]
+        RECORD.write_text(json.dumps(first, separators=(",", ":")) + "\n")
+    PAGE.write_text(filled(PAGE.read_text(), json.loads(RECORD.read_text())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
