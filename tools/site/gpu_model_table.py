@@ -14,11 +14,13 @@ Record = dict[str, Any]
 
 def table(record: Record) -> str:
     cards = list(dict.fromkeys(row["card"] for row in record["model"]))
-    head = ["op", "bytes a weight (formula)", "warp instructions for 32 weights, sm_80 / 86 / 89 / 90", "launches", "serial, us", *cards]
+    archs = sorted(key for key in record["counted"][0] if key.startswith("instructions "))
+    on = " / ".join(key.removeprefix("instructions ") for key in archs)
+    head = ["op", "bytes a weight (formula)", f"warp instructions for 32 weights, {on}", "launches", "serial, us", *cards]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in record["counted"]:
         op, dtype = row["name"].split()
-        instructions = " / ".join(value for key, value in row.items() if key.startswith("instructions "))
+        instructions = " / ".join(row[key] for key in archs)
         share = {own["card"]: own["share of copy, at most"] for own in record["model"] if own["name"] == row["name"]}
         cells = [f"`{op}` {dtype}", f"{row['B/weight']} ({row['formula']})", instructions, str(row["launches"]), row["serial us"]]
         lines.append(f"| {' | '.join([*cells, *(share[card] for card in cards)])} |")
