@@ -121,7 +121,7 @@ def main(
             except (AssertionError, RuntimeError) as error:
                 record["red"].append({"case": case.name, "why": str(error)})
                 print(f"{case.name}: RED, not measured: {error}\n", flush=True)
-            record["seconds"] = round(time.perf_counter() - begin)  # of the whole run so far
+            record["seconds"] = round(time.perf_counter() - begin, 1)  # of the whole run so far
             report.write_json(path, record)  # after every case: some take minutes
         if record["results"]:
             show(finish(record, options.out))

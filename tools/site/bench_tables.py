@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import marks
+
 ROOT = Path(__file__).parent.parent.parent
 RECORD = ROOT / "docs" / "data" / "bench.json"
 MEMORY = RECORD.with_name("memory.json")
@@ -126,13 +128,7 @@ MADE = {"machine": machine, "cost": cost, "training": training, "ops": ops, "mis
 
 
 def filled(text: str, record: Row) -> str:
-    """With what stands between `<!-- bench: NAME -->` and `<!-- end -->` made anew."""
-    return re.sub(
-        r"(<!-- bench: (\w+) -->\n)(?:.*?\n)??(?=<!-- end -->)",
-        lambda found: f"{found[1]}\n{MADE[found[2]](record)}\n\n",
-        text,
-        flags=re.DOTALL,
-    )
+    return marks.filled(text, {"bench": lambda name: MADE[name](record)})
 
 
 def main(new: str | None = None) -> None:

@@ -1,11 +1,12 @@
 """The table of docs/gpu-model.md, between its marks, from docs/data/gpu-model.json: python tools/site/gpu_model_table.py.
-New records, of one commit, are given as arguments: build/gpu_model/gpu_model.json, which `make gpu-model` writes."""
+A new record is given as argument: build/gpu_model/gpu_model.json, which `make gpu-model` writes."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import marks
 
 ROOT = Path(__file__).parent.parent.parent
 RECORD, PAGE = ROOT / "docs" / "data" / "gpu-model.json", ROOT / "docs" / "gpu-model.md"
@@ -31,18 +32,12 @@ def table(record: Record) -> str:
 
 
 def filled(text: str, record: Record) -> str:
-    begin, end = "<!-- gpu-model -->", "<!-- end -->"
-    return re.sub(f"{begin}.*?{end}", f"{begin}\n\n{table(record)}\n\n{end}", text, flags=re.DOTALL)
+    return marks.filled(text, {"gpu-model": lambda _: table(record)})
 
 
-def main(*new: str) -> None:
+def main(new: str | None = None) -> None:
     if new:
-        first, *rest = [json.loads(Path(path).read_text()) for path in new]
-        for other in rest:
-            assert (other["commit"], other["quarter"]) == (first["commit"], first["quarter"]), "records of one commit, counted alike"
-            for key in ("counted", "model", "missed"):
-                first[key] += other[key]
-        RECORD.write_text(json.dumps(first, separators=(",", ":")) + "\n")
+        RECORD.write_text(json.dumps(json.loads(Path(new).read_text()), separators=(",", ":")) + "\n")
     PAGE.write_text(filled(PAGE.read_text(), json.loads(RECORD.read_text())))
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import marks
+
 ROOT = Path(__file__).parent.parent.parent
 RECORD, PAGE = ROOT / "docs" / "data" / "cpu-inference.json", ROOT / "docs" / "cpu-inference.md"
 SPARSITIES = ("0.7", "0.8", "0.9", "0.95", "2:4")
@@ -53,16 +55,16 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def captioned(run: dict[str, Any]) -> str:
+    loads = [float(load) for kind in run["load"].values() for load in kind]
+    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
+    caption = f"*{threads}, {run['cpu']}, torch {run['torch']}, load average {min(loads)} to {max(loads)}, itself included*"
+    return f"{caption}\n\n{table(run)}"
+
+
 def filled(text: str, runs: list[dict[str, Any]]) -> str:
-    for run in runs:
-        loads = [float(load) for kind in run["load"].values() for load in kind]
-        n = run["threads"]
-        caption = (
-            f"*{n} thread{'s' * (n > 1)}, {run['cpu']}, torch {run['torch']}, load average {min(loads)} to {max(loads)}, itself included*"
-        )
-        begin, end = f"<!-- inference: {n} -->", "<!-- end -->"
-        text = re.sub(f"{begin}.*?{end}", f"{begin}\n{caption}\n\n{table(run)}\n\n{end}", text, flags=re.DOTALL)
-    return text
+    by_threads = {str(run["threads"]): captioned(run) for run in runs}
+    return marks.filled(text, {"inference": by_threads.__getitem__})
 
 
 def main(*new: str) -> None:

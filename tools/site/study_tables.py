@@ -5,11 +5,12 @@ evaluation.json of examples/images.
 """
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+import marks
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -111,14 +112,7 @@ def corrupted(record: str) -> str:
 
 
 def filled(text: str) -> str:
-    """With what stands between `<!-- results: RECORD -->` (or advice, or corrupted) and `<!-- end -->` made anew."""
-    made = {"results": results, "advice": advice, "corrupted": corrupted}
-    return re.sub(
-        r"(<!-- (results|advice|corrupted): (\S+) -->\n)(?:.*?\n)??(?=<!-- end -->)",
-        lambda found: f"{found[1]}\n{made[found[2]](found[3])}\n\n",
-        text,
-        flags=re.DOTALL,
-    )
+    return marks.filled(text, {"results": results, "advice": advice, "corrupted": corrupted})
 
 
 if __name__ == "__main__":
