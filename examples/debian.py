@@ -1,6 +1,7 @@
 """Files of a Debian package, fetched and unpacked without installing it. Needs Debian or a descendant of it, such as Ubuntu, and
 `apt-get update` some time before."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,14 @@ def called(*command: str, folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         stop(f"{' '.join(command)} failed: {done.stderr.strip()}")
+
+
+def options(description: str, out: Path) -> argparse.Namespace:
+    """Of a script that fetches data: `out`, the folder to write to, and `deb`, the package where it is there already."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=out, help=f"folder to write into (default: {out})")
+    parser.add_argument("--deb", type=Path, help="Debian's package, where it is there already")
+    return parser.parse_args()
 
 
 @contextmanager

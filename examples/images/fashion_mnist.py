@@ -5,23 +5,19 @@
 For root `apt install dataset-fashion-mnist` is the same.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
-from debian import unpacked
+from debian import options, unpacked
 
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = Path("usr/share/datasets/fashion-mnist")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch Fashion-MNIST from Debian's package, without installing it.")
-    parser.add_argument("--out", type=Path, default=Path("fashion"))
-    parser.add_argument("--deb", type=Path, help="the package, where it is there already")
-    given = parser.parse_args()
+    given = options("Fetch Fashion-MNIST from Debian's package, without installing it.", Path("fashion"))
     given.out.mkdir(parents=True, exist_ok=True)
     with unpacked(PACKAGE, given.deb) as folder:
         for path in sorted((folder / FOLDER).glob("*-ubyte.gz")):

@@ -5,7 +5,6 @@
 They are `small_fine_foods` of the R package modeldata, which Debian has as r-cran-modeldata; R is not needed.
 """
 
-import argparse
 import lzma
 import struct
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))
 from bbc_news import write_tables
-from debian import stop, unpacked
+from debian import options, stop, unpacked
 
 PACKAGE = "r-cran-modeldata"
 FOLDER = Path("usr/lib/R/site-library/modeldata/data")
@@ -58,10 +57,7 @@ def objects(folder: Path, names: list[str]) -> list[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write reviews of food as TSV files.")
-    parser.add_argument("--out", type=Path, default=Path("foods"))
-    parser.add_argument("--deb", type=Path, help="Debian's package, where it is there already")
-    given = parser.parse_args()
+    given = options("Write reviews of food as TSV files.", Path("foods"))
     with unpacked(PACKAGE, given.deb) as folder:
         parts = objects(folder / FOLDER, ["training_data", "testing_data"])
     train, test = ([(" ".join(text.split()), str(score)) for text, score in zip(t.review, t.score, strict=True)] for t in parts)

@@ -5,12 +5,11 @@
 They are the data of the R package janeaustenr, which Debian has as r-cran-janeaustenr; R is not needed.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
-from debian import unpacked
+from debian import options, unpacked
 from fine_foods import objects
 
 PACKAGE = "r-cran-janeaustenr"
@@ -19,10 +18,7 @@ TRAIN, TEST = ["emma", "mansfieldpark", "northangerabbey", "prideprejudice", "se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write six novels as text files.")
-    parser.add_argument("--out", type=Path, default=Path("novels"))
-    parser.add_argument("--deb", type=Path, help="Debian's package, where it is there already")
-    given = parser.parse_args()
+    given = options("Write six novels as text files.", Path("novels"))
     given.out.mkdir(parents=True, exist_ok=True)
     with unpacked(PACKAGE, given.deb) as folder:
         novels = [["".join(f"{line}\n" for line in lines) for lines in objects(folder / FOLDER, part)] for part in (TRAIN, TEST)]
