@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PRELOADED = ("torch", "pytest", "safetensors.torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint")
 
@@ -29,7 +30,30 @@ def spawn(function: Callable, arguments: tuple, ranks: int) -> None:
     import torch.multiprocessing
 
     multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(function, arguments, ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(rank, (function, arguments), ranks, start_method="forkserver")
+
+
+KEPT: list[Any] = []
+
+
+def rank(number: int, function: Callable, arguments: tuple) -> None:
+    """function(number, *arguments), whose process groups last until the process ends.
+
+    Whoever drops the last reference to a group waits in its destructor for gloo's threads, and holds the interpreter's lock. Such a thread
+    may need that lock to free a finished collective, and then torch hangs. DistributedDataParallel is one that outlives
+    `destroy_process_group`.
+    """
+    import torch.distributed
+    from torch.distributed import distributed_c10d
+
+    destroy = torch.distributed.destroy_process_group
+
+    def keep_and_destroy(*group: Any) -> None:
+        KEPT.extend(distributed_c10d._world.pg_map)
+        destroy(*group)
+
+    torch.distributed.destroy_process_group = keep_and_destroy
+    function(number, *arguments)
 
 
 @functools.cache
