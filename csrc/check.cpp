@@ -1,117 +1,9 @@
 #include "check.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <sstream>
 
 namespace cram {
-
-using torch::headeronly::ScalarType;
-
-std::string show(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
-  out << "]";
-  return out.str();
-}
-
-std::string show(ScalarType t) {
-  static constexpr std::pair<ScalarType, const char*> kNames[] = {
-      {ScalarType::Float, "float32"},
-      {ScalarType::BFloat16, "bfloat16"},
-      {ScalarType::Half, "float16"},
-      {ScalarType::Double, "float64"},
-      {ScalarType::Byte, "uint8"},
-      {ScalarType::Bool, "bool"},
-      {ScalarType::Char, "int8"},
-      {ScalarType::Short, "int16"},
-      {ScalarType::Int, "int32"},
-      {ScalarType::Long, "int64"},
-      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
-      {ScalarType::Float8_e5m2, "float8_e5m2"},
-      {ScalarType::ComplexFloat, "complex64"},
-  };
-  for (const auto& [type, name] : kNames)
-    if (type == t) return name;
-  return "dtype number " + std::to_string(static_cast<int>(t));
-}
-
-namespace {
-
-ScalarType scalar_type_of(DType t) {
-  return t == DType::kFloat32 ? ScalarType::Float : t == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
-
-// Libtorch's numbers. It does not change them while it is loaded.
-int32_t number_of(ScalarType t) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(t)); }
-const int32_t kStrided = aoti_torch_layout_strided(), kCpu = aoti_torch_device_type_cpu(), kCuda = aoti_torch_device_type_cuda();
-const int32_t kDtypes[] = {number_of(ScalarType::Float), number_of(ScalarType::BFloat16), number_of(ScalarType::Half)};  // by DType
-const int32_t kByte = number_of(ScalarType::Byte), kFloat = kDtypes[0];
-
-int32_t number_of(DType t) { return kDtypes[static_cast<int>(t)]; }
-
-std::optional<DType> dtype_of(int32_t number) {
-  for (DType t : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
-    if (number == number_of(t)) return t;
-  return std::nullopt;
-}
-
-// Type and index.
-std::pair<int32_t, int32_t> device_of(const Tensor& t) {
-  int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  return {type, type == kCpu ? 0 : t.get_device_index()};
-}
-
-std::string show(std::pair<int32_t, int32_t> device) {
-  if (device.first == kCpu) return "cpu";
-  const std::string type = device.first == kCuda ? "cuda" : "device type " + std::to_string(device.first);
-  return type + ":" + std::to_string(device.second);
-}
-
-bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
-  if (a.size() != b.size()) return false;
-  for (size_t d = 0; d < a.size(); ++d)  // std::equal would call memcmp for two numbers
-    if (a[d] != b[d]) return false;
-  return true;
-}
-
-// Of tensors of one shape: equal but for dims of one element, whose stride means nothing.
-bool same_strides(const Facts& a, const Facts& b) {
-  for (size_t d = 0; d < a.sizes.size(); ++d)
-    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) return false;
-  return true;
-}
-
-bool is_contiguous(const Facts& t) {
-  if (t.numel < 2) return true;
-  int64_t expected = 1;
-  for (size_t d = t.sizes.size(); d-- > 0;) {
-    if (t.sizes[d] > 1 && t.strides[d] != expected) return false;
-    expected *= t.sizes[d];
-  }
-  return true;
-}
-
-// Non-overlapping and without holes.
-bool is_dense(const Facts& t) {
-  if (is_contiguous(t)) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (size_t d = 0; d < t.sizes.size(); ++d)
-    if (t.sizes[d] > 1) dims.push_back({t.strides[d], t.sizes[d]});
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (auto [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-}  // namespace
 
 thread_local Arguments::Lists Arguments::spare_;
 
@@ -126,24 +18,12 @@ Arguments::~Arguments() {
 }
 
 Facts Arguments::strided(Place place, const Tensor& t) const {
-  int32_t layout;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
-  if (layout != kStrided) refuse(place, "be a dense (strided) tensor", "a sparse or other layout");
-  Facts facts;
-  int64_t *sizes, *strides;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &facts.dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
-  const size_t dim = t.dim();
-  facts.sizes = {sizes, dim};
-  facts.strides = {strides, dim};
-  facts.numel = 1;
-  for (size_t d = 0; d < dim; ++d) facts.numel *= sizes[d];
-  return facts;
+  if (!is_strided(t)) refuse(place, "be a dense (strided) tensor", "a sparse or other layout");
+  return facts_of(t);
 }
 
 void Arguments::on_device(Place place, const Tensor& t) {
-  const auto device = device_of(t);
+  const Device device = device_of(t);
   if (like_ == nullptr) like_ = &t, device_ = device;
   if (device != device_) refuse(place, "be on " + show(device_) + " like the tensors before it", show(device));
 }
@@ -295,7 +175,7 @@ void Arguments::sets(const char* name, const int64_t*& per_set, int64_t& num_set
   const Integers& sets = next<Integers>();
   const Tensor& t = *next<MaybeTensor>();
   const Facts facts = strided(name, t);
-  if (facts.dtype != number_of(ScalarType::Long)) refuse(name, "be int64", show(t.scalar_type()));
+  if (facts.dtype != kLong) refuse(name, "be int64", show(t.scalar_type()));
   if (facts.sizes.size() != 1 || !is_contiguous(facts)) refuse(name, "be contiguous of shape [number of selection sets]", show(facts.sizes));
   on_device(name, t);
   per_set = static_cast<const int64_t*>(remember(name, t, facts.numel * sizeof(int64_t), Access::kRead));

@@ -1,24 +1,13 @@
 // Checks of op arguments, from metadata alone, and their translation to Items. Shared by every backend.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <string>
 #include <vector>
 
+#include "facts.h"
 #include "signature.h"
 
 namespace cram {
-
-std::string show(torch::headeronly::IntHeaderOnlyArrayRef values);  // [2, 3]
-std::string show(torch::headeronly::ScalarType t);                  // float32
-
-// The metadata of a strided tensor, read once: every question is a call into libtorch.
-struct Facts {
-  int32_t dtype;  // libtorch's number
-  int64_t numel;
-  torch::headeronly::IntHeaderOnlyArrayRef sizes, strides;
-};
 
 // Says what is wrong with a call.
 class Check {
@@ -89,7 +78,7 @@ class Arguments : public Visitor, private Check {
   template <class T>
   const std::vector<T>& per_tensor(const char* name);
   // One element of `dtype` on the device of the call.
-  void* scalar(Place place, const Tensor& t, torch::headeronly::ScalarType dtype, Access);
+  void* scalar(Place place, const Tensor& t, ScalarType dtype, Access);
   Facts strided(Place place, const Tensor& t) const;
   void on_device(Place place, const Tensor& t);
   Facts dense(Place place, const Tensor& t);
@@ -103,7 +92,7 @@ class Arguments : public Visitor, private Check {
   const Tensor* like_ = nullptr;
   Tensors results_;
   bool writes_ = false;
-  std::pair<int32_t, int32_t> device_;  // of like_: type and index
+  Device device_;  // of like_
   // Their memory, not what is in it, goes from call to call of a thread: new memory of the system would cost as much as the checks.
   struct Lists {
     std::vector<Facts> like;  // of the list that the others must match
