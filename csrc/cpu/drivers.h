@@ -30,4 +30,19 @@ bool past_cache(const std::vector<Item>&);
 // Where the unperturbed weights are, and how to read u from there: for ranges whose parameter may be overwritten already (`saved`) or not yet.
 Source source_of(const Item&, const Perturbation&, bool from_saved);
 
+// Raises the flag, then calls body(worker, task, item, source, nonfinite) for each range, in parallel. A body says in
+// `nonfinite` whether a gradient is Inf or NaN; then found_inf is set.
+template <class Body>
+void perturb_ranges(const Context& c, const std::vector<Item>& items, const Perturbation& p, const std::vector<Range>& ranges, Body body) {
+  std::atomic<bool> nonfinite{false};
+  if (p.perturbed != nullptr) *p.perturbed = 1;
+  for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
+    const Item& item = items[ranges[task].item];
+    bool bad = false;
+    body(worker, task, item, source_of(item, p, false), bad);
+    if (bad) nonfinite = true;
+  });
+  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
+}
+
 }  // namespace cram

@@ -24,24 +24,14 @@ void prune_nm(const Context& c, const std::vector<Item>& items, const Perturbati
   for (const Item& item : items)
     if (item.inner > 0) widest = std::max(widest, std::min(strip(item, m), item.numel));
   std::vector<std::vector<char>> scratch(c.pool.threads, std::vector<char>(nm_scratch(widest)));
-  std::atomic<bool> nonfinite{false};
-  if (p.perturbed != nullptr) *p.perturbed = 1;
-  for_tasks(c.pool, ranges.size(), [&](int worker, int64_t task) {
+  perturb_ranges(c, items, p, ranges, [&](int worker, int64_t task, const Item& item, const Source& source, bool& nonfinite) {
     const Range& r = ranges[task];
-    const Item& item = items[r.item];
-    const Source source = source_of(item, p, false);
-    bool bad = false;
-    if (item.inner == 0) {
-      c.kernels.masked(source, item.dtype, r.begin, r.end, item.param, item.saved, nullptr, &bad);
-    } else {
-      for (int64_t begin = r.begin; begin < r.end; begin += strip(item, m)) {
-        const int64_t end = std::min(begin + strip(item, m), r.end);
-        c.kernels.nm(source, item.dtype, begin, end, item.inner, n, m, item.param, item.saved, item.mask, scratch[worker].data(), &bad);
-      }
+    if (item.inner == 0) return c.kernels.masked(source, item.dtype, r.begin, r.end, item.param, item.saved, nullptr, &nonfinite);
+    for (int64_t begin = r.begin; begin < r.end; begin += strip(item, m)) {
+      const int64_t end = std::min(begin + strip(item, m), r.end);
+      c.kernels.nm(source, item.dtype, begin, end, item.inner, n, m, item.param, item.saved, item.mask, scratch[worker].data(), &nonfinite);
     }
-    if (bad) nonfinite = true;
   });
-  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
 }
 
 }  // namespace

@@ -95,32 +95,24 @@ void stream(const Context& c, const std::vector<Item>& items, const Perturbation
   for (const auto& set : sets)
     if (set->bracket.append) expected += set->expected_candidates();
   for (CandidateList& found : pass.found) found.reserve(expected / c.pool.threads + kChunk + 16);
-  std::atomic<bool> nonfinite{false};
-  if (p.perturbed != nullptr) *p.perturbed = 1;
-  for_tasks(c.pool, pass.ranges.size(), [&](int worker, int64_t task) {
+  perturb_ranges(c, items, p, pass.ranges, [&](int worker, int64_t task, const Item& item, const Source& source, bool& nonfinite) {
     const Range& r = pass.ranges[task];
-    const Item& item = items[r.item];
-    const Source source = source_of(item, p, false);
+    if (item.set < 0) return c.kernels.masked(source, item.dtype, r.begin, r.end, item.param, item.saved, nullptr, &nonfinite);
+    Set& set = *sets[item.set];
+    CandidateList& found = pass.found[worker];
+    Bracket bracket = set.bracket;
+    if (bracket.append && !set.overflow && !found.reserve(r.end - r.begin + 16)) set.overflow = true;
+    bracket.append = bracket.append && !set.overflow;
     Counts counts;
-    if (item.set < 0) {
-      c.kernels.masked(source, item.dtype, r.begin, r.end, item.param, item.saved, nullptr, &counts.nonfinite);
-    } else {
-      Set& set = *sets[item.set];
-      CandidateList& found = pass.found[worker];
-      Bracket bracket = set.bracket;
-      if (bracket.append && !set.overflow && !found.reserve(r.end - r.begin + 16)) set.overflow = true;
-      bracket.append = bracket.append && !set.overflow;
-      c.kernels.topk_stream(source, item.dtype, r.begin, r.end, bracket, write ? item.param : nullptr, item.saved, item.mask, found.end(), counts);
-      if (bracket.append) found.append(task, counts.candidates);
-      set.above += counts.above;
-      set.at_high += counts.at_high;
-      set.at_low += counts.at_low;
-      set.nans += counts.nans;
-      if ((set.candidates += counts.candidates) > set.most_candidates()) set.overflow = true;
-    }
-    if (counts.nonfinite) nonfinite = true;
+    c.kernels.topk_stream(source, item.dtype, r.begin, r.end, bracket, write ? item.param : nullptr, item.saved, item.mask, found.end(), counts);
+    if (bracket.append) found.append(task, counts.candidates);
+    set.above += counts.above;
+    set.at_high += counts.at_high;
+    set.at_low += counts.at_low;
+    set.nans += counts.nans;
+    if ((set.candidates += counts.candidates) > set.most_candidates()) set.overflow = true;
+    nonfinite = counts.nonfinite;
   });
-  if (nonfinite && p.found_inf != nullptr) *p.found_inf = 1;
 }
 
 // ---- Finish ----
