@@ -26,14 +26,14 @@ from triton.runtime.jit import JITFunction
 import cram_kernels.triton as kernels
 from cram_kernels.patterns import TopK
 from cram_kernels.triton import tuning
+from native_build import GPU_ARCHS
 
 from . import report
 from .cuda_static import cubin
 from .cuda_static.report import kernel_row
+from .inputs import DTYPES
 
-ARCHS = ("80", "86", "89", "90", "100", "120")
 AMD = ("gfx90a", "gfx942")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8"}
 OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 SIZE = 2**15  # elements: whole chunks
@@ -276,7 +276,7 @@ def span(values: list[Any]) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where registers spill or vector accesses were lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_static")
-    parser.add_argument("--archs", nargs="*", choices=ARCHS, default=list(ARCHS), help="of NVIDIA; none after it: none")
+    parser.add_argument("--archs", nargs="*", choices=GPU_ARCHS, default=list(GPU_ARCHS), help="of NVIDIA; none after it: none")
     parser.add_argument("--amd", nargs="*", choices=AMD, default=list(AMD), help="of AMD; none after it: none")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--only", default="", help="kernels whose name has this in it")

@@ -20,9 +20,7 @@ SPAN = tl.constexpr(NUMBER.value + 1)  # elements of a window
 
 # How the groups of a tensor lie in memory decides how a program sees them.
 ROWS = tl.constexpr("rows")  # one after the other, M a power of two: each in lanes of its own, as it is loaded
-WINDOWS = tl.constexpr(
-    "windows"
-)  # within a few elements of each other, as in a convolution: loaded as they lie, put together in shared memory
+WINDOWS = tl.constexpr("windows")  # within a few elements of each other, as in a convolution: loaded as they lie, ordered in shared memory
 COLUMNS = tl.constexpr("columns")  # far apart, a multiple of 8 elements between neighbours along axis 1: 8 groups side by side
 SINGLE = tl.constexpr("single")  # far apart
 
@@ -178,14 +176,12 @@ class Layout:
         forms: of the constants above; None where nothing is pruned.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], prune: Sequence[int], m: int, masters: Sequence[Tensor] = (), windows: bool = True
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], prune: Sequence[int], m: int, masters: Sequence[Tensor] = ()) -> None:
         self.m, self.lanes = m, triton.next_power_of_2(m)
         self.inner = [t.stride(1) if own and t.numel() else 0 for t, own in zip(tensors, prune, strict=True)]
         kinds = [Kind(t.dtype, bool(len(masters)) and masters[i].numel() > 0, True) for i, t in enumerate(tensors)]
         groups = {kind: self.groups(kind) for kind in set(kinds)}
-        self.spans = [self._span(inner, groups[kind] * m) if windows else 0 for inner, kind in zip(self.inner, kinds, strict=True)]
+        self.spans = [self._span(inner, groups[kind] * m) for inner, kind in zip(self.inner, kinds, strict=True)]
         self.forms = [self._form(i, groups[kind]) for i, kind in enumerate(kinds)]
 
     def groups(self, kind: Kind) -> int:

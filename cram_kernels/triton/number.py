@@ -1,22 +1,14 @@
 """Stored numbers, rounding and the order of magnitudes (docs/contract.md: Perturb, Order), as csrc/number.h has them.
 
 A stored number is a float32, a float16, or an int16 that holds the bits of a bfloat16: rounding and widening it in integers gives the
-contract's bits on every GPU and under the interpreter, whose own bfloat16 conversions truncate. Integers are
-bits of numbers that are only moved.
+contract's bits on every GPU and under the interpreter, whose own bfloat16 conversions truncate.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-STORED = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.int16,
-    torch.int8: tl.int8,
-    torch.int16: tl.int16,
-    torch.int32: tl.int32,
-}
+STORED = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
 NAN_KEY = tl.constexpr(0x7FC00000)  # of every NaN, and the bits of the canonical one
 INF_KEY = tl.constexpr(0x7F800000)
 KEEP_ALL = tl.constexpr(-1)  # the threshold below every key

@@ -23,18 +23,16 @@ class Tuning(NamedTuple):
         return {} if self.room is None else {"maxnreg": self.room}
 
 
-FOUR_BYTES = (torch.float32, torch.int32)
-TWO_BYTES = (torch.bfloat16, torch.float16, torch.int16)
-ONE_BYTE = (torch.int8,)
-# Chosen from the static report (`make triton-static`), not on a GPU: 8 elements a thread, two or one 16-byte accesses a stream. With 16 the
-# streams of top-k, N:M and Adam need twice the registers, so that as many bytes are in flight from half the warps, and more of them wait
-# for each other. The archs of a maker have the same rows as long as nobody has timed one; (maker, arch) would be looked up first.
-TABLE: dict[Any, dict[tuple[torch.dtype, ...], Tuning]] = {
-    "cuda": {FOUR_BYTES: Tuning(1024, 4, 128), TWO_BYTES: Tuning(2048, 8, 128), ONE_BYTE: Tuning(4096, 8, 128)},
+# By the bytes of a number. Chosen from the static report (`make triton-static`), not on a GPU: 8 elements a thread, two or one 16-byte
+# accesses a stream. With 16 the streams of top-k, N:M and Adam need twice the registers, so that as many bytes are in flight from half the
+# warps, and more of them wait for each other. The archs of a maker have the same rows as long as nobody has timed one; (maker, arch) would
+# be looked up first.
+TABLE: dict[Any, dict[int, Tuning]] = {
+    "cuda": {4: Tuning(1024, 4, 128), 2: Tuning(2048, 8, 128)},
     # Warps of 64 threads; 4 elements a thread: with 8 gfx90a and gfx942 spill in some kernels.
-    "hip": {FOUR_BYTES: Tuning(1024, 4), TWO_BYTES: Tuning(2048, 8), ONE_BYTE: Tuning(4096, 4)},
+    "hip": {4: Tuning(1024, 4), 2: Tuning(2048, 8)},
     # A program costs the interpreter about as much whatever its size.
-    "interpreter": {(*FOUR_BYTES, *TWO_BYTES, *ONE_BYTE): Tuning(32768, 1)},
+    "interpreter": dict.fromkeys((4, 2), Tuning(32768, 1)),
 }
 
 
@@ -48,8 +46,7 @@ def target() -> tuple[str, Any]:
 
 def tuning(dtype: torch.dtype) -> Tuning:
     own = target()
-    rows = TABLE.get(own, TABLE[own[0]])
-    return next(row for dtypes, row in rows.items() if dtype in dtypes)
+    return TABLE.get(own, TABLE[own[0]])[dtype.itemsize]
 
 
 def group() -> dict[str, int]:
