@@ -86,7 +86,8 @@ def test_memory(shape: tuple[int, int], density: float, values: torch.dtype, mos
     """At most so many bytes a non-zero, and all that the layer holds."""
     layer = SparseLinear(_linear(pruned(*shape, density=density)), values)
     assert layer.weight_bytes <= most * layer.nonzeros, layer.weight_bytes / layer.nonzeros
-    assert sum(t.nbytes for t in layer.buffers()) == layer.weight_bytes
+    zeros_of_bias = 4 * shape[0]
+    assert sum(t.nbytes for t in layer.buffers()) == layer.weight_bytes + zeros_of_bias + layer.form.nbytes
 
 
 def test_bfloat16_values(always: list[tuple[int, ...]]) -> None:

@@ -45,9 +45,13 @@ def check(actual: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tensor 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
+def zeros_or(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return torch.zeros(len(weight)) if bias is None else bias
+
+
 def linear(x: Tensor, weight: Tensor, bias: Any, plan: list[int], block: int = 255, section: int = 128, values: Any = F32) -> Tensor:
     layout = replace(layout_of(tuple(weight.shape), block, section), values=values)
-    return ops.sparse_linear(x, pack(weight, layout), bias, layout.numbers(), plan)
+    return ops.sparse_linear(x, pack(weight, layout), zeros_or(bias, weight), layout.form(plan))
 
 
 TILES = (1, 8, 16, 32, 64, 128)
@@ -128,7 +132,7 @@ def test_convolution(level: str, case: str) -> None:
             x = torch.randn(batch, channels, *size)
             for tile in TILES[1:]:
                 for own, layout in zip(packed, layouts, strict=True):
-                    y = ops.sparse_conv2d(x, own, bias, layout.numbers(), kernel, stride, padding, dilation, [10**6, tile])
+                    y = ops.sparse_conv2d(x, own, zeros_or(bias, weight), layout.form([10**6, tile]), kernel, stride, padding, dilation)
                     check(y, product, x, weight, bias)
 
 
@@ -139,7 +143,7 @@ def test_large_outputs(level: str, tile: int) -> None:
     layout = layout_of((96, 10, 1, 1), 5, 64)
     for size in ((64, 48), (63, 47)):
         x = torch.randn(1, 10, *size)
-        y = ops.sparse_conv2d(x, pack(weight, layout), bias, layout.numbers(), [1, 1], [1, 1], [0, 0], [1, 1], [10**6, tile])
+        y = ops.sparse_conv2d(x, pack(weight, layout), bias, layout.form([10**6, tile]), [1, 1], [1, 1], [0, 0], [1, 1])
         check(y, functional.conv2d, x, weight, bias)
 
 
@@ -171,7 +175,7 @@ def test_threads_do_not_change_a_bit(threads: int, set_threads: Any) -> None:
     def run() -> list[Tensor]:
         return [
             *(linear(x, weight, None, [10**6, tile], 100, 64) for tile in (1, 8, 32)),
-            ops.sparse_conv2d(image, image_packed, None, layout.numbers(), [3, 3], [1, 1], [1, 1], [1, 1], [10**6, 32]),
+            ops.sparse_conv2d(image, image_packed, torch.zeros(64), layout.form([10**6, 32]), [3, 3], [1, 1], [1, 1], [1, 1]),
         ]
 
     set_threads(1)
@@ -202,7 +206,7 @@ LAYOUT = Layout(20, 18, 9, 16)  # two sections, two blocks, 5 bytes of order and
 
 def arguments() -> dict[str, Any]:
     packed = pack(pruned(20, 18, density=0.5), LAYOUT)
-    return {"input": torch.randn(4, 18), "packed": packed, "bias": torch.randn(20), "layout": LAYOUT.numbers(), "plan": []}
+    return {"input": torch.randn(4, 18), "packed": packed, "bias": torch.randn(20), "form": LAYOUT.form([100, 8])}
 
 
 def parts(packed: Tensor) -> tuple[Tensor, ...]:
@@ -218,6 +222,10 @@ def changed(part: int, i: int, value: int) -> Any:
         return given | {"packed": packed}
 
     return change
+
+
+def form(*numbers: int) -> Any:
+    return lambda given: given | {"form": torch.tensor(numbers)}
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -241,17 +249,18 @@ WRONG: dict[str, tuple[Any, str]] = {
     "place beyond the last section": (changed(3, 32, 4), "packed must have places of rows below 4, got 4"),
     "a row twice": (lambda a: changed(2, 1, int(parts(a["packed"])[2][0]))(a), "packed must have each row once"),
     "a place twice": (lambda a: changed(3, 39, int(parts(a["packed"])[3][38]))(a), "packed must have each row once"),
-    "layout cut off": (lambda a: a | {"layout": [20, 18, 9, 16]}, "layout must have 5 numbers, got 4"),
-    "no block": (lambda a: a | {"layout": [20, 18, 0, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
-    "a block of 256": (lambda a: a | {"layout": [20, 18, 256, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
-    "a section of 8": (lambda a: a | {"layout": [20, 18, 9, 8, 4]}, "layout must be rows, columns, a block of 1 to 255"),
-    "a section of 144": (lambda a: a | {"layout": [20, 18, 9, 144, 4]}, "layout must be rows, columns, a block of 1 to 255"),
-    "values of 3 bytes": (lambda a: a | {"layout": [20, 18, 9, 16, 3]}, "layout must be rows, columns, a block of 1 to 255"),
-    "too many rows": (lambda a: a | {"layout": [2**60, 18, 1, 16, 4]}, "layout must be rows, columns, a block of 1 to 255"),
-    "more rows than are packed": (lambda a: a | {"layout": [2000, 18, 9, 16, 4]}, "packed must have"),
+    "form cut off": (form(20, 18, 9, 16), "form must have 5 numbers of the layout and 2 an entry of the plan, got 4"),
+    "form of int32": (lambda a: a | {"form": a["form"].int()}, "form must be a contiguous vector of int64, got int32"),
+    "no block": (form(20, 18, 0, 16, 4), "form must begin with rows, columns, a block of 1 to 255"),
+    "a block of 256": (form(20, 18, 256, 16, 4), "form must begin with rows, columns, a block of 1 to 255"),
+    "a section of 8": (form(20, 18, 9, 8, 4), "form must begin with rows, columns, a block of 1 to 255"),
+    "a section of 144": (form(20, 18, 9, 144, 4), "form must begin with rows, columns, a block of 1 to 255"),
+    "values of 3 bytes": (form(20, 18, 9, 16, 3), "form must begin with rows, columns, a block of 1 to 255"),
+    "too many rows": (form(2**60, 18, 1, 16, 4), "form must begin with rows, columns, a block of 1 to 255"),
+    "more rows than are packed": (form(2000, 18, 9, 16, 4), "packed must have"),
     "bias too short": (lambda a: a | {"bias": a["bias"][:-1]}, "bias must be a contiguous vector of 20 float32"),
-    "plan cut off": (lambda a: a | {"plan": [1]}, "plan must have 2 numbers an entry"),
-    "unknown tile": (lambda a: a | {"plan": [9, 12]}, "plan must have a tile of 8, 16, 32, 64 or 128"),
+    "plan cut off": (form(20, 18, 9, 16, 4, 1), "form must have 5 numbers of the layout and 2 an entry of the plan, got 6"),
+    "unknown tile": (form(20, 18, 9, 16, 4, 9, 12), "form must have a tile of 8, 16, 32, 64 or 128"),
 }
 
 
@@ -259,7 +268,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_input_is_refused_by_name(level: str, case: str, tile: int) -> None:
     change, message = WRONG[case]
-    given = arguments() | {"plan": [100, tile]}
+    given = arguments() | {"form": LAYOUT.form([100, tile])}
     with pytest.raises(RuntimeError, match=f"sparse_linear: {message}"):
         ops.sparse_linear(**change(given))
 
@@ -269,10 +278,10 @@ def conv_arguments() -> dict[str, Any]:
     own = {
         "input": torch.randn(1, 2, 5, 5),
         "packed": pack(pruned(6, 2, 3, 3, density=0.5), layout),
-        "bias": None,
-        "layout": layout.numbers(),
+        "bias": torch.zeros(6),
+        "form": layout.form([]),
     }
-    return own | {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "plan": []}
+    return own | {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 
 
 WRONG_CONVOLUTION: dict[str, tuple[Any, str]] = {
@@ -286,7 +295,7 @@ WRONG_CONVOLUTION: dict[str, tuple[Any, str]] = {
     ),
     "too many channels": (lambda a: a | {"input": torch.empty(0, 2**40, 3, 3)}, "input must meet 18 columns of the weight"),
     "fewer channels": (lambda a: a | {"input": torch.randn(1, 1, 5, 5)}, "input must meet 18 columns of the weight, got 9"),
-    "a tile of 1": (lambda a: a | {"plan": [99, 1]}, "plan must have a tile of 8, 16, 32, 64 or 128"),
+    "a tile of 1": (lambda a: a | {"form": torch.cat([a["form"], torch.tensor([99, 1])])}, "form must have a tile of 8, 16, 32, 64 or 128"),
 }
 
 

@@ -68,6 +68,8 @@ class SparseLayer(nn.Module):
 
     packed: Tensor
     bias: Tensor | None
+    form: Tensor  # the layout of `packed` and the plan, as the ops want them
+    no_bias: Tensor | None  # zeros, where there is none
 
     def __init__(self, dense: Any, values: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -78,9 +80,10 @@ class SparseLayer(nn.Module):
         check_weight(weight)
         self.weight_shape = tuple(weight.shape)
         self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("form", None, persistent=False)
         self._hold(weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.plan: list[int] = []
+        self.register_buffer("no_bias", torch.zeros(len(weight), dtype=torch.float32) if bias is None else None, persistent=False)
         # For the way back. Weakly: the dense weight is freed unless something else holds it, whose memory is not ours to empty.
         given = {name: p for name, p in (("weight", weight), ("bias", bias)) if isinstance(p, nn.Parameter)}
         self._trained = {name: p.requires_grad for name, p in given.items()}
@@ -100,7 +103,16 @@ class SparseLayer(nn.Module):
 
     def _hold(self, weight: Tensor) -> None:
         layout = best_layout(weight, self._values)
-        self.packed, self.layout, self._layout_numbers = pack(weight, layout), layout, layout.numbers()
+        self.packed, self.layout, self.form = pack(weight, layout), layout, layout.form(self.plan if hasattr(self, "layout") else [])
+
+    @property
+    def plan(self) -> list[int]:
+        """(largest number of columns, tile), ...: how many columns of the product are handled together."""
+        return self.form[len(self.layout.numbers()) :].tolist()
+
+    @plan.setter
+    def plan(self, plan: list[int]) -> None:
+        self.form = self.layout.form(plan)
 
     @property
     def weight(self) -> Tensor:
@@ -164,9 +176,17 @@ class SparseLayer(nn.Module):
         """On the meta device."""
         raise NotImplementedError
 
-    def _refuse_gradient(self, input: Tensor) -> None:
+    def _multiply(self, op: Any, input: Tensor, *sizes: list[int]) -> Tensor:
         if input.requires_grad and torch.is_grad_enabled():
             ops.refuse_autograd(type(self).__name__)
+        own = self._buffers  # attribute access through nn.Module takes longer than small products
+        bias = own["bias"]
+        x = input if input.is_contiguous() else input.contiguous()
+        arguments = (x, own["packed"], own["no_bias"] if bias is None else bias, own["form"], *sizes)
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # whose kernel, which could only refuse, takes 10 us
+            return op(*arguments)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -260,10 +280,7 @@ class SparseLinear(SparseLayer):
             with torch.inference_mode():
                 y = SparseLinear(pruned_linear)(x)
         """
-        self._refuse_gradient(input)
-        own = self._buffers  # attribute access through nn.Module takes longer than small products
-        x = input if input.is_contiguous() else input.contiguous()
-        return ops.sparse_linear(x, own["packed"], own["bias"], self._layout_numbers, self.plan)
+        return self._multiply(ops.sparse_linear, input)
 
     def _dense_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -316,10 +333,8 @@ class SparseConv2d(SparseLayer):
             with torch.inference_mode():
                 y = SparseConv2d(model.conv)(images)
         """
-        self._refuse_gradient(input)
         batch = input if input.dim() == 4 else input.unsqueeze(0)
-        sizes = (self._layout_numbers, self.kernel_size, self.stride, self.padding, self.dilation)
-        output = ops.sparse_conv2d(batch.contiguous(), self.packed, self.bias, *sizes, self.plan)
+        output = self._multiply(ops.sparse_conv2d, batch, self.kernel_size, self.stride, self.padding, self.dilation)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _dense_layer(self) -> nn.Conv2d:

@@ -1,11 +1,12 @@
 """The ops of sparse inference as torch sees them: result shapes for tracing, and no gradients.
 
-A weight of shape [rows, ...] is one vector of bytes, `packed`, cut as `layout` says: rows, columns, columns of a block, rows of a section
-(weights.py, csrc/sparse/matrix.h). `plan` says how many columns of the product are handled together: (largest number of columns, tile),
-...; empty for the defaults.
+A weight of shape [rows, ...] is one vector of bytes, `packed`, cut as the first 5 numbers of `form` say: rows, columns, columns of a block,
+rows of a section, bytes of a value (weights.py, csrc/sparse/matrix.h). Those behind them are the plan, which says how many columns of the
+product are handled together: (largest number of columns, tile), ...; none for the defaults. `form` is a tensor, int64, since torch takes
+half a microsecond to hand over a list.
 
-    sparse_linear(input [..., K], packed, bias [rows] or None, layout, plan) -> [..., rows]
-    sparse_conv2d(input [B, C, H, W], packed, bias, layout, kernel_size, stride, padding, dilation, plan) -> [B, rows, H', W']
+    sparse_linear(input [..., K], packed, bias [rows], form) -> [..., rows]
+    sparse_conv2d(input [B, C, H, W], packed, bias [rows], form, kernel_size, stride, padding, dilation) -> [B, rows, H', W']
 
 Both take contiguous float32 on the CPU. A column that is not stored is skipped, so 0 * Inf does not make a NaN.
 """
@@ -19,37 +20,36 @@ sparse_linear = torch.ops.cram_kernels.sparse_linear.default
 sparse_conv2d = torch.ops.cram_kernels.sparse_conv2d.default
 
 
-def _check_devices(op: str, input: Tensor, **others: Tensor | None) -> None:
+def _check_devices(op: str, input: Tensor, **others: Tensor) -> None:
     """A tensor on the meta device brings a call here, whatever has the others."""
     for name, t in others.items():
-        if t is not None and t.device != input.device:
+        if t.device != input.device:
             raise ValueError(f"{op}: {name} must be on the device of input, {input.device}, got {t.device}")
 
 
 @torch.library.register_fake("cram_kernels::sparse_linear")
-def _(input: Tensor, packed: Tensor, bias: Tensor | None, layout: list[int], plan: list[int]) -> Tensor:
-    _check_devices("sparse_linear", input, packed=packed, bias=bias)
-    return input.new_empty(*input.shape[:-1], layout[0])
+def _(input: Tensor, packed: Tensor, bias: Tensor, form: Tensor) -> Tensor:
+    _check_devices("sparse_linear", input, packed=packed, bias=bias, form=form)
+    return input.new_empty(*input.shape[:-1], bias.numel())
 
 
 @torch.library.register_fake("cram_kernels::sparse_conv2d")
 def _(
     input: Tensor,
     packed: Tensor,
-    bias: Tensor | None,
-    layout: list[int],
+    bias: Tensor,
+    form: Tensor,
     kernel_size: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    plan: list[int],
 ) -> Tensor:
-    _check_devices("sparse_conv2d", input, packed=packed, bias=bias)
+    _check_devices("sparse_conv2d", input, packed=packed, bias=bias, form=form)
     size = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(input.shape[2:], padding, dilation, kernel_size, stride, strict=True)
     ]
-    return input.new_empty(input.shape[0], layout[0], *size)
+    return input.new_empty(input.shape[0], bias.numel(), *size)
 
 
 def refuse_autograd(op: str) -> None:

@@ -70,13 +70,13 @@ def try_layer(
     with torch.inference_mode():
         y = dense(x)
         columns = x.numel() // x.shape[-1] if isinstance(sparse, SparseLinear) else y.shape[-1] * y.shape[-2]
-        before = sparse.plan
+        own, before = sparse._buffers, sparse.form
 
         def run(tile: int) -> Run:
-            plan = [LAST, tile]
+            form = sparse.layout.form([LAST, tile])
 
             def call() -> Tensor:
-                sparse.plan = plan
+                own["form"] = form
                 return sparse(x)
 
             return call
@@ -91,7 +91,7 @@ def try_layer(
                 contest.append(lambda: half(half_x))
             times = rounds_of(contest, rounds)
         finally:
-            sparse.plan = before
+            own["form"] = before
     ratios = [low(times[0]) / low(other) for other in times[1:]]
     winner = max(range(len(best)), key=ratios.__getitem__)
     bf16 = ratios[-1] if matrix_units() else None

@@ -37,6 +37,10 @@ class Layout:
     def numbers(self) -> list[int]:
         return [self.rows, self.columns, self.block, self.section, self.values.itemsize]
 
+    def form(self, plan: list[int]) -> Tensor:
+        """These numbers, and behind them those of a plan: what the ops take."""
+        return torch.tensor([*self.numbers(), *plan])
+
 
 def best_layout(weight: Tensor, values: torch.dtype = torch.float32) -> Layout:
     """The one that was fastest for weights of such a density."""

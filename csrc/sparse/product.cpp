@@ -127,7 +127,6 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
   }
   validate(kernels, a);
   const std::vector<int64_t> starts = piece_starts(a);
-  const Start start(bias, a.rows);
   const int64_t blocks = a.blocks();
   Pool team = pool;
   const int64_t worth = a.steps * kLanes * n / kWorkOfThread + 1;
@@ -148,7 +147,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
       for (int64_t i = 0; i < n; ++i) {
         float* to = out + i * a.rows + row;
         const int largest = (half ? kernels.dot_half : kernels.dot)(piece, a.block, spread + (i * blocks + block) * kSpread,
-                                                                    Sums{start.data() + row, block == 0, to, 1, to, 1, false});
+                                                                    Sums{bias + row, block == 0, to, 1, to, 1, false});
         if (largest > a.block) refuse("columns of at most ", a.block, largest);
       }
     }

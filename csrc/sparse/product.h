@@ -11,7 +11,7 @@ namespace cram {
 
 const SparseKernels& sparse_kernels(const char* level);  // of a name in simd_levels()
 
-// out[n, rows] = x[n, columns] * matrix^T + bias. tile: how many rows of x are handled together: 8, 16, 32, 64 or 128, or 1 for another kernel.
+// out[n, rows] = x[n, columns] * matrix^T + bias[rows]. tile: how many rows of x are handled together: 8, 16, 32, 64 or 128, or 1 for another kernel.
 void sparse_linear(const Pool&, const SparseKernels&, const SparseMatrix&, const float* x, int64_t n, const float* bias, int tile, float* out);
 
 struct Convolution {
@@ -68,17 +68,6 @@ struct Scratch {
   std::vector<float> panel_, sums_, values_;
 };
 
-// The bias, or zeros.
-class Start {
- public:
-  Start(const float* bias, int64_t rows) : zeros_(bias == nullptr ? static_cast<size_t>(rows) : 0), data_(bias == nullptr ? zeros_.data() : bias) {}
-  const float* data() const { return data_; }
-
- private:
-  std::vector<float> zeros_;
-  const float* data_;
-};
-
 constexpr int64_t kWorkOfThread = 200000;  // multiplications that are worth waking a thread for
 
 // Where a block of results goes: `to` is null where they have to be rearranged.
@@ -95,7 +84,6 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
               const Dense& b) {
   validate(kernels, a);
   const std::vector<int64_t> starts = piece_starts(a);
-  const Start start(bias, a.rows);
   const int64_t sections = a.sections(), blocks = a.blocks(), units = static_cast<int64_t>(tiles.size()) * sections;
   int64_t columns = 0;
   for (const Tile& tile : tiles) columns += tile.width;
@@ -127,7 +115,7 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
       for (int64_t block = 0; block < blocks; ++block) {
         float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
         if (!whole) pack(block, panel);
-        Sums s{start.data() + row, block == 0, sums, tile.width, sums, tile.width, false};
+        Sums s{bias + row, block == 0, sums, tile.width, sums, tile.width, false};
         if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride, s.stream = target.stream;
         const Piece piece = piece_of(a, starts, section, block);
         if (unit < begin + sections) validate(kernels, a, piece), validate_order(kernels, piece);

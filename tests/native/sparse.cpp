@@ -113,7 +113,7 @@ bool convolution_is_right(const Pool& pool, const SparseKernels& kernels, int ti
   const Weight w = make(rows, c.channels * 6, 48, 0.2, random);
   const std::vector<float> x = numbers(c.batch * c.channels * c.height * c.width, random);
   std::vector<float> out(static_cast<size_t>(c.batch * rows * height * width));
-  sparse_conv2d(pool, kernels, w.matrix(false), c, x.data(), nullptr, tile, out.data());
+  sparse_conv2d(pool, kernels, w.matrix(false), c, x.data(), std::vector<float>(static_cast<size_t>(rows)).data(), tile, out.data());
   bool right = true;
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t r = 0; r < rows; ++r)
