@@ -78,6 +78,9 @@ def cell(found: dict[str, tuple[float, float, int]], column: str, digits: int = 
 
 def table(summary: Summary, patterns: list[str], repairs: list[str], digits: int = 1) -> str:
     """Markdown: a line for each way of training and of repair that was measured. "dense" is the network that a repair begins with."""
+    if not patterns:  # networks as they are
+        own = [f"| {name} | {found['dense'][2]} | {cell(found, 'dense', digits)} |" for name, found in summary.items()]
+        return "\n".join(["| trained with | runs | as trained |", "|---|---|---|", *own]) + "\n"
     lines = ["| trained with | runs | dense | after `prune` | " + " | ".join(patterns) + " |", "|---" * (4 + len(patterns)) + "|"]
     for name, found in summary.items():
         first = [name, str(found["dense"][2])]

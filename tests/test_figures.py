@@ -97,7 +97,7 @@ def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
         for pattern, states in run["pruned"].items():
             for state, value in states.items():
                 values.setdefault((run["label"], pattern, state), []).append(value)
-    assert {len(of) for of in values.values()} <= {2, 3}
+    assert {len(of) for of in values.values()} <= {2, 3, 5}
     digits = study_tables.DIGITS.get(name, 1)
     return {key: f"{statistics.fmean(of):.{digits}f} ± {statistics.stdev(of):.{digits}f}" for key, of in values.items()}
 
@@ -122,7 +122,7 @@ def measured_accuracies() -> set[str]:
     """Of every method, pattern and repair."""
     methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
     cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
-    studies = ("mnist5k-study", "bbc-study", *study_tables.COLUMNS)
+    studies = ("mnist5k-study", "bbc-study", "transfer", *study_tables.COLUMNS)
     known = [*(study(name).values() for name in studies), *corrupted_cells().values()]
     return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells}.union(*known)
 
@@ -180,6 +180,14 @@ def test_tables_of_the_studies_are_those_of_the_records(record: str) -> None:
         assert cells == wanted, (pattern, repair)
         seen += len([cell for cell in wanted if cell])
     assert seen == len(known)
+
+
+def test_the_table_of_transfer_is_that_of_the_record() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert study_tables.filled(text) == text, "run python tools/site/study_tables.py"
+    known = {label: value for (label, state, *repair), value in study("transfer").items() if state == "not pruned" and not repair}
+    _, *rows = table_of("results.md", "trained with | runs | as trained")
+    assert len(rows) == 6 and {label: value for label, runs, value in rows if runs == "5"} == known
 
 
 def test_accuracies_have_a_spread_and_were_measured() -> None:

@@ -405,6 +405,9 @@ def test_a_shift_to_another_style(tmp_path):
         evaluate.evaluate(dataclasses.replace(evaluation, out=tmp_path / name, test_path=path))["runs"][0]
         for name, path in (("own", None), ("other", twitter))
     )
+    unpruned = evaluate.evaluate(dataclasses.replace(evaluation, out=tmp_path / "unpruned", patterns=[]))
+    label = unpruned["runs"][0]["label"]
+    assert (tmp_path / "unpruned" / "table.md").read_text().splitlines()[2:] == [f"| {label} | 1 | 100.0 |"]
     assert own["dense"] == own["pruned"]["50 %"]["batch norm tuned"] == 100
     assert other["dense"] < 80 and other["pruned"]["50 %"]["batch norm tuned"] < 80
 
