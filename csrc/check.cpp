@@ -5,6 +5,12 @@
 
 namespace cram {
 
+namespace {
+
+std::string show_dtype(int32_t number) { return show(torch::stable::detail::to<ScalarType>(torch::stable::detail::from(number))); }
+
+}  // namespace
+
 thread_local Arguments::Lists Arguments::spare_;
 
 Arguments::Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values) : Check(op), items_(items), values_(std::move(values)) {
@@ -17,18 +23,18 @@ Arguments::~Arguments() {
   std::swap(lists_, spare_);
 }
 
-Facts Arguments::strided(Place place, const Tensor& t) const {
+Facts Arguments::strided(Place place, AtenTensorHandle t) const {
   if (!is_strided(t)) refuse(place, "be a dense (strided) tensor", "a sparse or other layout");
   return facts_of(t);
 }
 
-void Arguments::on_device(Place place, const Tensor& t) {
+void Arguments::on_device(Place place, AtenTensorHandle t) {
   const Device device = device_of(t);
-  if (like_ == nullptr) like_ = &t, device_ = device;
+  if (like_ == nullptr) like_ = t, device_ = device;
   if (device != device_) refuse(place, "be on " + show(device_) + " like the tensors before it", show(device));
 }
 
-Facts Arguments::dense(Place place, const Tensor& t) {
+Facts Arguments::dense(Place place, AtenTensorHandle t) {
   const Facts facts = strided(place, t);
   on_device(place, t);
   if (!is_dense(facts))
@@ -37,8 +43,9 @@ Facts Arguments::dense(Place place, const Tensor& t) {
   return facts;
 }
 
-void* Arguments::remember(Place place, const Tensor& t, int64_t bytes, Access access) {
-  void* data = t.data_ptr();
+void* Arguments::remember(Place place, AtenTensorHandle t, int64_t bytes, Access access) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   if (bytes > 0) lists_.extents.push_back({begin, begin + bytes, place, access == Access::kWrite});
   writes_ |= access == Access::kWrite;
@@ -52,11 +59,11 @@ void Arguments::main(const char* name, Access access) {
   items_.resize(tensors.size());
   lists_.like.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
+    AtenTensorHandle t = tensors[i];
     const Place place(name, i);
     const Facts facts = dense(place, t);
     const auto dtype = dtype_of(facts.dtype);
-    if (!dtype.has_value()) refuse(place, "be float32, bfloat16 or float16", show(t.scalar_type()));
+    if (!dtype.has_value()) refuse(place, "be float32, bfloat16 or float16", show_dtype(facts.dtype));
     items_[i].numel = facts.numel;
     items_[i].dtype = *dtype;
     items_[i].param = remember(place, t, facts.numel * size_of(*dtype), access);
@@ -68,14 +75,14 @@ template <class Wanted, class Set>
 void Arguments::attach(const char* name, const Tensors& tensors, Access access, Wanted wanted, Set set) {
   if (!present(name, tensors)) return;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
+    AtenTensorHandle t = tensors[i];
     const Facts& like = lists_.like[i];
     const Place place(name, i);
     const Facts facts = strided(place, t);
     if (facts.numel == 0) continue;
     on_device(place, t);
     const DType dtype = wanted(items_[i]);
-    if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(scalar_type_of(dtype)), show(t.scalar_type()));
+    if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(scalar_type_of(dtype)), show_dtype(facts.dtype));
     if (!same(facts.sizes, like.sizes)) refuse(place, "have the shape " + show(like.sizes) + " of its parameter", show(facts.sizes));
     if (!same_strides(facts, like)) refuse(place, "have the strides " + show(like.strides) + " of its parameter", show(facts.strides));
     set(items_[i], remember(place, t, facts.numel * size_of(dtype), access));
@@ -83,9 +90,9 @@ void Arguments::attach(const char* name, const Tensors& tensors, Access access, 
 }
 
 bool Arguments::present(const char* name, const Tensors& tensors) const {
-  if (!tensors.empty() && tensors.size() != items_.size())
+  if (tensors.size() > 0 && tensors.size() != items_.size())
     refuse(name, "be empty or have one tensor a parameter (" + std::to_string(items_.size()) + ")", std::to_string(tensors.size()));
-  return !tensors.empty();
+  return tensors.size() > 0;
 }
 
 void Arguments::list(const char* name, void* Item::*field, Access access) {
@@ -105,13 +112,13 @@ void Arguments::masks(Access access) {
   const Tensors& masks = next<Tensors>();
   if (!present("masks", masks)) return;
   for (size_t i = 0; i < masks.size(); ++i) {
-    const Tensor& t = masks[i];
+    AtenTensorHandle t = masks[i];
     const Place place("masks", i);
     const Facts facts = strided(place, t);
     if (facts.numel == 0) continue;
     on_device(place, t);
     const int64_t bytes = mask_bytes(items_[i].numel);
-    if (facts.dtype != kByte) refuse(place, "be uint8", show(t.scalar_type()));
+    if (facts.dtype != kByte) refuse(place, "be uint8", show_dtype(facts.dtype));
     if (facts.sizes.size() != 1 || facts.numel != bytes || !is_contiguous(facts))
       refuse(place, "be contiguous of shape [" + std::to_string(bytes) + "], one bit a weight", show(facts.sizes));
     items_[i].mask = static_cast<uint8_t*>(remember(place, t, bytes, access));
@@ -143,27 +150,27 @@ void Arguments::steps(const char* name) {
 
 // ---- Scalars and numbers ----
 
-void* Arguments::scalar(Place place, const Tensor& t, ScalarType dtype, Access access) {
+void* Arguments::scalar(Place place, AtenTensorHandle t, ScalarType dtype, Access access) {
   const Facts facts = strided(place, t);
-  if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(dtype), show(t.scalar_type()));
+  if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(dtype), show_dtype(facts.dtype));
   if (facts.numel != 1) refuse(place, "have one element", "shape " + show(facts.sizes));
   on_device(place, t);
-  return remember(place, t, t.element_size(), access);
+  return remember(place, t, aoti_torch_dtype_element_size(facts.dtype), access);
 }
 
 void Arguments::flag(const char* name, int32_t*& flag) {
-  flag = static_cast<int32_t*>(scalar(name, *next<MaybeTensor>(), ScalarType::Int, Access::kWrite));
+  flag = static_cast<int32_t*>(scalar(name, next<MaybeTensor>()->get(), ScalarType::Int, Access::kWrite));
 }
 
 void Arguments::scalar(const char* name, float*& data, Access access) {
   const MaybeTensor& t = next<MaybeTensor>();
-  data = t.has_value() ? static_cast<float*>(scalar(name, *t, ScalarType::Float, access)) : nullptr;
+  data = t.has_value() ? static_cast<float*>(scalar(name, t->get(), ScalarType::Float, access)) : nullptr;
 }
 
 void Arguments::per_item(const char* name, PerItem& numbers) {
-  const Tensor& t = *next<MaybeTensor>();
+  AtenTensorHandle t = next<MaybeTensor>()->get();
   const Facts facts = strided(name, t);
-  if (facts.dtype != kFloat) refuse(name, "be float32", show(t.scalar_type()));
+  if (facts.dtype != kFloat) refuse(name, "be float32", show_dtype(facts.dtype));
   const size_t dim = facts.sizes.size(), items = items_.size();
   if (dim > 1 || (dim == 1 && (static_cast<size_t>(facts.numel) != items || !is_contiguous(facts))))
     refuse(name, "have shape [] or [" + std::to_string(items) + "]", show(facts.sizes));
@@ -173,9 +180,9 @@ void Arguments::per_item(const char* name, PerItem& numbers) {
 
 void Arguments::sets(const char* name, const int64_t*& per_set, int64_t& num_sets) {
   const Integers& sets = next<Integers>();
-  const Tensor& t = *next<MaybeTensor>();
+  AtenTensorHandle t = next<MaybeTensor>()->get();
   const Facts facts = strided(name, t);
-  if (facts.dtype != kLong) refuse(name, "be int64", show(t.scalar_type()));
+  if (facts.dtype != kLong) refuse(name, "be int64", show_dtype(facts.dtype));
   if (facts.sizes.size() != 1 || !is_contiguous(facts)) refuse(name, "be contiguous of shape [number of selection sets]", show(facts.sizes));
   on_device(name, t);
   per_set = static_cast<const int64_t*>(remember(name, t, facts.numel * sizeof(int64_t), Access::kRead));
@@ -217,20 +224,35 @@ void Arguments::options(const char* name, Numbers& values, const char*) { values
 
 // ---- Results ----
 
+std::optional<Tensor> Arguments::like() const {
+  if (like_ == nullptr) return std::nullopt;
+  AtenTensorHandle owned;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(like_, &owned));
+  return Tensor(owned);
+}
+
+// Not torch::stable::new_empty, which looks the op up by its name in each call.
+void* Arguments::empty(ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes.begin()[d];
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), number_of(dtype), device_.first, device_.second, &made));
+  results_.emplace_back(made);
+  return results_.back().mutable_data_ptr();
+}
+
 void Arguments::result(const char*, int32_t*& data, std::initializer_list<int64_t> sizes) {
-  results_.push_back(torch::stable::new_empty(*like_, sizes, ScalarType::Int));
-  data = results_.back().mutable_data_ptr<int32_t>();
+  data = static_cast<int32_t*>(empty(ScalarType::Int, sizes));
 }
 
 void Arguments::result(const char*, int64_t*& data, std::initializer_list<int64_t> sizes, Content content) {
-  using namespace torch::stable;
-  results_.push_back(content == Content::kZeros ? new_zeros(*like_, sizes, ScalarType::Long) : new_empty(*like_, sizes, ScalarType::Long));
-  data = results_.back().mutable_data_ptr<int64_t>();
+  data = static_cast<int64_t*>(empty(ScalarType::Long, sizes));
+  if (content == Content::kZeros) torch::stable::zero_(results_.back());
 }
 
 void Arguments::result(const char*, float*& data, std::initializer_list<int64_t> sizes) {
-  results_.push_back(torch::stable::new_empty(*like_, sizes, ScalarType::Float));
-  data = results_.back().mutable_data_ptr<float>();
+  data = static_cast<float*>(empty(ScalarType::Float, sizes));
 }
 
 void Arguments::no_overlap() {

@@ -1,6 +1,7 @@
 // Checks of op arguments, from metadata alone, and their translation to Items. Shared by every backend.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,9 +51,9 @@ class Arguments : public Visitor, private Check {
   // No written tensor shares memory with another of the call. Last, when all arguments are known.
   void no_overlap();
 
-  // The first tensor of the call; null where there is none.
-  const Tensor* like() const { return like_; }
-  const Tensors& results() const { return results_; }
+  // The first tensor of the call; none where there is none.
+  std::optional<Tensor> like() const;
+  const std::vector<Tensor>& results() const { return results_; }
 
  private:
   struct Extent {
@@ -78,19 +79,21 @@ class Arguments : public Visitor, private Check {
   template <class T>
   const std::vector<T>& per_tensor(const char* name);
   // One element of `dtype` on the device of the call.
-  void* scalar(Place place, const Tensor& t, ScalarType dtype, Access);
-  Facts strided(Place place, const Tensor& t) const;
-  void on_device(Place place, const Tensor& t);
-  Facts dense(Place place, const Tensor& t);
+  void* scalar(Place place, AtenTensorHandle t, ScalarType dtype, Access);
+  Facts strided(Place place, AtenTensorHandle t) const;
+  void on_device(Place place, AtenTensorHandle t);
+  Facts dense(Place place, AtenTensorHandle t);
   // Where the tensor's memory is; no_overlap looks at it.
-  void* remember(Place place, const Tensor& t, int64_t bytes, Access);
+  void* remember(Place place, AtenTensorHandle t, int64_t bytes, Access);
+  // The memory of a new result.
+  void* empty(ScalarType dtype, std::initializer_list<int64_t> sizes);
   void sort_starts();
 
   std::vector<Item>& items_;
   const std::vector<Value> values_;
   size_t next_ = 0;
-  const Tensor* like_ = nullptr;
-  Tensors results_;
+  AtenTensorHandle like_ = nullptr;
+  std::vector<Tensor> results_;
   bool writes_ = false;
   Device device_;  // of like_
   // Their memory, not what is in it, goes from call to call of a thread: new memory of the system would cost as much as the checks.

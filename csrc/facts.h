@@ -47,29 +47,36 @@ inline ScalarType scalar_type_of(DType t) {
   return t == DType::kFloat32 ? ScalarType::Float : t == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
-inline Device device_of(const Tensor& t) {
-  int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-  return {type, type == kCpu ? 0 : t.get_device_index()};
+inline Device device_of(AtenTensorHandle t) {
+  int32_t type, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &type));
+  if (type != kCpu) TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &index));
+  return {type, index};
 }
 
-inline bool is_strided(const Tensor& t) {
+inline void* data_of(AtenTensorHandle t) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  return data;
+}
+
+inline bool is_strided(AtenTensorHandle t) {
   int32_t layout;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t, &layout));
   return layout == kStrided;
 }
 
-inline Facts facts_of(const Tensor& t) {
+inline Facts facts_of(AtenTensorHandle t) {
   Facts facts;
-  int64_t *sizes, *strides;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &facts.dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
-  const size_t dim = t.dim();
-  facts.sizes = {sizes, dim};
-  facts.strides = {strides, dim};
+  int64_t *sizes, *strides, dim;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &facts.dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+  facts.sizes = {sizes, static_cast<size_t>(dim)};
+  facts.strides = {strides, static_cast<size_t>(dim)};
   facts.numel = 1;
-  for (size_t d = 0; d < dim; ++d) facts.numel *= sizes[d];
+  for (int64_t d = 0; d < dim; ++d) facts.numel *= sizes[d];
   return facts;
 }
 

@@ -6,7 +6,7 @@
 
 namespace cram {
 
-// Backend::run(op, like, allocate): like, a tensor on the device of the call, null where it has none.
+// Backend::run(op, like): like, a tensor on the device of the call, none where it has none.
 template <class Op, class Backend>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Op op;

@@ -2,6 +2,18 @@
 
 namespace cram {
 
+Tensors::Tensors(StableListHandle list) {
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  handles_.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+}
+
 std::string Signature::arguments() const {
   std::string positional, keywords;
   char alias = 'a';
@@ -22,7 +34,7 @@ std::vector<Value> Signature::unbox(StableIValue* stack) const {
   for (const Argument& a : arguments_) {
     const StableIValue value = stack[a.keyword ? keyword++ : positional++];
     if (a.type == "Tensor[]")
-      values.emplace_back(to<Tensors>(value));
+      values.emplace_back(Tensors(to<StableListHandle>(value)));
     else if (a.type == "Tensor?")
       values.emplace_back(to<MaybeTensor>(value));
     else if (a.type == "Tensor")

@@ -1,6 +1,7 @@
 // The arguments of an op as torch passes them, found by a visit: its schema, and their translation from torch's stack.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,7 +15,23 @@
 namespace cram {
 
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
+
+// The tensors of a list as torch hands them over, and their owner. A stable::Tensor for each, a shared pointer, would cost as much as its checks.
+class Tensors {
+ public:
+  explicit Tensors(StableListHandle list);
+  Tensors(Tensors&&) = default;
+  ~Tensors() {
+    for (AtenTensorHandle tensor : handles_) aoti_torch_delete_tensor_object(tensor);
+  }
+
+  size_t size() const { return handles_.size(); }
+  AtenTensorHandle operator[](size_t i) const { return handles_[i]; }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
 using Integers = std::vector<int64_t>;
 using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<Tensor>;

@@ -10,7 +10,7 @@ struct Cpu {
   static constexpr const char* kPrefix = "";
 
   template <class Op>
-  static void run(Op& op, const cram::Tensor*) {
+  static void run(Op& op, const std::optional<cram::Tensor>&) {
     op.run(cram::TorchContext().context);
   }
 };

@@ -18,12 +18,12 @@ struct Cuda {
   static constexpr const char* kPrefix = "";
 
   template <class Op>
-  static void run(Op& op, const Tensor* like) {
-    if (like == nullptr) return;  // nothing to do, and no device to do it on
+  static void run(Op& op, const std::optional<Tensor>& like) {
+    if (!like.has_value()) return;  // nothing to do, and no device to do it on
     const torch::stable::accelerator::DeviceGuard guard(like->get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like->get_device_index(), &stream));
-    Tensors workspace;  // from torch's allocator: free for other calls on the same stream once this is gone
+    std::vector<Tensor> workspace;  // from torch's allocator: free for other calls on the same stream once this is gone
     op.run(cuda::Context{static_cast<cuda::Stream>(stream), [&](int64_t bytes) {
                            workspace.push_back(torch::stable::new_empty(*like, {bytes}, torch::headeronly::ScalarType::Byte));
                            return workspace.back().data_ptr();
