@@ -56,35 +56,46 @@ def tensors(args: Any) -> list[Tensor]:
     return found
 
 
-def _mutated(op: Any) -> Callable[[Any, Any], Iterable[Any]]:
-    """(args, kwargs of a call) -> those that the op writes: tensors, lists of them, None."""
-    arguments = op._schema.arguments
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
-    places = [i for i, write in enumerate(written) if write]
-    names = [argument.name for argument, write in zip(arguments, written, strict=True) if write]
+class InBuffer(list[Tensor]):
+    """Tensors that lie in one buffer, with one of 0 elements where there is none. A native op takes the buffer and where each begins: to
+    hand a tensor over takes torch longer than the op to check it. The list must not change."""
 
-    def mutated(args: Any, kwargs: Any) -> Iterable[Any]:
-        yield from (args[i] for i in places if i < len(args))
-        yield from (kwargs[name] for name in names if name in kwargs)
+    __slots__ = ("handed_over",)
 
-    return mutated
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        storage = next(t for t in tensors if t.numel() > 0).untyped_storage()
+        buffer = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        begins = [t.data_ptr() - storage.data_ptr() if t.numel() > 0 else -1 for t in tensors]
+        self.handed_over = [buffer, torch.tensor(begins, dtype=torch.int64)]
 
 
-def _bump(values: Iterable[Any]) -> None:
+def _written(op: Any) -> list[tuple[int, str]]:
+    """Place and name of each argument that the op writes."""
+    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _bump(written: list[tuple[int, str]], args: Any, kwargs: Any) -> None:
+    """Count up the versions of all that a call writes."""
+    changed: list[Any] = []
+    for place, name in written:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        if isinstance(value, list | tuple):
+            changed += value.handed_over if type(value) is InBuffer else value
+        elif value is not None:
+            changed.append(value)
     with contextlib.suppress(TypeError):  # of what is no tensor; the op says so in its own words
-        for value in values:
-            if value is not None:
-                increment_version(value)
+        increment_version(changed)
 
 
 def _bump_versions(library: torch.library.Library, name: str) -> None:
     op = getattr(getattr(torch.ops, library.ns), name).default
     if not op._schema.is_mutable:
         return
-    below, mutated = torch._C._after_ADInplaceOrView_keyset, _mutated(op)
+    below, written = torch._C._after_ADInplaceOrView_keyset, _written(op)
 
     def kernel(keyset: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        _bump(mutated(args, kwargs))
+        _bump(written, args, kwargs)
         return op.redispatch(keyset & below, *args, **kwargs)
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
@@ -96,13 +107,15 @@ def direct(namespace: str) -> SimpleNamespace:
 
     def make(name: str) -> Callable[..., Any]:
         op = getattr(getattr(torch.ops, namespace), name).default
-        mutated = _mutated(op)
+        written = _written(op)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 with torch.no_grad():
                     return op(*args, **kwargs)
-            _bump(mutated(args, kwargs))
+            _bump(written, args, kwargs)
+            if namespace == NATIVE:
+                args = tuple([arg.handed_over if type(arg) is InBuffer else arg for arg in args])
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return op(*args, **kwargs)
 

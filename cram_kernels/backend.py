@@ -135,6 +135,8 @@ def name_for(device_type: str) -> str:
 
 def select(tensors: Sequence[Tensor]) -> Any:
     """The namespace whose functions implement the ops for these tensors (an empty list: what was asked for, else the native one)."""
+    if _chosen is None and _native_ops is not None and (len(tensors) == 0 or tensors[0].is_cpu):
+        return _native_ops
     name = name_for(tensors[0].device.type) if len(tensors) else _chosen or "cpu"
     _require(name)
     if name == "reference":

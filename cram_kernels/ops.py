@@ -30,7 +30,7 @@ def _op(of_none: Callable[[], object] | None = None) -> Callable[[_Function], _F
     def make(described: _Function) -> _Function:
         # Written out, as dataclasses do it: arguments that a function sorts in each call would cost more than the checks of the op.
         name, parameters = described.__name__, inspect.signature(described).parameters.values()
-        listed = "{0} if type({0}) is list else list({0})"
+        listed = "{0} if isinstance({0}, list) else list({0})"
         values = [listed.format(p.name) if get_origin(p.annotation) is Sequence else p.name for p in parameters]
         passed = [f"{p.name}={v}" if p.kind is p.KEYWORD_ONLY else v for p, v in zip(parameters, values, strict=True)]
         taken = [f"{p.name}=None" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters]

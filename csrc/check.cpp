@@ -13,7 +13,8 @@ std::string show_dtype(int32_t number) { return show(torch::stable::detail::to<S
 
 thread_local Arguments::Lists Arguments::spare_;
 
-Arguments::Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values) : Check(op), items_(items), values_(std::move(values)) {
+Arguments::Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values, bool buffers)
+    : Check(op), items_(items), values_(std::move(values)), buffers_(buffers) {
   std::swap(lists_, spare_);
 }
 
@@ -44,12 +45,15 @@ Facts Arguments::dense(Place place, AtenTensorHandle t) {
 }
 
 void* Arguments::remember(Place place, AtenTensorHandle t, int64_t bytes, Access access) {
-  void* data;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+  void* data = data_of(t);
+  remember(place, data, bytes, access);
+  return data;
+}
+
+void Arguments::remember(Place place, void* data, int64_t bytes, Access access) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   if (bytes > 0) lists_.extents.push_back({begin, begin + bytes, place, access == Access::kWrite});
   writes_ |= access == Access::kWrite;
-  return data;
 }
 
 // ---- Lists ----
@@ -73,7 +77,7 @@ void Arguments::main(const char* name, Access access) {
 
 template <class Wanted, class Set>
 void Arguments::attach(const char* name, const Tensors& tensors, Access access, Wanted wanted, Set set) {
-  if (!present(name, tensors)) return;
+  if (from_buffer(name, tensors, access, [&](const Item& item) { return item.numel * size_of(wanted(item)); }, set) || !present(name, tensors)) return;
   for (size_t i = 0; i < tensors.size(); ++i) {
     AtenTensorHandle t = tensors[i];
     const Facts& like = lists_.like[i];
@@ -87,6 +91,30 @@ void Arguments::attach(const char* name, const Tensors& tensors, Access access, 
     if (!same_strides(facts, like)) refuse(place, "have the strides " + show(like.strides) + " of its parameter", show(facts.strides));
     set(items_[i], remember(place, t, facts.numel * size_of(dtype), access));
   }
+}
+
+template <class Bytes, class Set>
+bool Arguments::from_buffer(const char* name, const Tensors& tensors, Access access, Bytes bytes, Set set) {
+  if (!buffers_ || tensors.size() != 2) return false;
+  const Place whole(name, 0);
+  const Facts buffer = strided(whole, tensors[0]), begins = strided({name, 1}, tensors[1]);
+  if (buffer.dtype != kByte || begins.dtype != kLong) return false;
+  on_device(whole, tensors[0]);
+  const bool fits = is_contiguous(buffer) && is_contiguous(begins) && device_of(tensors[1]).first == kCpu;
+  if (!fits || static_cast<size_t>(begins.numel) != items_.size())
+    refuse(name, "be a contiguous buffer and on the CPU a number a parameter (" + std::to_string(items_.size()) + ")", show(begins.sizes));
+  uint8_t* data = static_cast<uint8_t*>(data_of(tensors[0]));
+  const int64_t* begin = static_cast<const int64_t*>(data_of(tensors[1]));
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (begin[i] < 0) continue;
+    const int64_t size = bytes(items_[i]);
+    if (begin[i] % 16 != 0 || begin[i] > buffer.numel - size)
+      refuse(Place(name, i), "lie in its buffer of " + std::to_string(buffer.numel) + " bytes, at a multiple of 16",
+             std::to_string(size) + " bytes at " + std::to_string(begin[i]));
+    remember(Place(name, i), data + begin[i], size, access);
+    set(items_[i], data + begin[i]);
+  }
+  return true;
 }
 
 bool Arguments::present(const char* name, const Tensors& tensors) const {
@@ -110,7 +138,8 @@ void Arguments::needed(const char* name, void* Item::*field, Access access) {
 
 void Arguments::masks(Access access) {
   const Tensors& masks = next<Tensors>();
-  if (!present("masks", masks)) return;
+  const auto set = [](Item& item, void* p) { item.mask = static_cast<uint8_t*>(p); };
+  if (from_buffer("masks", masks, access, [](const Item& item) { return mask_bytes(item.numel); }, set) || !present("masks", masks)) return;
   for (size_t i = 0; i < masks.size(); ++i) {
     AtenTensorHandle t = masks[i];
     const Place place("masks", i);
@@ -121,7 +150,7 @@ void Arguments::masks(Access access) {
     if (facts.dtype != kByte) refuse(place, "be uint8", show_dtype(facts.dtype));
     if (facts.sizes.size() != 1 || facts.numel != bytes || !is_contiguous(facts))
       refuse(place, "be contiguous of shape [" + std::to_string(bytes) + "], one bit a weight", show(facts.sizes));
-    items_[i].mask = static_cast<uint8_t*>(remember(place, t, bytes, access));
+    set(items_[i], remember(place, t, bytes, access));
   }
 }
 

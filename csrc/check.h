@@ -24,7 +24,8 @@ class Check {
 // changed; words are made only then. Nothing is remembered from call to call: to find out whether a tensor has changed costs as much as to check it.
 class Arguments : public Visitor, private Check {
  public:
-  Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values);
+  // buffers: lists may be handed over as a buffer, see from_buffer.
+  Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values, bool buffers);
   Arguments(const Arguments&) = delete;
   ~Arguments() override;
 
@@ -75,6 +76,10 @@ class Arguments : public Visitor, private Check {
   template <class Wanted, class Set>
   void attach(const char* name, const Tensors& tensors, Access, Wanted wanted, Set set);
   bool present(const char* name, const Tensors& tensors) const;
+  // Whether the list is two tensors that stand for all: a uint8 buffer in which they lie and, on the CPU, an int64 each, where in it they begin; -1:
+  // absent. If so, fills the pointers. To hand a tensor over costs torch more than its checks, and the optimizer's own memory is in few buffers.
+  template <class Bytes, class Set>
+  bool from_buffer(const char* name, const Tensors& tensors, Access, Bytes bytes, Set set);
   // One for all or one each.
   template <class T>
   const std::vector<T>& per_tensor(const char* name);
@@ -85,6 +90,7 @@ class Arguments : public Visitor, private Check {
   Facts dense(Place place, AtenTensorHandle t);
   // Where the tensor's memory is; no_overlap looks at it.
   void* remember(Place place, AtenTensorHandle t, int64_t bytes, Access);
+  void remember(Place place, void* data, int64_t bytes, Access);
   // The memory of a new result.
   void* empty(ScalarType dtype, std::initializer_list<int64_t> sizes);
   void sort_starts();
@@ -95,6 +101,7 @@ class Arguments : public Visitor, private Check {
   AtenTensorHandle like_ = nullptr;
   std::vector<Tensor> results_;
   bool writes_ = false;
+  const bool buffers_;
   Device device_;  // of like_
   // Their memory, not what is in it, goes from call to call of a thread: new memory of the system would cost as much as the checks.
   struct Lists {

@@ -10,7 +10,7 @@ namespace cram {
 template <class Op, class Backend>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   Op op;
-  Arguments arguments(Op::kName, op.items, signature<Op>().unbox(stack));
+  Arguments arguments(Op::kName, op.items, signature<Op>().unbox(stack), !Backend::kOnlyChecks);
   op.visit(arguments);
   op.finish();
   arguments.no_overlap();

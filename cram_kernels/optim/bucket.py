@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._registration import InBuffer
 from ..distributed import Spread, local_ranks, spread_of
 from ..patterns import NM, Pattern, TopK
 from .columns import Columns, Lists, Slot, present
 
 NOT_SPREAD = -2  # in place of a threshold over all ranks: that of the op holds
-ALIGNMENT = 16  # bytes, between the masks in their common buffer
+ALIGNMENT = 64  # bytes, of what lies in a common buffer
 
 
 class Bucket:
@@ -50,11 +51,11 @@ class Bucket:
             masters: whether the optimizer keeps master weights.
         """
         if masters or self.spread or self.lists is None:  # else nothing of it changes while the bucket holds
-            for slot in self.slots:
-                if slot.clean is slot.nothing:
-                    slot.saved = torch.empty_like(slot.local)
+            new = [s for s in self.slots if s.clean is s.nothing]
+            for slot, piece in zip(new, pieces([s.local.nbytes for s in new], self.device), strict=True):
+                slot.saved = piece.view(slot.dtype).as_strided(slot.shape, slot.local.stride())
             saved = [s.saved if s.master is s.nothing else s.nothing for s in self.slots]
-            self.lists = [s.local for s in self.slots], present(saved, self.slots), present([s.master for s in self.slots], self.slots)
+            self.lists = [s.local for s in self.slots], handed_over(saved), present([s.master for s in self.slots], self.slots)
         return Columns(self.slots, self.flag, [], self.lists)
 
     def masks_of_step(self, sparse: list[bool], keep: bool, reuse: bool) -> list[Tensor]:
@@ -76,6 +77,7 @@ class Bucket:
         if not keep:
             for slot in masked:
                 slot.mask = by_slot[slot]
+            masks = handed_over(masks)
             self.masks = sparse, masks
         return masks
 
@@ -131,12 +133,24 @@ class Bucket:
         return k, thresholds
 
 
-def new_masks(slots: list[Slot], there: list[Tensor | None]) -> dict[Slot, Tensor]:
-    """The memory for the mask of each slot, uint8 [ceil(numel / 8)]; where none is there aligned slices of one buffer."""
-    sizes = [-(-s.local.numel() // 8) if mask is None else 0 for s, mask in zip(slots, there, strict=True)]
+def pieces(sizes: list[int], device: torch.device) -> list[Tensor]:
+    """Parts of a new buffer with so many bytes each."""
     room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    parts = torch.zeros(sum(room), dtype=torch.uint8, device=slots[0].device).split(room) if slots else ()
-    return {s: part[:size] if mask is None else mask for s, part, size, mask in zip(slots, parts, sizes, there, strict=True)}
+    parts = torch.zeros(sum(room), dtype=torch.uint8, device=device).split(room) if sizes else ()
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
+def new_masks(slots: list[Slot], there: list[Tensor | None]) -> dict[Slot, Tensor]:
+    """The memory for the mask of each slot, uint8 [ceil(numel / 8)]; where none is there parts of one buffer."""
+    new = [s for s, mask in zip(slots, there, strict=True) if mask is None]
+    made = dict(zip(new, pieces([-(-s.local.numel() // 8) for s in new], slots[0].device), strict=True)) if new else {}
+    return {s: made[s] if mask is None else mask for s, mask in zip(slots, there, strict=True)}
+
+
+def handed_over(tensors: list[Tensor]) -> list[Tensor]:
+    """The list, for many steps; of tensors in one buffer ops take the buffer alone."""
+    buffers = {t.untyped_storage().data_ptr() for t in tensors if t.numel() > 0}
+    return InBuffer(tensors) if len(buffers) == 1 < len(tensors) else tensors
 
 
 def joined(tensors: list[Tensor]) -> Tensor | None:

@@ -126,12 +126,12 @@ class Columns:
             first = [g if plus[s.group] else s.nothing for s, g in zip(self.slots, first, strict=True)]
             owners = [s.param.grad if plus[s.group] else s.nothing for s in self.slots]
         # A view belongs to somebody who will write to it again (a bucket of DDP, even one that holds a single gradient).
-        for i, t in enumerate(map(local_of, owners) if fitted else owners):
-            if t._base is not None or t.untyped_storage().nbytes() != t.nbytes:
-                slot = self.slots[i]
-                if slot.borrowed is None:
-                    slot.borrowed = torch.empty_like(slot.local)
-                first[i] = owners[i] = slot.borrowed.copy_(first[i])
+        looked_at = map(local_of, owners) if fitted else owners
+        for i in [i for i, t in enumerate(looked_at) if t._base is not None or t.untyped_storage().nbytes() != t.nbytes]:
+            slot = self.slots[i]
+            if slot.borrowed is None:
+                slot.borrowed = torch.empty_like(slot.local)
+            first[i] = owners[i] = slot.borrowed.copy_(first[i])
         self.first, self.watched = first, [*first, *owners] if fitted else first
         self.versions = [t._version for t in self.watched]
 

@@ -6,6 +6,8 @@ implementations; as in torch, `fused` and `capturable` put Adam's step counter o
 """
 
 from collections.abc import Callable
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -103,10 +105,11 @@ class Update:
             put_master(state[slot.param], slot)
         slots = part.slots if all(used) else [slot for slot in part.slots if used[slot.group]]
         states = self.workspace.state_of(state, slots)
-        new = {slot for slot, own in zip(slots, states, strict=True) if own.get("momentum_buffer") is None}
+        there: list[Any] = [own.get("momentum_buffer") for own in states]
+        new = {slot for slot, buffer in zip(slots, there, strict=True) if buffer is None} if any(map(is_, there, repeat(None))) else set()
         for slot in new:
             state[slot.param]["momentum_buffer"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
-        buffers = self.column(slots, states, "momentum_buffer")
+        buffers = self.column(slots, states, "momentum_buffer") if new or self.careful else there
         if 0 < len(slots) < len(part.slots):
             by_slot = dict(zip(slots, buffers, strict=True))
             buffers = [by_slot.get(slot, slot.nothing) for slot in part.slots]
