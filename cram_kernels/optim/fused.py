@@ -85,9 +85,11 @@ class Update:
         }
 
     def options(self, part: Columns, *numbers: str, flags: tuple[str, ...]) -> dict[str, Any]:
-        """Group options as the ops take them: one value for all, or one a parameter."""
-        found = {name: per_tensor([float(group[name]) for group in self.groups], part.slots) for name in numbers}
-        return found | {name: per_tensor([int(group[name]) for group in self.groups], part.slots) for name in flags}
+        """Group options as the ops take them: one value for all, or one a parameter. Those that are 0 everywhere, the default of the ops,
+        are left out."""
+        found: dict[str, list[Any]] = {name: [float(group[name]) for group in self.groups] for name in numbers}
+        found |= {name: [int(group[name]) for group in self.groups] for name in flags}
+        return {name: per_tensor(values, part.slots) for name, values in found.items() if any(values)}
 
     def lr(self, part: Columns) -> Tensor:
         return self.workspace.option("lr", [group["lr"] for group in self.groups], part.slots, part.device)
@@ -145,8 +147,9 @@ class Update:
             self.lr(part),
             beta1=per_tensor([float(group["betas"][0]) for group in self.groups], slots),
             beta2=per_tensor([float(group["betas"][1]) for group in self.groups], slots),
+            eps=per_tensor([float(group["eps"]) for group in self.groups], slots),
             decoupled=any(decoupled),
-            **self.options(part, "eps", "weight_decay", flags=("amsgrad", "maximize")),
+            **self.options(part, "weight_decay", flags=("amsgrad", "maximize")),
             **self.factors(part),
         )
 

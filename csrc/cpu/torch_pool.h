@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <climits>
+
 #include "drivers.h"
 #include "simd.h"
 
@@ -16,7 +19,9 @@ inline void run_in_torch(int threads, void (*body)(void*, int), void* context) {
 }
 
 struct TorchContext {
-  Pool pool{static_cast<int>(torch::stable::get_num_threads()), run_in_torch};
+  explicit TorchContext(int64_t most = INT_MAX) : pool{static_cast<int>(std::min<int64_t>(most, torch::stable::get_num_threads())), run_in_torch} {}
+
+  Pool pool;
   Context context{pool, kernels()};
 };
 
