@@ -56,9 +56,12 @@ def tensors(args: Any) -> list[Tensor]:
     return found
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # by their number in a table of InBuffer
+
+
 class InBuffer(list[Tensor]):
-    """Tensors that lie in one buffer, with one of 0 elements where there is none. A native op takes the buffer and where each begins: to
-    hand a tensor over takes torch longer than the op to check it. The list must not change."""
+    """Tensors that lie in one buffer, with one of 0 elements where there is none. A native op takes the buffer and a table of what is in it
+    (csrc/check.h): to hand a tensor over takes torch longer than the op to check it. The list must not change."""
 
     __slots__ = ("handed_over",)
 
@@ -66,8 +69,11 @@ class InBuffer(list[Tensor]):
         super().__init__(tensors)
         storage = next(t for t in tensors if t.numel() > 0).untyped_storage()
         buffer = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        begins = [t.data_ptr() - storage.data_ptr() if t.numel() > 0 else -1 for t in tensors]
-        self.handed_over = [buffer, torch.tensor(begins, dtype=torch.int64)]
+        table: list[int] = []
+        for t in tensors:
+            begin = t.data_ptr() - storage.data_ptr() if t.numel() > 0 else 0
+            table += [begin, _DTYPES.index(t.dtype), t.dim(), *t.shape, *t.stride()]
+        self.handed_over = [buffer, torch.tensor(table, dtype=torch.int64)]
 
 
 def _written(op: Any) -> list[tuple[int, str]]:

@@ -44,16 +44,11 @@ Facts Arguments::dense(Place place, AtenTensorHandle t) {
   return facts;
 }
 
-void* Arguments::remember(Place place, AtenTensorHandle t, int64_t bytes, Access access) {
-  void* data = data_of(t);
-  remember(place, data, bytes, access);
-  return data;
-}
-
-void Arguments::remember(Place place, void* data, int64_t bytes, Access access) {
+void* Arguments::remember(Place place, void* data, int64_t bytes, Access access) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   if (bytes > 0) lists_.extents.push_back({begin, begin + bytes, place, access == Access::kWrite});
   writes_ |= access == Access::kWrite;
+  return data;
 }
 
 // ---- Lists ----
@@ -70,51 +65,63 @@ void Arguments::main(const char* name, Access access) {
     if (!dtype.has_value()) refuse(place, "be float32, bfloat16 or float16", show_dtype(facts.dtype));
     items_[i].numel = facts.numel;
     items_[i].dtype = *dtype;
-    items_[i].param = remember(place, t, facts.numel * size_of(*dtype), access);
+    items_[i].param = remember(place, data_of(t), facts.numel * size_of(*dtype), access);
     lists_.like.push_back(facts);
+  }
+}
+
+std::optional<Arguments::Parts> Arguments::parts_of(const char* name, const Tensors& tensors) {
+  if (!buffers_ || tensors.size() != 2) return std::nullopt;
+  const Facts buffer = strided({name, 0}, tensors[0]), table = strided({name, 1}, tensors[1]);
+  if (buffer.dtype != kByte || table.dtype != kLong) return std::nullopt;
+  if (!is_contiguous(buffer) || !is_contiguous(table) || device_of(tensors[1]).first != kCpu)
+    refuse(name, "be a contiguous buffer and a contiguous table on the CPU", show(buffer.strides) + ", " + show(table.strides) + " as strides");
+  on_device({name, 0}, tensors[0]);
+  const int64_t* begin = static_cast<const int64_t*>(data_of(tensors[1]));
+  return Parts{static_cast<uint8_t*>(data_of(tensors[0])), buffer.numel, begin, begin + table.numel};
+}
+
+std::pair<Facts, void*> Arguments::next_part(Place place, Parts& parts) const {
+  const int64_t left = parts.end - parts.next;
+  if (left < 3 || parts.next[1] < 0 || parts.next[1] > 3 || parts.next[2] < 0 || parts.next[2] > (left - 3) / 2)
+    refuse(place, "be in the table of its buffer", std::to_string(left) + " numbers there");
+  const int64_t begin = parts.next[0], dtype = parts.next[1], dim = parts.next[2];
+  Facts facts{dtype == 3 ? kByte : kDtypes[dtype], 1, {parts.next + 3, static_cast<size_t>(dim)}, {parts.next + 3 + dim, static_cast<size_t>(dim)}};
+  for (int64_t size : facts.sizes) facts.numel *= size;
+  parts.next += 3 + 2 * dim;
+  const int64_t bytes = facts.numel * static_cast<int64_t>(aoti_torch_dtype_element_size(facts.dtype));
+  if (begin < 0 || begin % 16 != 0 || begin > parts.bytes - bytes)
+    refuse(place, "lie in its buffer of " + std::to_string(parts.bytes) + " bytes, at a multiple of 16",
+           std::to_string(bytes) + " bytes at " + std::to_string(begin));
+  return {facts, parts.buffer + begin};
+}
+
+template <class Use>
+void Arguments::for_each(const char* name, const Tensors& tensors, Use use) {
+  std::optional<Parts> parts = parts_of(name, tensors);
+  if (!parts.has_value() && !present(name, tensors)) return;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const Place place(name, i);
+    if (parts.has_value()) {
+      const auto [facts, data] = next_part(place, *parts);
+      if (facts.numel > 0) use(place, i, facts, data);
+    } else if (const Facts facts = strided(place, tensors[i]); facts.numel > 0) {
+      on_device(place, tensors[i]);
+      use(place, i, facts, data_of(tensors[i]));
+    }
   }
 }
 
 template <class Wanted, class Set>
 void Arguments::attach(const char* name, const Tensors& tensors, Access access, Wanted wanted, Set set) {
-  if (from_buffer(name, tensors, access, [&](const Item& item) { return item.numel * size_of(wanted(item)); }, set) || !present(name, tensors)) return;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    AtenTensorHandle t = tensors[i];
+  for_each(name, tensors, [&](Place place, size_t i, const Facts& facts, void* data) {
     const Facts& like = lists_.like[i];
-    const Place place(name, i);
-    const Facts facts = strided(place, t);
-    if (facts.numel == 0) continue;
-    on_device(place, t);
     const DType dtype = wanted(items_[i]);
     if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(scalar_type_of(dtype)), show_dtype(facts.dtype));
     if (!same(facts.sizes, like.sizes)) refuse(place, "have the shape " + show(like.sizes) + " of its parameter", show(facts.sizes));
     if (!same_strides(facts, like)) refuse(place, "have the strides " + show(like.strides) + " of its parameter", show(facts.strides));
-    set(items_[i], remember(place, t, facts.numel * size_of(dtype), access));
-  }
-}
-
-template <class Bytes, class Set>
-bool Arguments::from_buffer(const char* name, const Tensors& tensors, Access access, Bytes bytes, Set set) {
-  if (!buffers_ || tensors.size() != 2) return false;
-  const Place whole(name, 0);
-  const Facts buffer = strided(whole, tensors[0]), begins = strided({name, 1}, tensors[1]);
-  if (buffer.dtype != kByte || begins.dtype != kLong) return false;
-  on_device(whole, tensors[0]);
-  const bool fits = is_contiguous(buffer) && is_contiguous(begins) && device_of(tensors[1]).first == kCpu;
-  if (!fits || static_cast<size_t>(begins.numel) != items_.size())
-    refuse(name, "be a contiguous buffer and on the CPU a number a parameter (" + std::to_string(items_.size()) + ")", show(begins.sizes));
-  uint8_t* data = static_cast<uint8_t*>(data_of(tensors[0]));
-  const int64_t* begin = static_cast<const int64_t*>(data_of(tensors[1]));
-  for (size_t i = 0; i < items_.size(); ++i) {
-    if (begin[i] < 0) continue;
-    const int64_t size = bytes(items_[i]);
-    if (begin[i] % 16 != 0 || begin[i] > buffer.numel - size)
-      refuse(Place(name, i), "lie in its buffer of " + std::to_string(buffer.numel) + " bytes, at a multiple of 16",
-             std::to_string(size) + " bytes at " + std::to_string(begin[i]));
-    remember(Place(name, i), data + begin[i], size, access);
-    set(items_[i], data + begin[i]);
-  }
-  return true;
+    set(items_[i], remember(place, data, facts.numel * size_of(dtype), access));
+  });
 }
 
 bool Arguments::present(const char* name, const Tensors& tensors) const {
@@ -137,21 +144,13 @@ void Arguments::needed(const char* name, void* Item::*field, Access access) {
 }
 
 void Arguments::masks(Access access) {
-  const Tensors& masks = next<Tensors>();
-  const auto set = [](Item& item, void* p) { item.mask = static_cast<uint8_t*>(p); };
-  if (from_buffer("masks", masks, access, [](const Item& item) { return mask_bytes(item.numel); }, set) || !present("masks", masks)) return;
-  for (size_t i = 0; i < masks.size(); ++i) {
-    AtenTensorHandle t = masks[i];
-    const Place place("masks", i);
-    const Facts facts = strided(place, t);
-    if (facts.numel == 0) continue;
-    on_device(place, t);
+  for_each("masks", next<Tensors>(), [&](Place place, size_t i, const Facts& facts, void* data) {
     const int64_t bytes = mask_bytes(items_[i].numel);
     if (facts.dtype != kByte) refuse(place, "be uint8", show_dtype(facts.dtype));
     if (facts.sizes.size() != 1 || facts.numel != bytes || !is_contiguous(facts))
       refuse(place, "be contiguous of shape [" + std::to_string(bytes) + "], one bit a weight", show(facts.sizes));
-    set(items_[i], remember(place, t, bytes, access));
-  }
+    items_[i].mask = static_cast<uint8_t*>(remember(place, data, bytes, access));
+  });
 }
 
 void Arguments::masters(Access access) {
@@ -184,7 +183,7 @@ void* Arguments::scalar(Place place, AtenTensorHandle t, ScalarType dtype, Acces
   if (facts.dtype != number_of(dtype)) refuse(place, "be " + show(dtype), show_dtype(facts.dtype));
   if (facts.numel != 1) refuse(place, "have one element", "shape " + show(facts.sizes));
   on_device(place, t);
-  return remember(place, t, aoti_torch_dtype_element_size(facts.dtype), access);
+  return remember(place, data_of(t), aoti_torch_dtype_element_size(facts.dtype), access);
 }
 
 void Arguments::flag(const char* name, int32_t*& flag) {
@@ -204,7 +203,7 @@ void Arguments::per_item(const char* name, PerItem& numbers) {
   if (dim > 1 || (dim == 1 && (static_cast<size_t>(facts.numel) != items || !is_contiguous(facts))))
     refuse(name, "have shape [] or [" + std::to_string(items) + "]", show(facts.sizes));
   on_device(name, t);
-  numbers = {static_cast<const float*>(remember(name, t, facts.numel * sizeof(float), Access::kRead)), facts.numel != 1};
+  numbers = {static_cast<const float*>(remember(name, data_of(t), facts.numel * sizeof(float), Access::kRead)), facts.numel != 1};
 }
 
 void Arguments::sets(const char* name, const int64_t*& per_set, int64_t& num_sets) {
@@ -214,7 +213,7 @@ void Arguments::sets(const char* name, const int64_t*& per_set, int64_t& num_set
   if (facts.dtype != kLong) refuse(name, "be int64", show_dtype(facts.dtype));
   if (facts.sizes.size() != 1 || !is_contiguous(facts)) refuse(name, "be contiguous of shape [number of selection sets]", show(facts.sizes));
   on_device(name, t);
-  per_set = static_cast<const int64_t*>(remember(name, t, facts.numel * sizeof(int64_t), Access::kRead));
+  per_set = static_cast<const int64_t*>(remember(name, data_of(t), facts.numel * sizeof(int64_t), Access::kRead));
   num_sets = facts.numel;
   if (sets.size() != items_.size()) refuse("sets", "have one entry a tensor (" + std::to_string(items_.size()) + ")", std::to_string(sets.size()));
   for (size_t i = 0; i < sets.size(); ++i) {

@@ -24,7 +24,7 @@ class Check {
 // changed; words are made only then. Nothing is remembered from call to call: to find out whether a tensor has changed costs as much as to check it.
 class Arguments : public Visitor, private Check {
  public:
-  // buffers: lists may be handed over as a buffer, see from_buffer.
+  // buffers: lists may be handed over as a buffer, see Parts.
   Arguments(const char* op, std::vector<Item>& items, std::vector<Value> values, bool buffers);
   Arguments(const Arguments&) = delete;
   ~Arguments() override;
@@ -76,10 +76,18 @@ class Arguments : public Visitor, private Check {
   template <class Wanted, class Set>
   void attach(const char* name, const Tensors& tensors, Access, Wanted wanted, Set set);
   bool present(const char* name, const Tensors& tensors) const;
-  // Whether the list is two tensors that stand for all: a uint8 buffer in which they lie and, on the CPU, an int64 each, where in it they begin; -1:
-  // absent. If so, fills the pointers. To hand a tensor over costs torch more than its checks, and the optimizer's own memory is in few buffers.
-  template <class Bytes, class Set>
-  bool from_buffer(const char* name, const Tensors& tensors, Access, Bytes bytes, Set set);
+  // What stands for a list of tensors that lie in one uint8 buffer: the buffer and, on the CPU, an int64 table of them: where it begins, the dtype (a
+  // DType, or 3: uint8), dim, sizes, strides; then the next. To hand a tensor over costs torch more than to check it here.
+  struct Parts {
+    uint8_t* buffer;
+    int64_t bytes;
+    const int64_t *next, *end;
+  };
+  std::optional<Parts> parts_of(const char* name, const Tensors& tensors);
+  std::pair<Facts, void*> next_part(Place place, Parts& parts) const;
+  // Calls use(place, item, facts, data) for each tensor of a list that is not absent.
+  template <class Use>
+  void for_each(const char* name, const Tensors& tensors, Use use);
   // One for all or one each.
   template <class T>
   const std::vector<T>& per_tensor(const char* name);
@@ -89,8 +97,7 @@ class Arguments : public Visitor, private Check {
   void on_device(Place place, AtenTensorHandle t);
   Facts dense(Place place, AtenTensorHandle t);
   // Where the tensor's memory is; no_overlap looks at it.
-  void* remember(Place place, AtenTensorHandle t, int64_t bytes, Access);
-  void remember(Place place, void* data, int64_t bytes, Access);
+  void* remember(Place place, void* data, int64_t bytes, Access);
   // The memory of a new result.
   void* empty(ScalarType dtype, std::initializer_list<int64_t> sizes);
   void sort_starts();
