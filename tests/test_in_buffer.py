@@ -1,4 +1,4 @@
-"""Lists that lie in one buffer, as the optimizer hands its own memory over: native ops take the buffer and a table of what is in it, and give
+"""Lists that lie in one buffer, as the optimizer hands its own memory over: native ops take the buffer and a table of what is in it, with
 the bits that the reference gives with the list."""
 
 from typing import Any
