@@ -55,7 +55,8 @@ class Bucket:
             for slot, piece in zip(new, pieces([s.local.nbytes for s in new], self.device), strict=True):
                 slot.saved = piece.view(slot.dtype).as_strided(slot.shape, slot.local.stride())
             saved = [s.saved if s.master is s.nothing else s.nothing for s in self.slots]
-            self.lists = [s.local for s in self.slots], handed_over(saved), present([s.master for s in self.slots], self.slots)
+            saved = present(saved, self.slots) if masters or self.spread else handed_over(saved)
+            self.lists = [s.local for s in self.slots], saved, present([s.master for s in self.slots], self.slots)
         return Columns(self.slots, self.flag, [], self.lists)
 
     def masks_of_step(self, sparse: list[bool], keep: bool, reuse: bool) -> list[Tensor]:
