@@ -259,28 +259,26 @@ std::optional<Tensor> Arguments::like() const {
   return Tensor(owned);
 }
 
-// Not torch::stable::new_empty, which looks the op up by its name in each call.
-void* Arguments::empty(ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes.begin()[d];
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), number_of(dtype), device_.first, device_.second, &made));
-  results_.emplace_back(made);
+// Not by torch::stable::new_empty, which looks the op up by its name in each call.
+void* Arguments::made(ScalarType type, std::initializer_list<int64_t> sizes, Content content) {
+  int32_t dtype = number_of(type), layout = kStrided, device = device_.first;
+  const auto make = content == Content::kZeros ? aoti_torch_aten_new_zeros : aoti_torch_aten_new_empty;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(make(like_, sizes.begin(), sizes.size(), &dtype, &layout, &device, device_.second, nullptr, &result));
+  results_.emplace_back(result);
   return results_.back().mutable_data_ptr();
 }
 
 void Arguments::result(const char*, int32_t*& data, std::initializer_list<int64_t> sizes) {
-  data = static_cast<int32_t*>(empty(ScalarType::Int, sizes));
+  data = static_cast<int32_t*>(made(ScalarType::Int, sizes, Content::kAny));
 }
 
 void Arguments::result(const char*, int64_t*& data, std::initializer_list<int64_t> sizes, Content content) {
-  data = static_cast<int64_t*>(empty(ScalarType::Long, sizes));
-  if (content == Content::kZeros) torch::stable::zero_(results_.back());
+  data = static_cast<int64_t*>(made(ScalarType::Long, sizes, content));
 }
 
 void Arguments::result(const char*, float*& data, std::initializer_list<int64_t> sizes) {
-  data = static_cast<float*>(empty(ScalarType::Float, sizes));
+  data = static_cast<float*>(made(ScalarType::Float, sizes, Content::kAny));
 }
 
 void Arguments::no_overlap() {

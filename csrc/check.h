@@ -99,7 +99,7 @@ class Arguments : public Visitor, private Check {
   // Where the tensor's memory is; no_overlap looks at it.
   void* remember(Place place, void* data, int64_t bytes, Access);
   // The memory of a new result.
-  void* empty(ScalarType dtype, std::initializer_list<int64_t> sizes);
+  void* made(ScalarType type, std::initializer_list<int64_t> sizes, Content content);
   void sort_starts();
 
   std::vector<Item>& items_;
