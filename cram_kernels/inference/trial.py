@@ -57,7 +57,7 @@ def low(times: list[float]) -> float:
 def candidates(layer: SparseLayer, columns: int) -> list[int]:
     """Tiles that may be fastest for so many columns."""
     tiles = [tile for tile in (8, 16, 32, 64, 128) if tile < 2 * columns or tile == 8]
-    return ([1] if isinstance(layer, SparseLinear) and columns <= FEW_ROWS else []) + tiles[-3:]
+    return ([1] if isinstance(layer, SparseLinear) and columns <= FEW_ROWS else []) + tiles[-4:]
 
 
 def try_layer(

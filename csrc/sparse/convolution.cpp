@@ -1,6 +1,8 @@
 // A convolution as a sparse product. The dense matrix has a row for each (channel, kernel row, kernel column) and a column for each output
 // position; a tile of it is contiguous in the padded input, since output positions are counted with the padded input's row length. The few
 // positions beyond each output row are computed and dropped. A stride takes the input apart into its phases first.
+#include <algorithm>
+
 #include "product.h"
 
 namespace cram {
@@ -43,6 +45,9 @@ struct Image {
   }
 };
 
+// a / b, rounded up; 0 where a is negative.
+int64_t ceiling(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
+
 }  // namespace
 
 void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const Convolution& c, const float* x, const float* bias,
@@ -55,15 +60,16 @@ void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseM
     size[axis] = (padded + c.stride[axis] - 1) / c.stride[axis];
   }
   const int64_t plane = size[0] * size[1], image_size = phases[0] * phases[1] * c.channels * plane;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> window, offsets;  // of the window's places in the first channel, and of all channels
+  for (int64_t ky = 0; ky < c.kernel[0]; ++ky)
+    for (int64_t kx = 0; kx < c.kernel[1]; ++kx) {
+      const int64_t y = ky * c.dilation[0], x = kx * c.dilation[1];
+      const int64_t phase = y % c.stride[0] * phases[1] + x % c.stride[1];
+      window.push_back(phase * c.channels * plane + y / c.stride[0] * size[1] + x / c.stride[1]);
+    }
   offsets.reserve(static_cast<size_t>(a.columns));
   for (int64_t channel = 0; channel < c.channels; ++channel)
-    for (int64_t ky = 0; ky < c.kernel[0]; ++ky)
-      for (int64_t kx = 0; kx < c.kernel[1]; ++kx) {
-        const int64_t y = ky * c.dilation[0], x = kx * c.dilation[1];
-        const int64_t phase = y % c.stride[0] * phases[1] + x % c.stride[1];
-        offsets.push_back((phase * c.channels + channel) * plane + y / c.stride[0] * size[1] + x / c.stride[1]);
-      }
+    for (int64_t place : window) offsets.push_back(channel * plane + place);
   const bool as_it_is = c.stride[0] == 1 && c.stride[1] == 1 && c.padding[0] == 0 && c.padding[1] == 0;
   static thread_local std::vector<float> memory;  // stays for the next call, as all layers of a network want it
   const float* padded = x;
@@ -71,19 +77,19 @@ void sparse_conv2d(const Pool& pool, const SparseKernels& kernels, const SparseM
     if (static_cast<int64_t>(memory.size()) < c.batch * image_size) memory.resize(static_cast<size_t>(c.batch * image_size));
     float* to = memory.data();
     padded = to;
-    Pool team = pool;
-    if (c.batch * image_size < kWorkOfThread) team.threads = 1;
-    for_tasks(team, c.batch * c.channels, [&](int, int64_t task) {
+    for_tasks(team_of(pool, work_of(c.batch * image_size, 1)), c.batch * c.channels, [&](int, int64_t task) {
       const int64_t image = task / c.channels, channel = task % c.channels;
-      for (int64_t phase = 0; phase < phases[0] * phases[1]; ++phase)
-        for (int64_t row = 0; row < size[0]; ++row) {
-          const int64_t y = row * c.stride[0] + phase / phases[1] - c.padding[0];
-          float* line = to + image * image_size + (phase * c.channels + channel) * plane + row * size[1];
-          if (y < 0 || y >= c.height)
-            memset(line, 0, static_cast<size_t>(size[1]) * sizeof(float));
-          else
-            kernels.split_row(x + (task * c.height + y) * c.width, c.width, c.stride[1], phase % phases[1] - c.padding[1], line, size[1]);
-        }
+      for (int64_t phase = 0; phase < phases[0] * phases[1]; ++phase) {
+        // Row r of the phase is row r * stride + top of the image: those in [first, stop) are there, the others are padding.
+        const int64_t top = phase / phases[1] - c.padding[0], left = phase % phases[1] - c.padding[1], above = ceiling(-top, c.stride[0]);
+        const int64_t first = above < size[0] ? above : size[0], below = ceiling(c.height - top, c.stride[0]);
+        const int64_t stop = below < first ? first : below < size[0] ? below : size[0];
+        float* own = to + image * image_size + (phase * c.channels + channel) * plane;
+        std::fill(own, own + first * size[1], 0.0f);
+        const float* from = x + (task * c.height + first * c.stride[0] + top) * c.width;
+        kernels.split_rows(from, c.width, c.stride[1], c.stride[0] * c.width, left, stop - first, own + first * size[1], size[1]);
+        std::fill(own + stop * size[1], own + plane, 0.0f);
+      }
     });
   }
   std::vector<Tile> tiles;

@@ -70,6 +70,9 @@ int dot_slices(const Piece& piece, const Value* values, const float* spread, con
     __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()}, found[4];
     int left = piece.steps_of[slice];
     for (; left >= 4; left -= 4, values += 4 * kLanes, column += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(reinterpret_cast<const char*>(values + i * kLanes) + kAhead);
+      __builtin_prefetch(column + kAhead / sizeof(*values));
       const __m512i columns = _mm512_loadu_si512(column);
       largest = _mm512_max_epu8(largest, columns);
       look_up<wide>(x, columns, found);
@@ -91,11 +94,11 @@ int dot_slices(const Piece& piece, const Value* values, const float* spread, con
     sums[slice] = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
   }
   hand_out(piece, sums, s);
-  alignas(64) uint8_t bytes[64];
-  _mm512_store_si512(bytes, largest);
-  int found = 0;
-  for (uint8_t byte : bytes) found = byte > found ? byte : found;
-  return found;
+  const __m256i of_32 = _mm256_max_epu8(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
+  const __m128i of_16 = _mm_max_epu8(_mm256_castsi256_si128(of_32), _mm256_extracti128_si256(of_32, 1));
+  const __m128i of_8 = _mm_max_epu8(of_16, _mm_srli_epi16(of_16, 8));  // in the lower half of each 16 bits
+  const __m128i least = _mm_minpos_epu16(_mm_andnot_si128(of_8, _mm_set1_epi16(255)));
+  return 255 - _mm_extract_epi16(least, 0);
 }
 
 template <class Value>
@@ -140,13 +143,13 @@ bool ordered(const Piece& piece) {
 
 }  // namespace
 
-const SparseKernels& sparse_vbmi() {
-  static const SparseKernels kernels = [] {
-    SparseKernels found = sparse_avx512();
+const SparseKernels& sparse_vbmi(bool halved) {
+  const auto with_bytes = [](SparseKernels found) {
     found.spread = spread, found.dot = dot, found.dot_half = dot_half, found.ordered = ordered;
     return found;
-  }();
-  return kernels;
+  };
+  static const SparseKernels whole = with_bytes(sparse_avx512(false)), halves = with_bytes(sparse_avx512(true));
+  return halved ? halves : whole;
 }
 
 }  // namespace cram

@@ -27,20 +27,16 @@ struct Vector {
   typedef float Unaligned __attribute__((vector_size(4 * width), aligned(4), may_alias));
 };
 
-// Bytes of values that are fetched into the cache ahead of their use: between two calls of a layer others use the cache, and the CPU itself does not
-// fetch early enough.
-constexpr int64_t kAhead = 4096;
-
 #define CRAM_INLINE_LAMBDA __attribute__((always_inline))
 #define CRAM_INLINE_KERNEL inline CRAM_INLINE_LAMBDA
 
-// A tile of 16 is in two registers of 8 numbers, also with AVX-512: a Zen 4 takes one of 16 as two halves, and its factor, too.
-// Rows of a slice that are summed up together: each addition waits for the one before, so that about 8 sums are to be under way at a time, and not
-// more than there are registers for (32 of AVX-512, 16 of the others).
-template <int tile>
+// A tile of 16 is in one register with AVX-512, but for CPUs that halve such registers: there in two, so that its factor is not halved, too.
+// Rows of a slice that are summed up together: each addition waits for the one before, so that 8 to 16 sums are to be under way at a time, and not
+// more than there are registers for (32 of AVX-512, 16 of the others). Few groups also mean few loops that end where the CPU does not expect it.
+template <int tile, bool halved>
 struct Shape {
-  static constexpr int width = tile <= 16 && kNative > 8 ? 8 : tile < kNative ? tile : kNative, registers = tile / width;
-  static constexpr int most = kNative == 16 ? 16 : 8, wanted = tile < 32 ? 128 / tile : 4;
+  static constexpr int width = tile == 16 && halved ? 8 : tile < kNative ? tile : kNative, registers = tile / width;
+  static constexpr int most = kNative == 16 ? 16 : 8, wanted = tile == 16 || (tile == 32 && kNative == 16) ? 8 : tile < 16 ? 16 : 4;
   static constexpr int group = registers >= most ? 1 : most / registers < wanted ? most / registers : wanted;
 };
 
@@ -64,21 +60,21 @@ CRAM_INLINE_KERNEL void store(float* to, typename Vector<width>::Type v, bool st
 }
 
 // Value i of a group, in all elements. One load of 4 or 8 of them and permutations, where there are as many: loads are what takes longest.
-template <int tile>
-CRAM_INLINE_KERNEL typename Vector<Shape<tile>::width>::Type factor_of(const float* value, int i) {
-  typename Vector<Shape<tile>::width>::Type factor;
+template <int width, int group>
+CRAM_INLINE_KERNEL typename Vector<width>::Type factor_of(const float* value, int i) {
+  typename Vector<width>::Type factor;
   [[maybe_unused]] const auto permuted = [&](const auto& all) CRAM_INLINE_LAMBDA {
     memcpy(&factor, &all, sizeof factor);
     return factor;
   };
 #if defined(__AVX512F__)
-  if constexpr (Shape<tile>::width == 16 && Shape<tile>::group >= 4)
-    return permuted(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(value)), _mm512_set1_epi32(i)));
+  if constexpr (width == 16 && group >= 4)
+    return permuted(_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(value + i / 4 * 4)), _mm512_set1_epi32(i % 4)));
 #endif
 #if defined(__AVX2__)
-  if constexpr (Shape<tile>::width == 8 && Shape<tile>::group >= 8)
+  if constexpr (width == 8 && group >= 8)
     return permuted(_mm256_permutevar8x32_ps(_mm256_loadu_ps(value + i / 8 * 8), _mm256_set1_epi32(i % 8)));
-  if constexpr (Shape<tile>::width == 8 && Shape<tile>::group == 4) {
+  if constexpr (width == 8 && group == 4) {
     const __m128 four = _mm_loadu_ps(value);
     return permuted(_mm256_permutevar_ps(_mm256_set_m128(four, four), _mm256_set1_epi32(i)));
   }
@@ -88,10 +84,11 @@ CRAM_INLINE_KERNEL typename Vector<Shape<tile>::width>::Type factor_of(const flo
 
 // `group` rows of a slice, whose first non-zeros these are, times a panel. What a lane without a row sums up is not stored. `fetch`: later values, a
 // cache line for each step, are fetched meanwhile.
-template <int tile, bool fresh, bool fetch>
+template <int tile, bool halved, bool fresh, bool fetch>
 CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* column, int64_t steps, const uint8_t* order, int rows, const float* panel,
                                          const Sums& s) {
-  constexpr int width = Shape<tile>::width, registers = Shape<tile>::registers, group = Shape<tile>::group;
+  using S = Shape<tile, halved>;
+  constexpr int width = S::width, registers = S::registers, group = S::group;
   constexpr int shift = __builtin_ctz(tile * sizeof(float));  // a row of the panel has 2^shift bytes
   using V = typename Vector<width>::Type;
   using Stored = typename Vector<width>::Unaligned;
@@ -102,13 +99,13 @@ CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* colu
     for (int r = 0; r < registers; ++r) sum[i][r] = V{};
   for (int64_t step = 0; step < steps; ++step, value += kLanes, column += kLanes) {
     if (fetch) __builtin_prefetch(reinterpret_cast<const char*>(value) + kAhead);
-    uint64_t words[2] = {};
+    uint64_t words[group > 8 ? 2 : 1] = {};
     memcpy(words, column, group);
 #pragma GCC unroll 16
     for (int i = 0; i < group; ++i) {
       const int right = (i % 8 * 8 - shift) & 63;  // a rotation: one instruction, which spares a second shift
       const uint64_t at = (words[i / 8] >> right | words[i / 8] << (-right & 63)) & uint64_t{255} << shift;
-      const V factor = factor_of<tile>(value, i);
+      const V factor = factor_of<width, group>(value, i);
       const Stored* row = reinterpret_cast<const Stored*>(reinterpret_cast<const char*>(panel) + at);
 #pragma GCC unroll 16
       for (int r = 0; r < registers; ++r) sum[i][r] += factor * row[r];
@@ -126,9 +123,9 @@ CRAM_INLINE_KERNEL void accumulate_group(const float* value, const uint8_t* colu
   }
 }
 
-template <int tile, bool fresh>
+template <int tile, bool halved, bool fresh>
 void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
-  constexpr int group = Shape<tile>::group;
+  constexpr int group = Shape<tile, halved>::group;
   const float* values = piece.values;
   const uint8_t* column = piece.column;
   const uint8_t* order = piece.order;
@@ -137,14 +134,14 @@ void accumulate_tile(const Piece& piece, const float* panel, const Sums& s) {
   for (; left >= kLanes; left -= kLanes, order += kLanes, ++steps_of) {
     const int64_t steps = *steps_of;
     for (int64_t i = 0; i < steps * kLanes; i += 64) __builtin_prefetch(column + i + kAhead / 4);
-    accumulate_group<tile, fresh, true>(values, column, steps, order, group, panel, s);
+    accumulate_group<tile, halved, fresh, true>(values, column, steps, order, group, panel, s);
     for (int lane = group; lane < kLanes; lane += group)
-      accumulate_group<tile, fresh, false>(values + lane, column + lane, steps, order + lane, group, panel, s);
+      accumulate_group<tile, halved, fresh, false>(values + lane, column + lane, steps, order + lane, group, panel, s);
     values += steps * kLanes;
     column += steps * kLanes;
   }
   for (int lane = 0; lane < left; lane += group)
-    accumulate_group<tile, fresh, false>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
+    accumulate_group<tile, halved, fresh, false>(values + lane, column + lane, *steps_of, order + lane, static_cast<int>(left) - lane, panel, s);
 }
 
 // Calls f(tile as a type).
@@ -159,10 +156,11 @@ void with_tile(int tile, Function f) {
   }
 }
 
+template <bool halved>
 void accumulate(int tile, const Piece& piece, const float* panel, const Sums& sums) {
   with_tile(tile, [&](auto width) {
-    if (sums.fresh) return accumulate_tile<width, true>(piece, panel, sums);
-    accumulate_tile<width, false>(piece, panel, sums);
+    if (sums.fresh) return accumulate_tile<width, halved && width == 16, true>(piece, panel, sums);
+    accumulate_tile<width, halved && width == 16, false>(piece, panel, sums);
   });
 }
 
@@ -258,90 +256,16 @@ void widen(const uint16_t* from, int64_t n, float* to) {
   }
 }
 
-#if defined(__AVX2__)
-CRAM_INLINE_KERNEL void transpose8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  __m256 r[8], s[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_stride);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 2) {
-    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 8
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
-      r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}
-#endif
+}  // namespace CRAM_ISA
+}  // namespace cram
 
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  int64_t full_rows = 0, full_columns = 0;
-#if defined(__AVX2__)
-  full_rows = rows / 8 * 8, full_columns = columns / 8 * 8;
-  for (int64_t c = 0; c < full_columns; c += 8)  // what is written is written row by row
-    for (int64_t r = 0; r < full_rows; r += 8) transpose8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-#endif
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < full_rows ? full_columns : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-}
+#include "move_impl.h"
 
-void copy_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  using Stored = Vector<kNative>::Unaligned;
-  const int64_t whole = columns / kNative * kNative;
-  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
-    for (int64_t c = 0; c < whole; c += kNative) *reinterpret_cast<Stored*>(to + c) = *reinterpret_cast<const Stored*>(from + c);
-#if defined(__AVX512F__)
-    const __mmask16 some = static_cast<__mmask16>((1u << (columns - whole)) - 1);
-    if (some) _mm512_mask_storeu_ps(to + whole, some, _mm512_maskz_loadu_ps(some, from + whole));
-#else
-    for (int64_t c = whole; c < columns; ++c) to[c] = from[c];
-#endif
-  }
-}
+namespace cram {
+namespace CRAM_ISA {
 
-template <int tile>
-void gather_tile(const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
-  for (int64_t i = 0; i < rows; ++i, panel += tile) {
-    if (valid == tile) {
-      memcpy(panel, from + offsets[i], tile * sizeof(float));
-    } else {
-      memcpy(panel, from + offsets[i], static_cast<size_t>(valid) * sizeof(float));
-      memset(panel + valid, 0, static_cast<size_t>(tile - valid) * sizeof(float));
-    }
-  }
-}
-
-void gather_rows(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
-  with_tile(tile, [&](auto width) { gather_tile<width>(from, offsets, rows, valid, panel); });
-}
-
-void split_row(const float* __restrict from, int64_t width, int64_t stride, int64_t shift, float* __restrict to, int64_t length) {
-  int64_t i = 0;
-  for (; i < length && i * stride + shift < 0; ++i) to[i] = 0;
-  if (stride == 1) {
-    const int64_t stop = width - shift < length ? width - shift : length;
-    if (stop > i) memcpy(to + i, from + i + shift, static_cast<size_t>(stop - i) * sizeof(float)), i = stop;
-  } else {
-    const int64_t inside = width - shift <= 0 ? 0 : (width - shift + stride - 1) / stride, stop = inside < length ? inside : length;
-    if (stride == 2)  // a constant, so that the compiler makes vectors of it
-      for (; i < stop; ++i) to[i] = from[i * 2 + shift];
-    for (; i < stop; ++i) to[i] = from[i * stride + shift];
-  }
-  for (; i < length; ++i) to[i] = 0;
-}
-
-constexpr SparseKernels kSparse = {CRAM_ISA_NAME, spread,      dot,       nullptr, accumulate, transpose,
-                                   copy_rows,     gather_rows, split_row, widen,   ordered,
-                                   largest};
+constexpr SparseKernels kSparse = {CRAM_ISA_NAME, spread,      dot,        nullptr, accumulate<false>, transpose,
+                                   copy_rows,     gather_rows, split_rows, widen,   ordered,           largest};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

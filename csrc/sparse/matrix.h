@@ -9,6 +9,10 @@ constexpr int kLanes = 16;           // rows of a slice
 constexpr int64_t kMaxBlock = 255;   // a column within a block is 8 bits, and one more number stands for no column
 constexpr int64_t kMaxSection = 128;
 
+// Bytes of values that are fetched into the cache ahead of their use: between two calls of a layer others use the cache, and the CPU itself does not
+// fetch early enough.
+constexpr int64_t kAhead = 8192;
+
 // The matrix is cut into sections of `section` rows and blocks of `block` columns. Within a section and block the rows are ordered by their
 // number of non-zeros, and every 16 of them are a slice: all have as many steps as the longest, so that no branch depends on a single row. Element
 // 16 * step + lane of a slice is a non-zero of its lane's row. A row that has fewer of them is filled up with values 0 in the column `block`,
@@ -77,8 +81,8 @@ struct SparseKernels {
   // panel[i][tile] = from[offsets[i] ...], i in [0, rows); zeros behind the first `valid` of each row.
   void (*gather_rows)(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel);
 
-  // to[i] = from[i * stride + shift], i in [0, length); zero where that is outside of [0, width).
-  void (*split_row)(const float* from, int64_t width, int64_t stride, int64_t shift, float* to, int64_t length);
+  // to[r * length + i] = from[r * from_stride + i * stride + shift], i in [0, length); zero where i * stride + shift is outside of [0, width).
+  void (*split_rows)(const float* from, int64_t width, int64_t stride, int64_t from_stride, int64_t shift, int64_t rows, float* to, int64_t length);
 
   // bfloat16 to float.
   void (*widen)(const uint16_t* from, int64_t n, float* to);
@@ -93,8 +97,9 @@ struct SparseKernels {
 const SparseKernels& sparse_portable();
 #if defined(__x86_64__)
 const SparseKernels& sparse_avx2();
-const SparseKernels& sparse_avx512();
-const SparseKernels& sparse_vbmi();  // AVX-512 and permutations of bytes
+// halved: for a CPU that takes an instruction on 16 numbers as two on 8.
+const SparseKernels& sparse_avx512(bool halved);
+const SparseKernels& sparse_vbmi(bool halved);  // AVX-512 and permutations of bytes
 #endif
 
 }  // namespace cram

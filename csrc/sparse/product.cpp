@@ -3,12 +3,30 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace cram {
+
+#if defined(__x86_64__)
+namespace {
+
+// A Zen 4 does: family 25. A Zen 3, of the same family, has no AVX-512.
+bool halves_registers() {
+  unsigned a = 0, b, c, d;
+  __get_cpuid(1, &a, &b, &c, &d);
+  return (a >> 8 & 15) + (a >> 20 & 255) == 25;
+}
+
+}  // namespace
+#endif
 
 const SparseKernels& sparse_kernels(const char* level) {
 #if defined(__x86_64__)
+  static const bool halved = halves_registers();
   const bool fma = __builtin_cpu_supports("fma");
-  if (fma && strcmp(level, "avx512") == 0) return __builtin_cpu_supports("avx512vbmi") ? sparse_vbmi() : sparse_avx512();
+  if (fma && strcmp(level, "avx512") == 0) return __builtin_cpu_supports("avx512vbmi") ? sparse_vbmi(halved) : sparse_avx512(halved);
   if (fma && strcmp(level, "avx2") == 0) return sparse_avx2();
 #endif
   (void)level;
@@ -128,9 +146,7 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
   validate(kernels, a);
   const std::vector<int64_t> starts = piece_starts(a);
   const int64_t blocks = a.blocks();
-  Pool team = pool;
-  const int64_t worth = a.steps * kLanes * n / kWorkOfThread + 1;
-  if (worth < team.threads) team.threads = static_cast<int>(worth);
+  const Pool team = team_of(pool, work_of(a.steps * kLanes, 1) * n);
   float* spread = Scratch::mine().panel(n * blocks * kSpread);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t block = 0; block < blocks; ++block) {
