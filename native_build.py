@@ -246,7 +246,7 @@ def build(package: Path, sanitize: str = "") -> None:
 
 def link_cuda(ninja: Ninja, folder: Path, stable_abi: str, libtorch: str, defines: str = "") -> str:
     """Kernels and launchers, their registration, and the checks that every backend shares."""
-    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), *(CSRC / f"{name}.cpp" for name in ("check", "facts", "signature"))]
+    glue = [*sorted((CSRC / "cuda").glob("*.cpp")), *(CSRC / f"{name}.cpp" for name in ("check", "facts", "overlap", "signature"))]
     objects = [ninja.compile(source, defines) for source in cuda_sources()] + [
         ninja.compile(source, f"{stable_abi} {defines}") for source in glue
     ]
