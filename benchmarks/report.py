@@ -35,10 +35,12 @@ HEADS = {  # column -> head, format
 
 
 def processor() -> str:
+    """Its name. Virtual machines call several generations the same, which family and model tell apart."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        fields = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        first = {name.strip(): value.strip() for name, value in reversed(fields)}
+        return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
 
 

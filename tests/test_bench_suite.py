@@ -22,7 +22,7 @@ from cram_kernels.backend import why_missing
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_topk, compare, end_to_end, measure, run, shapes, suite  # noqa: E402
+from benchmarks import bench_topk, compare, end_to_end, measure, report, run, shapes, suite  # noqa: E402
 from benchmarks.measure import Contestant, Setup  # noqa: E402
 
 pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu backend cannot run here: {why_missing('cpu')}")
@@ -30,6 +30,15 @@ pytestmark = pytest.mark.skipif(why_missing("cpu") is not None, reason=f"the cpu
 
 def bench(folder: Path, *options: str) -> int:
     return cli.main(["bench", "--quick", "--threads", str(torch.get_num_threads()), "--out", str(folder), *options])
+
+
+def test_two_generations_of_a_processor_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(family: int, model: int) -> str:
+        core = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: fpu\n\n"
+        monkeypatch.setattr(report.Path, "read_text", lambda path: core * 2)
+        return report.processor()
+
+    assert (told(25, 17), told(26, 2)) == ("AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)")
 
 
 def test_cases_cover_what_they_should() -> None:
