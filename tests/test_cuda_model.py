@@ -1,5 +1,6 @@
 """`make gpu-model`: what it counts of a kernel that can be counted by hand, its arithmetic with a card of round numbers, its bars."""
 
+import dataclasses
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def test_machine_code_by_hand(toy: Counts, arch: str, tmp_path: Path) -> None:
     assert sum(pipes.values()) == sum(executed.values()) and pipes["memory"] >= 5 * WARPS
 
 
-CARD = Card("80", 10, 100, 1000)  # 10 SMs, 100 GB/s, 1 GHz: 10^10 cycles of an SM a second
+CARD = Card("80", 10, 100, 1000, 1)  # 10 SMs, 100 GB/s, 1 GHz: 10^10 cycles of an SM a second; a cache of 1 MB
 
 
 def made(**more) -> Counts:
@@ -163,6 +164,15 @@ def test_serial_phases_depend_on_the_type() -> None:
     assert model.serial("perturb_topk_", "fp32") == pytest.approx(17 * 0.7e-6)
     assert model.serial("perturb_topk_", "bf16") == pytest.approx(14 * 0.7e-6)
     assert model.serial("perturb_nm_", "fp32") == model.serial("perturb_nm_", "bf16")
+
+
+def test_memory_is_not_idle_while_the_bracket_is_found() -> None:
+    """Seven accesses of 0.7 us; a third of a cache of 1 MB takes 3.5 us at 100 GB/s, of a large one longer than they last."""
+    counts = Counts("perturb_topk_", "fp32", 1000, 1000, made().launches)
+    own = model.bound(counts, {}, CARD, 10**7)
+    assert own.parts["memory"] == pytest.approx(16.125e7 / 1e11 - 2**20 / 3 / 1e11) and own.serial == pytest.approx(17 * 0.7e-6)
+    large = model.bound(counts, {}, dataclasses.replace(CARD, cache=100), 10**7)
+    assert large.parts["memory"] == pytest.approx(16.125e7 / 1e11 - 7 * 0.7e-6)
 
 
 def test_command(executed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -132,7 +132,7 @@ def test_the_library_that_was_built() -> None:
 
 def test_in_flight() -> None:
     """Little's law, by hand: 1 TB/s and 0.8 us on 100 SMs are 8 kB each; half of 2048 threads with two vectors on their way are 32 KiB."""
-    card = gpus.Card("80", 100, 1000, 1000)
+    card = gpus.Card("80", 100, 1000, 1000, 40)
     assert gpus.needed_in_flight(card, 1.0) == pytest.approx(8000)
     own = replace(kernel("copy16", "80", 1, 1), waits=[cubin.Wait(20, 2)])
     assert report.in_flight(replace(COPY, ahead=2), [own], card) == f"32 / {8000 * 0.85 / 2 / 1024:.0f} KiB"

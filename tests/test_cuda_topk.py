@@ -111,6 +111,21 @@ def test_a_pruned_model_needs_no_fallback(executed, dtype: torch.dtype) -> None:
         assert stats[0, 2] == 0 and stats[0, 1] < (40_000 if k > others + 1 else 6000), stats.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_that_are_no_halves(executed, dtype: torch.dtype) -> None:
+    """Numbers of 16 bits are compared as halves. Bits of bfloat16 from 2^121 on are NaN there, and are told apart all the same."""
+    arguments = perturb(Drawn("normal", [Spec((20, 4096), dtype)]), rho=0.0) | {"sets": [0]}
+    arguments["params"][0][3:8] *= 2.0**122 if dtype == torch.bfloat16 else 2.0**13
+    for k in (5000, 60_000):  # the threshold is among them, or below
+        check(executed, "perturb_topk_", arguments | {"k": torch.tensor([k])})
+
+
+def test_a_mask_between_two_words(executed) -> None:
+    arguments = perturb(Drawn("normal", [Spec((20, 4096))]))
+    arguments["masks"] = [torch.full((20 * 4096 // 8 + 1,), 0x5A, dtype=torch.uint8)[1:]]
+    check(executed, "perturb_topk_", arguments | {"sets": [0], "k": torch.tensor([5000])})
+
+
 def test_a_pruned_model_in_all_ways(executed_in_all_ways) -> None:
     arguments = tied(torch.float32, 0.0, 0.5)
     others = int((arguments["params"][0] != 0).sum())

@@ -35,13 +35,14 @@ class Card:
     multiprocessors: int
     gigabytes: int  # a second
     megahertz: int  # boost clock
+    cache: int  # megabytes of the second-level cache
 
 
 CARDS = {
-    "A100 80GB SXM": Card("80", 108, 2039, 1410),
-    "H100 SXM": Card("90", 132, 3350, 1755),
-    "RTX 3090": Card("86", 82, 936, 1695),
-    "RTX 4090": Card("89", 128, 1008, 2520),
+    "A100 80GB SXM": Card("80", 108, 2039, 1410, 40),
+    "H100 SXM": Card("90", 132, 3350, 1755, 50),
+    "RTX 3090": Card("86", 82, 936, 1695, 6),
+    "RTX 4090": Card("89", 128, 1008, 2520, 72),
 }
 LATENCY = 800e-9  # seconds from a load to its data under full load; an assumption: 300 to 600 are measured on idle memory
 

@@ -89,7 +89,7 @@ PERTURB = Vectors(OWN + MASTERS + OWN, 2 * OWN)  # param, masters, grad; saved, 
 LOOK = Vectors(FROM + OWN)  # weights, grad
 DIGIT = 6  # RankedBins: two groups of 2,048 counts of 64 bits, then four counts of the group that holds the rank
 SMALL_DIGIT = 2  # the same of 32 bits, where the counts of the group are kept
-BRACKET = 1 + 1  # keys of the sample, the bins of one rank
+BRACKET = 1 + 1 + 1  # keys of the sample, the bins of one rank; of a set, where its candidates lie and are counted
 
 # Kernel -> its accesses, exactly: one more would hide the loss of another. What is not here has no stream of weights in vectors.
 VECTORS = {

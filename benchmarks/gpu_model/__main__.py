@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=model.BARS, default=list(model.BARS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--quarter", action="store_true", help="count on a quarter of the weights: four times as fast")
+    parser.add_argument("--quarter", action="store_true", help="count on a quarter of the weights and of the SMs: four times as fast")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a bar of docs/gpu-model.md is missed")
     parser.add_argument("--out", type=Path, default=Path("build/gpu_model"), help="folder of the counters and of gpu_model.json")
     options = parser.parse_args(argv)
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         rows, costs, missed = [], [], []
         for op in options.ops:
             for dtype in options.dtypes:
-                counts = counting.count(call, op, dtype, counting.resnet50(options.quarter), options.out / f"{op}{dtype}.jsonl")
+                processors = counting.PROCESSORS // (4 if options.quarter else 1)
+                target = options.out / f"{op}{dtype}.jsonl"
+                counts = counting.count(call, op, dtype, counting.resnet50(options.quarter), target, processors)
                 pipes = {card.arch: library.pipes(counts.launches, card.arch) for card in CARDS.values()}
                 instructions = {arch: per_32(sum(own.values()), counts) for arch, own in pipes.items()}
                 bounds = {name: model.bound(counts, pipes[card.arch], card, RESNET50) for name, card in CARDS.items()}

@@ -15,6 +15,8 @@ from ..shapes import Shape
 
 ROOT = Path(__file__).parent.parent.parent
 SECTOR = 32  # bytes
+PROCESSORS = 108  # of the card that is executed
+WAITING = ("perturb_topk_",)  # ops whose blocks wait for others
 Record = dict[str, Any]
 
 
@@ -63,15 +65,26 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def count(call: Any, op: str, dtype: str, model: list[Shape], target: Path) -> Counts:
-    """Call an op on the executor `call` (tests/executor.py); its records go to the file `target`."""
+def count(call: Any, op: str, dtype: str, model: list[Shape], target: Path, processors: int = PROCESSORS) -> Counts:
+    """Call an op on the executor `call` (tests/executor.py), for a card of so many SMs; its records go to the file `target`.
+
+    Blocks that wait for others execute a loop, as often as this machine lets them. The time of it is in the model's serial phases, so it is
+    not to be counted: on one thread a block that waits is put aside.
+    """
     arguments = MAKE[op](model, dtype, Setup()).arguments
     target.unlink(missing_ok=True)
-    os.environ["PTXEMU_COUNTERS"] = str(target.resolve())
+    threads = 1 if op in WAITING else os.cpu_count()
+    more = {"PTXEMU_COUNTERS": target.resolve(), "PTXEMU_SMS": processors, "PTXEMU_THREADS": threads}
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update({name: str(value) for name, value in more.items()})
     try:
         call(op, arguments)
     finally:
-        del os.environ["PTXEMU_COUNTERS"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     masks = arguments.get("masks", ())
     weights = sum(math.prod(shape) for shape in model)
     return Counts(op, dtype, weights, min(weights, 8 * sum(m.numel() for m in masks)), read(target))
@@ -88,7 +101,7 @@ def executor() -> Any:
 
     if (reason := why_missing()) is not None:
         raise RuntimeError(reason)
-    os.environ.update(PTXEMU_THREADS=str(os.cpu_count()), PTXEMU_TIMEOUT="1200")
+    os.environ.update(PTXEMU_TIMEOUT="3600")
     call = Executor()
     call.select("plain")
     return call

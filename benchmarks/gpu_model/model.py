@@ -16,6 +16,8 @@ FP64 = {"80": 1, "86": 1 / 16, "89": 1 / 16, "90": 2}
 LAUNCH = 2.5e-6  # seconds of a launch that waits for the one before
 ROUND_TRIP = 0.7e-6  # seconds of a load from memory, or of an atomic that returns, that the next step waits for
 
+BRACKET = "bracket: sampled keys beside the set, their counts, counter, sums of groups, the bins of three ranks side by side"
+BRACKET_SENT = "the bracket on its way to the other blocks"
 # Op -> phases in which the card waits for single loads, and how many one after the other; first loads of a launch are in LAUNCH.
 SERIAL: dict[str, dict[str, float]] = {
     "perturb_nm_": {"rho, before a block's first gradient": 1},
@@ -31,8 +33,8 @@ SERIAL: dict[str, dict[str, float]] = {
     },
     "perturb_topk_": {
         "start: the tensor in the table, weights beside gradients": 2,
-        "bracket: sampled keys beside the set, their counts, counter, sums of groups, the bins of three ranks side by side": 5,
-        "the bracket on its way to the other blocks": 2,
+        BRACKET: 5,
+        BRACKET_SENT: 2,
         "select: candidates beside the first digit": 1,
         "the threshold on its way to the other blocks": 2,
         "finish: tensor, weights beside the mask": 2,
@@ -40,6 +42,9 @@ SERIAL: dict[str, dict[str, float]] = {
 }
 # The same, of float32 alone: 16-bit keys of a bracket are told apart by the first digit.
 SERIAL_FP32 = {"perturb_topk_": {"select: counts of the second digit, counter, second digit": 3}}
+# Op -> phases in which memory is not idle: blocks have had their first weights sent for, into a part of the second-level cache in all.
+FILLING = {"perturb_topk_": (BRACKET, BRACKET_SENT)}
+FILLED = 1 / 3  # of the cache: kPrefetchedShare in csrc/cuda/tuning.h
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,12 @@ def serial(op: str, dtype: str) -> float:
     return ROUND_TRIP * sum((SERIAL[op] | more).values())
 
 
+def filling(op: str, card: Card) -> float:
+    """Seconds of the serial phases in which memory already works for what comes later: as long as that takes, or as long as they last."""
+    phases = ROUND_TRIP * sum(SERIAL[op][phase] for phase in FILLING.get(op, ()))
+    return min(phases, FILLED * card.cache * 2**20 / (card.gigabytes * 1e9))
+
+
 def bound(counts: Counts, pipes: Mapping[str, int], card: Card, weights: int) -> Bound:
     """For a call on so many weights, of which what was counted is a sample; launches and serial phases do not grow with them."""
     scale = weights / counts.weights
@@ -86,7 +97,7 @@ def bound(counts: Counts, pipes: Mapping[str, int], card: Card, weights: int) ->
     fp32, heavy = pipes.get("fp32", 0), pipes.get("heavy", 0)
     l1 = counts.accesses("global", "sectors") / 4 + counts.accesses("shared", "wavefronts")
     parts = {
-        "memory": counts.bytes * weights / bandwidth,
+        "memory": counts.bytes * weights / bandwidth - filling(counts.op, card),
         "issue": sum(pipes.values()) / (ISSUED * cycle),
         "ALU": pipes.get("alu", 0) / (ALU * cycle),
         "fp32": max((fp32 + heavy) / FP32[card.arch], heavy / HEAVY) / cycle,

@@ -33,6 +33,14 @@ inline int64_t resident_blocks(const void* kernel, const char* name) {
   return std::max<int64_t>(1, static_cast<int64_t>(processors) * blocks);
 }
 
+// Bytes of the current device's second-level cache.
+inline int64_t second_level_cache(const char* name) {
+  int device = 0, bytes = 0;
+  require_success(cudaGetDevice(&device), name);
+  require_success(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device), name);
+  return bytes;
+}
+
 // At most `tasks` blocks, which share the tasks out among themselves, and at least one: it raises the flag.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t tasks, cudaStream_t stream, const Arguments&... arguments) {

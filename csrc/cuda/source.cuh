@@ -119,27 +119,29 @@ struct MovedVectors {
 
   // u, and true; false where one may be Inf or NaN (as it is where its gradient is): then u is not to be used.
   __device__ __forceinline__ bool move(const Source<T, W>& source) {
-    float zero = 0;                // a sum of zeros as long as every u is finite
     if (source.grad == nullptr) {  // not w + 0: the sum of -0 and 0 is +0
 #pragma unroll
-      for (int j = 0; j < kVectors<T>; ++j) {
-        u[j] = raw[j];
+      for (int j = 0; j < kVectors<T>; ++j) u[j] = raw[j];
+      return finite();
+    }
+    Lanes<kLanes> x[kVectors<T>];
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) zero = __fmaf_rn(widen(raw[j].get(i)), 0.0f, zero);
-      }
-      return zero == 0;
+    for (int j = 0; j < kVectors<T>; ++j)
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) x[j][i] = widen(grads_[j].get(i));
+    if (source.scaled) {
+#pragma unroll
+      for (int j = 0; j < kVectors<T>; ++j)
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) x[j][i] = mul(x[j][i], source.inv_scale);
     }
 #pragma unroll
     for (int j = 0; j < kVectors<T>; ++j) {
-      Lanes<kLanes> x;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) {
-        x[i] = uphill(weight(j, i), mul(widen(grads_[j].get(i)), source.inv_scale), source.rho);
-        zero = __fmaf_rn(x[i], 0.0f, zero);
-      }
-      u[j] = rounded_vector<T>(x);
+      for (int i = 0; i < kLanes; ++i) x[j][i] = uphill(weight(j, i), x[j][i], source.rho);
+      u[j] = rounded_vector<T>(x[j]);
     }
-    return zero == 0;
+    return finite();
   }
 
   // u, whatever it is.
@@ -166,6 +168,26 @@ struct MovedVectors {
   }
 
  private:
+  // Whether every u is finite: a sum of 0 * u is 0 then, and else NaN. Two numbers of 16 bits a step, all as halves: a bfloat16 that is Inf or NaN
+  // is NaN as a half too, and so are some that are not, from 2^121 on, which are called infinite here.
+  __device__ __forceinline__ bool finite() const {
+    if constexpr (sizeof(T) == 4) {
+      float zero = 0;
+#pragma unroll
+      for (int j = 0; j < kVectors<T>; ++j)
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) zero = __fmaf_rn(u[j].get(i), 0.0f, zero);
+      return zero == 0;
+    } else {
+      uint32_t zeros = 0;
+#pragma unroll
+      for (int j = 0; j < kVectors<T>; ++j)
+#pragma unroll
+        for (int w = 0; w < 4; ++w) asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(u[j].words[w]), "r"(0));
+      return zeros == 0;
+    }
+  }
+
   __device__ __forceinline__ float weight(int j, int i) const {
     if constexpr (sizeof(T) == sizeof(W))
       return widen(raw[j].get(i));

@@ -94,7 +94,24 @@ __device__ __forceinline__ Task find(const Table<Entry>& table, uint32_t task) {
   return find(table.count, task, [&](int i) { return table.ends[i]; });
 }
 
-// Calls f(entry, task, number of the task in the launch) for the tasks of this block: neighbours, so that one search is enough.
+// Calls f(entry, its first task, number of tasks, number of the first of them in the launch) for the tasks of this block: neighbours, so that one
+// search is enough, those of an entry together.
+template <class Entry, class Function>
+__device__ __forceinline__ void for_own_runs(const Table<Entry>& table, Function f) {
+  const uint64_t tasks = tasks_in(table);
+  uint32_t task = static_cast<uint32_t>(blockIdx.x * tasks / gridDim.x);
+  const uint32_t end = static_cast<uint32_t>((blockIdx.x + 1) * tasks / gridDim.x);
+  if (task == end) return;
+  Task found = find(table, task);
+  while (task < end) {
+    const uint32_t count = min(end, table.ends[found.entry]) - task;
+    f(table.entries[found.entry], found, count, task);
+    task += count;
+    ++found.entry, found.number = 0;  // every entry has a task
+  }
+}
+
+// Calls f(entry, task, number of the task in the launch) for the tasks of this block.
 template <class Entry, class Function>
 __device__ __forceinline__ void for_own_tasks(const Table<Entry>& table, Function f) {
   const uint64_t tasks = tasks_in(table);

@@ -285,5 +285,19 @@ __device__ __forceinline__ void for_vectors(const WholeChunk& chunk, const T*, F
   }
 }
 
+// A WholeChunk of kChunk weights, of which each thread has all its vectors: what tests for the last ones is gone at compile time.
+struct FullChunk {
+  int64_t begin;
+
+  __device__ __forceinline__ explicit FullChunk(uint32_t number) : begin(int64_t{number} * kChunk) {}
+};
+
+template <class T, class Function>
+__device__ __forceinline__ void for_vectors(const FullChunk& chunk, const T*, Function f) {
+  constexpr int kLanes = Vector<T>::kLanes;
+#pragma unroll
+  for (int j = 0; j < kVectors<T>; ++j) f(j, WholeSpan<kLanes>{chunk.begin + (j * kThreads + static_cast<int>(threadIdx.x)) * kLanes, true});
+}
+
 }  // namespace cuda
 }  // namespace cram
