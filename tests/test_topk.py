@@ -72,14 +72,17 @@ def test_large_selections(backend, name: str) -> None:
 
 @pytest.mark.parametrize("case", [Case("two", "uneven", dtype) for dtype in DTYPES], ids=str)
 def test_a_threshold_between_heavy_ties_costs_time_and_no_bits(backend, case: Case) -> None:
-    """The k-th largest is the last of half a million equal ones: every bracket holds all weights. CUDA falls back, others count them."""
+    """The k-th largest is the last of half a million equal ones: every bracket holds all weights. CUDA falls back, others count them.
+
+    So does CUDA in bfloat16, where a bin of its sample holds one key only."""
     arguments = perturb(case, "amp" if case.dtype == "fp32" else "masters")
     for g in arguments["grads"]:
         g.zero_()
     weights = arguments["masters"] if "masters" in arguments else arguments["params"]
     k = sum(int((w.abs() > 0.3).sum()) for w in weights)
     _, stats = check(backend, "perturb_topk_", arguments | {"sets": [0] * len(weights), "k": torch.tensor([k])})
-    assert stats[0, 2] == backend.name.startswith("cuda"), f"statistics {stats.tolist()}"
+    falls_back = backend.name.startswith("cuda") and case.dtype != "bf16"
+    assert stats[0, 2] == falls_back, f"statistics {stats.tolist()}"
 
 
 @pytest.fixture
