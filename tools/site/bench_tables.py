@@ -34,7 +34,7 @@ def machine(record: Row) -> str:
     )
     took = f" It took {record['seconds'] / 60:.0f} minutes." if "seconds" in record else ""
     load = f"{of['load average']:.1f} at the start, {min(loads):.1f} to {max(loads):.1f} before the cases"
-    return f"*{', '.join(facts)}.\nLoad average {load}; the run itself is part of it.{took}*"
+    return f"*{', '.join(facts[:4])},\n{', '.join(facts[4:])}.\nLoad average {load}; the run itself is part of it.{took}*"
 
 
 def rows(record: Row, case: str) -> dict[str, Row]:

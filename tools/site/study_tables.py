@@ -39,6 +39,7 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
     "fashion-study": {
         "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 3 epochs",
         "SGD, as much work": "SGD, 6 epochs",
+        "half": "CrAM+ {50 %, 70 %, 90 %}, second pass half, 3 epochs",
         "split": "CrAM+ {50 %, 70 %, 90 %}, second pass split, 3 epochs",
         "drawn": "CrAM+ {50 %, 70 %, 90 %}, one pass, drawn, 3 epochs",
         "SGD, at the price of split": "SGD, 3 epochs",
