@@ -35,7 +35,7 @@ HEADS = {  # column -> head, format
 
 
 def processor() -> str:
-    """Its name. Virtual machines call several generations the same, which family and model tell apart."""
+    """The CPU by name, family and model: virtual machines call several generations by one name."""
     try:
         fields = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
         first = {name.strip(): value.strip() for name, value in reversed(fields)}

@@ -16,9 +16,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kLargest = int64_t{1} << 28;  // rows, columns
 
-// Libtorch's numbers, which stay the same while it is loaded: to ask for them and to translate each tensor's takes longer than all other checks.
-const int32_t kFloat = aoti_torch_dtype_float32(), kByte = aoti_torch_dtype_uint8(), kLong = aoti_torch_dtype_int64(), kCpu = aoti_torch_device_type_cpu();
-
 // On the CPU and contiguous: the other devices have no such kernel, but a call of several tensors may mix them.
 bool is_vector(const Tensor& t, int32_t dtype) {
   int32_t found, device;
