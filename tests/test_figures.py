@@ -87,7 +87,7 @@ def test_the_record_is_of_a_whole_run_of_a_commit() -> None:
     assert re.fullmatch(r"[0-9a-f]{7,40}", record["environment"]["commit"]) and record["not_measured"] == [] and record["seconds"] > 60
 
 
-def study(name: str = "mnist5k-study") -> dict[tuple[str, ...], str]:
+def study(name: str) -> dict[tuple[str, ...], str]:
     """(method, "not pruned" or pattern, repair, if any) -> mean and sample standard deviation, as pages write them."""
     values: dict[tuple[str, ...], list[float]] = {}
     for run in json.loads((figures.DATA / f"{name}.json").read_text())["runs"]:
@@ -122,7 +122,7 @@ def measured_accuracies() -> set[str]:
     """Of every method, pattern and repair."""
     methods = json.loads((figures.DATA / "mnist.json").read_text())["methods"].values()
     cells = (of for method in methods for rows in method["summary"].values() for of in rows.values() if of["std"] is not None)
-    studies = ("mnist5k-study", "bbc-study", "transfer", *study_tables.COLUMNS)
+    studies = ("bbc-study", "transfer", *study_tables.COLUMNS)
     known = [*(study(name).values() for name in studies), *corrupted_cells().values()]
     return {f"{of['mean']:.1f} ± {of['std']:.1f}" for of in cells}.union(*known)
 
@@ -132,26 +132,6 @@ def table_of(page: str, first: str, which: int = 1) -> list[list[str]]:
     lines = (ROOT / "docs" / page).read_text().split(f"\n| {first} |")[which].split("\n\n")[0]
     rows = f"| {first} |{lines}".splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in (rows[0], *rows[2:])]
-
-
-def test_every_cell_of_the_results_is_of_its_row_and_column() -> None:
-    known, label = study(), ""
-    (_, _, _, _, *patterns), *rows = table_of("results.md", "trained with")
-    assert len(rows) == 3 * len({key[0] for key in known})
-    for trained, runs, dense, state, *cells in rows:
-        label = trained or label
-        assert cells == [known[label, pattern, state] for pattern in patterns], (label, state)
-        assert (runs, dense) == (("3", known[label, "not pruned"]) if trained else ("", "")), label
-
-
-def test_every_cell_of_the_advice_is_of_its_row_and_column() -> None:
-    known = study()
-    head, *rows = table_of("when-it-pays.md", "pruned to")
-    assert head[2:4] == ["CrAM+", "SGD"] and len(rows) == 8
-    for pattern, repair, *cells in rows:
-        state = {"`reconstruct`": "reconstructed", "batch-norm tuning": "batch norm tuned"}[repair]
-        labels = ("CrAM+ {50 %, 70 %, 90 %}, 10 epochs", "SGD, 20 epochs")
-        assert cells[:2] == [known[label, pattern, state] for label in labels], (pattern, repair)
 
 
 def test_the_table_of_corruptions_is_that_of_the_record() -> None:
@@ -179,7 +159,7 @@ def test_tables_of_the_studies_are_those_of_the_records(record: str) -> None:
         wanted = [known.get((label, *key), "") for label in labels.values()]
         assert cells == wanted, (pattern, repair)
         seen += len([cell for cell in wanted if cell])
-    assert seen == len(known)
+    assert seen == len([key for key in known if not study_tables.RESULTS_ONLY.get(record, set()) & set(key)])
 
 
 def test_the_table_of_transfer_is_that_of_the_record() -> None:
@@ -199,7 +179,7 @@ def test_accuracies_have_a_spread_and_were_measured() -> None:
         assert quoted and [value for value in quoted if value not in known] == [], name
         alone = re.findall(r"\b[1-9]\d\.\d\b", re.sub(r"\d+\.\d+ ± \d+\.\d+", "", text))
         assert name in ("README.md", "docs/results.md") or alone == [], (name, alone)
-        assert re.search(r"3 seeds|three seeds", text), name
+        assert re.search(r"[35] seeds|(three|five) seeds", text, re.I), name
 
 
 def test_the_curve_is_at_the_measured_heights() -> None:

@@ -1,6 +1,5 @@
 """The parts of examples/images: readers, augmentation, networks, configuration, corruptions."""
 
-import json
 import pickle
 import random
 import shutil
@@ -329,14 +328,6 @@ def test_means_and_spreads():
         "| a | 2 | 91.0 ± 1.4 | as pruned | 15.0 ± 7.1 |",
         "| b | 1 | 50.0 | as pruned | 40.0 |",
     ]
-
-
-def test_the_table_of_the_results_is_that_of_the_data():
-    docs = Path(__file__).parent.parent / "docs"
-    runs = json.loads((docs / "data" / "mnist5k-study.json").read_text())["runs"]
-    columns = list(runs[0]["pruned"])
-    assert len(runs) == 15 and columns == ["50 %", "70 %", "80 %", "90 %", "95 %", "2:4"]
-    assert evaluate.table(evaluate.summarise(runs), columns, list(evaluate.REPAIRS)) in (docs / "results.md").read_text()
 
 
 def test_corruptions_are_15_and_repeat():

@@ -24,6 +24,7 @@ METHODS = {  # name: what it changes in the configuration
     "cram": {"method": "cram+"},
     "half": {"method": "cram+", "second_pass": "half"},
     "split": {"method": "cram+", "second_pass": "split"},
+    "split-twice": {"method": "cram+", "second_pass": "split", "epochs": 2, "warmup_epochs": 2},
     "drawn": {"method": "cram+", "second_pass": "drawn"},
 }
 
