@@ -1,6 +1,7 @@
 """Which pattern and which rho a step takes. They follow from plain numbers in the parameter groups: every checkpoint format keeps those,
 and all ranks agree."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -157,8 +158,11 @@ def rho_of(group: dict[str, Any]) -> float | Tensor:
 
 
 def first_counters(seed: int) -> dict[str, Any]:
-    """`cram_step` counts whole steps; `cram_mask_uses` holds (key of a pattern, how often it was used), kept where masks are."""
-    return {"cram_seed": seed, "cram_step": 0, "cram_mask_uses": ()}
+    """`cram_step` counts whole steps; `cram_mask_uses`, kept where masks are, is JSON: key of a pattern -> how often it was used.
+
+    A container would be taken apart in a distributed checkpoint, and its items missed in an optimizer that has taken no step.
+    """
+    return {"cram_seed": seed, "cram_step": 0, "cram_mask_uses": "{}"}
 
 
 def draw(seed: int, step: int, count: int) -> int:
@@ -173,8 +177,8 @@ def key_of(pattern: Pattern) -> str:
 
 def uses_of(groups: Groups) -> dict[str, int]:
     """How often the masks of each pattern were used."""
-    uses = groups[0]["cram_mask_uses"] if groups else ()
-    return {entry[0]: entry[1] for entry in uses if isinstance(entry, tuple | list)}
+    uses = groups[0]["cram_mask_uses"] if groups else "{}"
+    return json.loads(uses) if isinstance(uses, str) else dict(uses)  # of pairs, in earlier checkpoints
 
 
 def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
@@ -187,7 +191,7 @@ def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
     uses = uses_of(groups)
     for pattern in dict.fromkeys(used):  # weights on several devices share one
         uses[key_of(pattern)] = uses.get(key_of(pattern), 0) + 1
-    kept = tuple((key, n) for key, n in uses.items() if key in known)
+    kept = json.dumps({key: n for key, n in uses.items() if key in known})
     step = groups[0]["cram_step"] + 1 if groups else 0
     for group in groups:
         group["cram_step"], group["cram_mask_uses"] = step, kept

@@ -7,6 +7,7 @@ perturbed ones. `make test` runs some hundred steps, `pytest -m slow` ten times 
 import copy
 import gc
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -246,7 +247,7 @@ class Machine(RuleBasedStateMachine):
             self.model.uses = self.counted()
 
     def counted(self) -> dict[Top | NofM, int]:
-        uses = dict(self.optimizer.param_groups[0]["cram_mask_uses"])
+        uses = json.loads(self.optimizer.param_groups[0]["cram_mask_uses"])
         known = [p for choice in self.model.patterns for p in choice]
         keys = {p: f"topk {p.sparsity!r} model" if isinstance(p, Top) else f"{p.n}:{p.m}" for p in known}
         return {p: uses[key] for p, key in keys.items() if key in uses}

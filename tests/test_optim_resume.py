@@ -8,6 +8,7 @@ import pytest
 import torch
 from optim_cases import assert_same_bits, backward, batches, clones, network, random_tensors, set_gradients, two_halves, weights
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from cram_kernels import NM, CrAM, TopK
 
@@ -273,3 +274,21 @@ def test_checkpoint_with_kept_masks_loads_into_torch():
     theirs = torch.optim.SGD(other, lr=0.1, momentum=0.9)
     theirs.load_state_dict(through_a_file(optimizer.state_dict()))
     assert_same_bits([theirs.state[p]["momentum_buffer"] for p in other], [optimizer.state[p]["momentum_buffer"] for p in params])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_new_optimizer_takes_what_torchs_distributed_checkpoints_hold(full):
+    """Counts of masks included: in the form with whole tensors, torch looks for each item of a container in the new optimizer."""
+    options = StateDictOptions(full_state_dict=full)
+    (model, optimizer), (again, resumed) = (
+        (m, CrAM(m, lr=0.1, momentum=0.9, compression=MIXED, mask_period=2)) for m in (network(), network(seed=9))
+    )
+    for batch in batches(3):
+        step(optimizer, model, batch)
+    saved, state = get_state_dict(model, optimizer, options=options)
+    set_state_dict(again, resumed, model_state_dict=saved, optim_state_dict=state, options=options)
+    assert_same_bits(weights(again), weights(model))
+    (old,), (new,) = optimizer.param_groups, resumed.param_groups
+    assert {k: v for k, v in new.items() if k != "params"} == {k: v for k, v in old.items() if k != "params"}
+    buffers = [[o.state[p]["momentum_buffer"] for p in o.param_groups[0]["params"]] for o in (resumed, optimizer)]
+    assert_same_bits(*buffers)
