@@ -54,7 +54,8 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
 
     Returns:
         A `Reconstruction`: the error of every layer before and after, and why others were left. A weight that is shared with an embedding,
-        computed from others (weight_norm), of a subclass with a forward of its own, or never called, is left.
+        computed from others (weight_norm), of a layer whose forward was replaced, or never called, is left. So are the pruned matrices of
+        other modules (LSTM, ConvTranspose, the Conv1D of GPT-2), each with a row. What hooks make of an output is not looked at.
 
     Raises:
         ValueError: the networks differ or share weights; weights are sharded; the loader is empty; an activation is not finite.
@@ -72,7 +73,8 @@ def reconstruct(model: nn.Module, dense: nn.Module, loader: Iterable[Any], sampl
     _check_models(model, dense)
     layers, left = find_layers(model)
     originals, _ = find_layers(dense)
-    _check_layers(layers, originals)
+    _check_layers(layers, left, originals)
+    left |= _beyond(model, dense, layers, left)
     batches, used = _taken(loader, samples)
     pruned, target = Network(model, layers), Network(dense, originals)
     results: dict[str, LayerError] = {}
@@ -127,8 +129,20 @@ def _zeros(t: Tensor) -> int:
     return int((t == 0).sum())
 
 
-def _check_layers(layers: dict[str, LinearLayer], originals: dict[str, LinearLayer]) -> None:
-    if not layers:
+def _beyond(model: nn.Module, dense: nn.Module, layers: dict[str, LinearLayer], left: dict[str, str]) -> dict[str, str]:
+    """Why no other pruned matrix is fitted, by the name of the parameter."""
+    known, originals = {id(layer.parameter) for layer in layers.values()}, dict(dense.named_parameters())
+    reasons = {}
+    for name, p in model.named_parameters():
+        told = id(p) in known or any(name.startswith(f"{layer}." if layer else "") for layer in left)
+        if p.dim() > 1 and not told and _zeros(p) > _zeros(originals[name]):
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            reasons[name] = f"{kind} is no Linear, Conv or MultiheadAttention that is fitted"
+    return reasons
+
+
+def _check_layers(layers: dict[str, LinearLayer], left: dict[str, str], originals: dict[str, LinearLayer]) -> None:
+    if not layers and not left:
         raise ValueError("reconstruct: model must have a Linear, Conv or MultiheadAttention, got none")
     if layers.keys() != originals.keys():
         raise ValueError(f"reconstruct: dense must have the layers of model, got another {min(layers.keys() ^ originals.keys())!r}")

@@ -400,6 +400,65 @@ def test_what_is_left_is_reported():
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"free.weight", "free.bias"}
 
 
+class Wide(nn.Conv1d):
+    def _conv_forward(self, *args):
+        return 3 * super()._conv_forward(*args)
+
+
+class Elsewhere(nn.Module):
+    """Matrices of modules that are not fitted, two layers whose result was changed, and one with a computed bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.wrapped, self.shifted = (nn.Linear(8, 8) for _ in range(3))
+        self.lstm, self.up, self.wide = nn.LSTM(8, 8), nn.ConvTranspose1d(8, 8, 1), Wide(8, 8, 1)
+        self.table, self.own = nn.Embedding(5, 8, padding_idx=0), nn.Parameter(torch.randn(8, 8))
+        plain = self.wrapped.forward
+        self.wrapped.forward = lambda x: 3 * plain(x)
+        torch.nn.utils.parametrize.register_parametrization(self.shifted, "bias", nn.Tanh())
+
+    def forward(self, x):
+        x = self.lstm(self.shifted(self.wrapped(self.free(x))))[0]
+        return self.wide(self.up(x[:, :, None])).flatten(1) @ self.own + self.table(torch.arange(5).expand(len(x), 5)).sum(1)
+
+
+def test_every_pruned_matrix_has_a_row():
+    torch.manual_seed(0)
+    model, dense = Elsewhere(), Elsewhere()
+    dense.load_state_dict(model.state_dict())
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and "table" not in name and "hh" not in name:
+            p.data[:, ::2] = 0
+    before = copy.deepcopy(model.state_dict())
+    report = reconstruct(model, dense, [torch.randn(9, 8)])
+    after, other = model.state_dict(), "is no Linear, Conv or MultiheadAttention that is fitted"
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"free.weight", "free.bias"}
+    assert {layer.name: layer.why_left for layer in report.layers} == {
+        "free": None,
+        "wrapped": "Linear has a forward of its own",
+        "shifted": "its bias is computed from other parameters",
+        "wide": "Wide has a forward of its own",
+        "lstm.weight_ih_l0": f"LSTM {other}",
+        "up.weight": f"ConvTranspose1d {other}",
+        "own": f"Elsewhere {other}",
+    }
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_that_change_inputs_and_outputs(in_place):
+    """The layer computes what it should from the input that it gets; what hooks make of that is theirs."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(50, 8)
+    model[0].register_forward_hook(lambda module, args, y: y.mul_(3) if in_place else 3 * y)
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    dense = copy.deepcopy(model)
+    prune(model, TopK(sparsity=0.5))
+    weights = [fitted(model[0], dense[0].forward, x - 1, x - 1)[0]]
+    report = reconstruct(model, dense, [x])
+    torch.testing.assert_close(model[0].weight.double(), weights[0], rtol=1e-4, atol=1e-5)
+    assert all(layer.after < layer.before for layer in report.layers)
+
+
 def test_padding_does_not_count():
     torch.manual_seed(0)
     model = Odd().double()

@@ -98,9 +98,11 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, str
         weight = module._parameters.get("weight")
         if weight is None:
             other[name] = "its weight is computed from other parameters"
+        elif getattr(module, "bias", None) is not module._parameters.get("bias"):
+            other[name] = "its bias is computed from other parameters"
         elif not weight.is_floating_point():
             other[name] = f"dtype {weight.dtype}"
-        elif type(module).forward is not _defining(module).forward:
+        elif not _computes_as(module, _defining(module)):
             other[name] = f"{type(module).__name__} has a forward of its own"
         else:
             layers[name] = LinearLayer(name, module, weight, module._parameters.get("bias"), weight, conv)
@@ -112,7 +114,15 @@ def _defining(module: nn.Module) -> type[nn.Module]:
 
 
 def _attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+    return isinstance(module, nn.MultiheadAttention) and _computes_as(module, nn.MultiheadAttention)
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether neither a subclass nor somebody who wrapped this one module has replaced what it computes."""
+    return all(
+        name not in module.__dict__ and getattr(type(module), name, None) is getattr(kind, name, None)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def _projections(name: str, m: nn.MultiheadAttention) -> Iterator[LinearLayer]:
@@ -130,7 +140,7 @@ def _projections(name: str, m: nn.MultiheadAttention) -> Iterator[LinearLayer]:
 
 @contextmanager
 def listen(layers: dict[str, LinearLayer], heard: Heard) -> Iterator[None]:
-    """Within the block, every call of one of the layers is told to `heard`."""
+    """Within the block, every call of one of the layers is told to `heard`: what it computes, before other hooks change its output."""
     handles = []
     by_module: dict[nn.Module, list[LinearLayer]] = {}
     for layer in layers.values():
@@ -138,9 +148,9 @@ def listen(layers: dict[str, LinearLayer], heard: Heard) -> Iterator[None]:
     try:
         for module, owned in by_module.items():
             if isinstance(module, nn.MultiheadAttention):
-                handles.append(module.register_forward_hook(_attention_hook(owned, heard), with_kwargs=True))
+                handles.append(module.register_forward_hook(_attention_hook(owned, heard), prepend=True, with_kwargs=True))
             else:
-                handles.append(module.register_forward_hook(_layer_hook(owned[0].name, heard), with_kwargs=True))
+                handles.append(module.register_forward_hook(_layer_hook(owned[0].name, heard), prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:
