@@ -7,7 +7,13 @@ from typing import Any
 from .measure import Row
 
 BLUE, ORANGE, GREY, GREEN = "#0072b2", "#e69f00", "#999999", "#009e73"  # Okabe and Ito's, which the colour-blind tell apart
-LABELS = {"cram_kernels": "CrAM, cram_kernels", "published": "CrAM, published algorithm", "SGD": "SGD"}
+LABELS = {
+    "cram_kernels": "CrAM, cram_kernels",
+    "half": "the same, second pass half",
+    "split": "the same, second pass split",
+    "published": "CrAM, published algorithm",
+    "SGD": "SGD",
+}
 
 
 def draw(record: Row, folder: Path) -> str:
