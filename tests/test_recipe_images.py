@@ -24,6 +24,7 @@ import evaluate  # noqa: E402
 import fashion_mnist  # noqa: E402
 import image_sets  # noqa: E402
 import models  # noqa: E402
+import train as train_script  # noqa: E402
 
 from cram_kernels import NM, TopK  # noqa: E402
 
@@ -172,6 +173,17 @@ def test_batches_follow_from_seed_and_epoch_and_processes_share_them(tmp_path):
             assert torch.equal(part[i][0], x[rank::2]) and torch.equal(part[i][1], y[rank::2])
     workers = list(one.loader(workers=2))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, workers, strict=True))
+
+
+def test_some_images_are_of_all_classes(tmp_path):
+    """Files that are sorted by class: the first would all be of one."""
+    train, test, classes = data.load("imagefolder", image_sets.write_folder(tmp_path, train=20, val=2))
+    given = recipe.Config(data="imagefolder", data_path=tmp_path, train_images=20)
+    found, again = train_script.data_of(given)[0], train_script.data_of(given)[0]
+    assert found.paths == again.paths == tuple(sorted(found.paths, key=train.paths.index)) and len(set(found.paths)) == 20
+    assert min(found.y.bincount(minlength=classes)) > 5
+    assert all(label == train.y[train.paths.index(path)] for path, label in zip(found.paths, found.y, strict=True))
+    assert data.some(test, 0) is test and data.some(test, 100) is test and len(data.some(test, 3)) == 3
 
 
 def test_images_held_back_are_neither_lost_nor_shared(tmp_path):

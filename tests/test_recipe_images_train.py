@@ -469,7 +469,8 @@ def test_evaluation(cifar, tmp_path):
     (summary,) = found["summary"].values()
     assert summary["dense"][0] == pytest.approx(sum(row["dense"] for row in found["runs"]) / 2) and summary["dense"][2] == 2
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "reconstructed" in text and "corrupted" in text and len(text.splitlines()) == 2 + 2 * len(evaluate.REPAIRS)
+    assert "reconstructed" in text and "corrupted" in text and len(text.splitlines()) == 2 + 2 * len(evaluate.REPAIRS) + 2
+    assert "Corrupted: 10 of the 40 test images, drawn" in text and found["runs"][0]["images"] == {"test": 40, "corrupted": 10}
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["runs"][0]["pruned"] == found["runs"][0]["pruned"]
 

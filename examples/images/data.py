@@ -298,6 +298,14 @@ def _folder(name: str, path: Path) -> tuple[Images, Images, int]:
     return read("train"), read("val"), len(classes)
 
 
+def some(images: Images, count: int) -> Images:
+    """So many of the images, or with 0 all: drawn once, the same for every seed of training. Files are often sorted by class."""
+    if not 0 < count < len(images):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2345))
+    return images.subset(order[:count].sort().values)
+
+
 def held_back(images: Images, share: float) -> tuple[Images, Images]:
     """(the rest, a share of the images): drawn once, the same for every seed of training."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1234))

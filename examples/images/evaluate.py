@@ -17,7 +17,7 @@ from typing import Any, Literal
 import corruptions
 import torch
 from config import Config, pattern
-from data import Batches, Images, Memory, calibration
+from data import Batches, Images, Memory, calibration, some
 from models import make
 from torch import nn
 from tqdm.auto import tqdm
@@ -46,7 +46,7 @@ class Evaluation:
         repairs: which states to test.
         corruptions: "all" 15 of ImageNet-C, or names; of the dense network, as trained and with batch norms tuned, and of all repairs.
         severities: of the corruptions, 1 to 5.
-        corrupted_images: the first so many test images; 0 uses all.
+        corrupted_images: corrupt so many of the test images only, drawn once, the same for every run; 0 uses all.
         device: cuda or cpu.
     """
 
@@ -123,14 +123,22 @@ def evaluate_run(folder: Path, given: Evaluation, kept: dict[Any, Any]) -> dict[
     if names:
         same = kept.setdefault((config.data, given.test_path or config.data_path), {}) if isinstance(test, Memory) else None
         result["corrupted"] = corrupted(models, test, names, given, device, same)
+    result["images"] = {"test": len(test)} | ({"corrupted": len(some(test, given.corrupted_images))} if names else {})
     return result
+
+
+def images_of(results: list[dict[str, Any]]) -> str:
+    """A sentence below the table, where accuracies are of corrupted images: of how many, and of how many the others are."""
+    counts = sorted({(r["images"]["corrupted"], r["images"]["test"]) for r in results if "corrupted" in r})
+    parts = (f"{some:,} of the {every:,} test images, drawn" if some < every else f"all {every:,} test images" for some, every in counts)
+    return f"\nCorrupted: {' or '.join(parts)}; all other columns and lines: all test images, as they are.\n" if counts else ""
 
 
 def corrupted(
     models: dict[str, nn.Module], test: Images, names: list[str], given: Evaluation, device: torch.device, kept: dict[Any, Any] | None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy by model, corruption and severity."""
-    images = test.subset(torch.arange(min(given.corrupted_images or len(test), len(test))))
+    images = some(test, given.corrupted_images)
     found: dict[str, dict[str, dict[str, float]]] = {which: {} for which in models}
     for name in corruptions.names(names):
         for severity in given.severities:
@@ -169,7 +177,7 @@ def evaluate(given: Evaluation) -> dict[str, Any]:
     kept: dict[Any, Any] = {}
     results = [evaluate_run(folder, given, kept) for folder in given.runs]
     summary = summarise(results)
-    text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs))
+    text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs)) + images_of(results)
     found = {"versions": versions(), "checkpoint": given.checkpoint, "calibration": given.calibration, "runs": results, "summary": summary}
     write_json(given.out / "evaluation.json", found)
     (given.out / "table.md").write_text(text)

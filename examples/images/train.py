@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from checkpoints import Checkpoints, rank, ranks
 from config import Config, parse, pattern
-from data import Batches, Images, calibration, held_back, load
+from data import Batches, Images, calibration, held_back, load, some
 from models import head, make
 from one_pass import one_pass_step
 from torch import Tensor, nn
@@ -154,8 +154,7 @@ def versions() -> dict[str, str]:
 def data_of(config: Config) -> tuple[Images, Images | None, Images, int]:
     """(training images, images held back for validation or None, test images, classes)."""
     train, test, classes = load(config.data, config.data_path)
-    if config.train_images:
-        train = train.subset(torch.arange(config.train_images))
+    train = some(train, config.train_images)
     if not config.validation:
         return train, None, test, classes
     rest, held = held_back(train, config.validation)
