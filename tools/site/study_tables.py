@@ -43,6 +43,8 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
     "novels-study": {
         "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, sparsities rise over 50 %, 1,000 steps",
         "AdamW, as much work": "AdamW, 2,000 steps",
+        "split": "CrAM+ {50 %, 70 %, 90 %}, second pass split, sparsities rise over 50 %, 1,000 steps",
+        "AdamW, at the price of split": "AdamW, 1,000 steps",
     },
     "fashion-study": {
         "CrAM+": "CrAM+ {50 %, 70 %, 90 %}, 3 epochs",
