@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
 import torch
@@ -76,7 +76,10 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def split_batch(batch: Any, second_pass: str = "all") -> tuple[Any, Any]:
+SecondPass = str | Callable[[Any], tuple[Any, Any]]
+
+
+def split_batch(batch: Any, second_pass: SecondPass = "all") -> tuple[Any, Any]:
     """The samples of each pass of a CrAM step: (batch of the first pass, batch of the second one).
 
     The second pass costs as much as the first. It need not see all samples:
@@ -84,45 +87,41 @@ def split_batch(batch: Any, second_pass: str = "all") -> tuple[Any, Any]:
     - "all": both passes see the batch, as in the paper; two forward and backward passes.
     - "half": the first pass sees the batch, the second one its second half; 1.5 times the cost of SGD.
     - "split": the first pass sees the first half, the second pass the second half; the cost of SGD.
+    - a function gives both, of the batch.
 
-    Of an odd number the second pass has one sample less; a batch of one serves both passes. The number of samples is the length of the
-    first tensor that has dims; every tensor of that length is cut along dim 0, and so are lists and tuples of as many other things (names,
-    paths). Containers keep their type.
+    Of an odd number the second pass has one sample less; a batch of one serves both passes. The number of samples is the length of all
+    tensors along dim 0, where they are cut. With them lists and tuples of as many other things (names, paths, numbers) are cut; tensors
+    without dims are not. Containers keep their type.
+
+    Where that could be wrong, the batch is refused, and a function has to cut it: tensors of several lengths (weights of classes, the edges
+    of a graph), and lists of tensors that may be samples (images and targets for detection).
 
     Args:
         batch: a tensor, or tensors in mappings (BatchEncoding too), sequences, named tuples and dataclasses, nested in any way.
-        second_pass: "all", "half" or "split".
+        second_pass: "all", "half", "split", or a function of the batch.
 
     Raises:
-        ValueError: another value, a batch without such a tensor or without samples, a PackedSequence.
+        ValueError: another value; a batch without tensors, without samples, or in doubt; a PackedSequence; a function that gives no pair.
 
     Example:
         >>> first, second = split_batch((images, labels), "split")
+        >>> first, second = split_batch((images, boxes), lambda batch: tuple(zip(*[(part[:2], part[2:]) for part in batch])))
     """
     check_second_pass("split_batch", second_pass)
+    if callable(second_pass):
+        if not isinstance(pair := second_pass(batch), tuple) or len(pair) != 2:
+            raise ValueError(f"split_batch: second_pass must return a tuple, the batches of both passes, got {type(pair).__name__}")
+        return pair
     if second_pass == "all":
         return batch, batch
-    lengths: list[int] = []
-
-    def measure(part: Any) -> Any:
-        if isinstance(part, PackedSequence):
-            raise ValueError(f"split_batch: batch must be cut along dim 0 for second_pass={second_pass!r}, got a PackedSequence")
-        if isinstance(part, Tensor):
-            lengths.extend(part.shape[:1])
-            return part
-        return NotImplemented
-
-    _mapped(batch, measure)
-    if not lengths or lengths[0] == 0:
-        raise ValueError(f"split_batch: batch must hold tensors of at least one sample, got {type(batch).__name__} with {lengths[:1]}")
-    samples = lengths[0]
+    samples = _samples(batch)
     middle = (samples + 1) // 2
 
     def cut(where: slice) -> Callable[[Any], Any]:
         def of(part: Any) -> Any:
             if isinstance(part, Tensor):
-                return part[where] if part.dim() > 0 and len(part) == samples else part
-            others = isinstance(part, list | tuple) and not hasattr(part, "_make") and not any(_is_container(item) for item in part)
+                return part[where] if part.dim() > 0 else part
+            others = isinstance(part, list | tuple) and not hasattr(part, "_make") and not any(_tensors(part))
             return part[where] if others and len(part) == samples else NotImplemented
 
         return of
@@ -131,10 +130,52 @@ def split_batch(batch: Any, second_pass: str = "all") -> tuple[Any, Any]:
     return (batch if second_pass == "half" else _mapped(batch, cut(slice(middle)))), second
 
 
-def _is_container(item: Any) -> bool:
-    return isinstance(item, Tensor | Mapping | MutableSequence | tuple | set | frozenset) or dataclasses.is_dataclass(item)
+def _samples(batch: Any) -> int:
+    """How many samples there are, if every tensor says the same and no list can be one of samples; ValueError otherwise."""
+    found = list(_tensors(batch))
+    if not found or len(found[0][1]) == 0:
+        empty = [len(t) for _, t, _ in found[:1]]
+        raise ValueError(f"split_batch: batch must hold tensors of at least one sample, got {type(batch).__name__} with {empty}")
+    samples = len(found[0][1])
+    for name, t, _ in found:
+        if len(t) != samples:
+            lengths = f"{samples} in {found[0][0]} and {len(t)} in {name}"
+            raise ValueError(f"split_batch: batch must have one length in dim 0 of all tensors, got {lengths}: give second_pass a function")
+    alone = all(lists for _, _, lists in found)
+    for name, _, lists in found:
+        if lists and (alone or 1 < samples in lists):
+            raise ValueError(
+                f"split_batch: batch must hold no list of tensors that may be samples, got {name}: give second_pass a function"
+            )
+    return samples
+
+
+def _tensors(part: Any, name: str = "batch", lists: tuple[int, ...] | None = None) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+    """The tensors with dims: name, tensor, and the lengths of the lists around it that may be lists of samples.
+
+    Of the outermost container that is asked only where it has dicts with the same keys: (x, y) are not two samples.
+    """
+    if isinstance(part, PackedSequence):
+        raise ValueError("split_batch: batch must be cut along dim 0, got a PackedSequence: give second_pass a function")
+    items: Iterable[tuple[Any, Any]] = ()
+    inner = lists or ()
+    if isinstance(part, Tensor):
+        if part.dim() > 0:
+            yield name, part, inner
+    elif isinstance(part, Mapping):
+        items = part.items()
+    elif isinstance(part, MutableSequence | tuple | set | frozenset):
+        items = enumerate(part)
+        keys = [set(item) if isinstance(item, Mapping) else None for item in part]
+        alike = len(keys) > 1 and keys[0] is not None and all(k == keys[0] for k in keys)
+        if not hasattr(part, "_make") and (lists is not None or alike):
+            inner += (len(part),)
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        items = [(field.name, getattr(part, field.name)) for field in dataclasses.fields(part) if hasattr(part, field.name)]
+    for key, value in items:
+        yield from _tensors(value, f"{name}[{key!r}]", inner)
 
 
 def check_second_pass(where: str, second_pass: Any) -> None:
-    if second_pass not in ("all", "half", "split"):
-        raise ValueError(f"{where}: second_pass must be 'all', 'half' or 'split', got {second_pass!r}")
+    if second_pass not in ("all", "half", "split") and not callable(second_pass):
+        raise ValueError(f"{where}: second_pass must be 'all', 'half', 'split' or a function, got {second_pass!r}")

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .batch import check_second_pass, split_batch
+from .batch import SecondPass, check_second_pass, split_batch
 from .optim import CrAM
 
 
 def train_step(
-    optimizer: Optimizer, loss: Callable[[Any], Tensor], batch: Any, second_pass: str = "all", scaler: GradScaler | None = None
+    optimizer: Optimizer, loss: Callable[[Any], Tensor], batch: Any, second_pass: SecondPass = "all", scaler: GradScaler | None = None
 ) -> Tensor:
     """Take one optimizer step on a batch: both passes of CrAM, or the one pass of any other optimizer, in the same loop.
 
@@ -23,7 +23,7 @@ def train_step(
         loss: gives the loss, a tensor of one number, of a batch such as it is handed: the whole one or a part. It may use autocast.
         batch: see `split_batch`.
         second_pass: the samples of the second pass: "all", "half" of the batch, or "split", where each pass has a half of its own, at the
-            price of one pass; see `split_batch`. The two gradients are means over their own samples.
+            price of one pass; or a function; see `split_batch`. The two gradients are means over their own samples.
         scaler: for fp16. It scales both passes; a step whose gradients overflow is skipped.
 
     Returns:

@@ -321,5 +321,5 @@ def test_a_second_pass_on_fewer_samples(second_pass, tmp_path):
 def test_another_second_pass_is_refused(tmp_path):
     net = TwoPassNet()
     net.second_pass = "third"
-    with pytest.raises(ValueError, match="TwoPassModule: second_pass must be 'all', 'half' or 'split', got 'third'"):
+    with pytest.raises(ValueError, match="TwoPassModule: second_pass must be 'all', 'half', 'split' or a function, got 'third'"):
         fit(net, tmp_path)

@@ -113,11 +113,13 @@ def test_old_gradients_do_not_count():
 
 
 def test_batches_are_cut_and_keep_their_types():
-    x, y, scale = torch.arange(10).reshape(5, 2), torch.arange(5), torch.tensor([1.0, 2.0])
-    first, second = split_batch({"x": x, "nested": [y, (x, "name")], "scale": scale, "number": 3, "names": list("abcde")}, "split")
+    x, y, scale = torch.arange(10).reshape(5, 2), torch.arange(5), torch.tensor(2.0)
+    first, second = split_batch(
+        {"x": x, "nested": [y, (x, "name")], "scale": scale, "number": 3, "names": [{"id": c} for c in "abcde"]}, "split"
+    )
     assert torch.equal(first["x"], x[:3]) and torch.equal(second["x"], x[3:])
     assert torch.equal(first["nested"][0], y[:3]) and torch.equal(second["nested"][1][0], x[3:])
-    assert first["names"] == ["a", "b", "c"] and second["names"] == ["d", "e"]
+    assert [name["id"] for half in (first, second) for name in half["names"]] == list("abcde") and len(second["names"]) == 2
     for half in (first, second):
         assert type(half["nested"]) is list and half["nested"][1][1] == "name" and half["number"] == 3
         assert half["scale"] is scale
@@ -153,6 +155,18 @@ def test_a_batch_of_transformers_is_cut():
         ((torch.tensor(1.0),), "got tuple"),
         (torch.empty(0, 3), r"got Tensor with \[0\]"),
         (pack_sequence([torch.ones(2), torch.ones(1)]), "got a PackedSequence"),
+        (
+            {"w": torch.ones(10), "x": torch.ones(4, 3)},
+            r"got 10 in batch\['w'\] and 4 in batch\['x'\]: give second_pass",
+        ),  # weights of classes
+        ({"x": torch.ones(4, 3), "w": torch.ones(10)}, r"got 4 in batch\['x'\] and 10 in batch\['w'\]"),
+        ({"edges": torch.ones(2, 9), "x": torch.ones(5, 3)}, "got 2 in .* and 5 in"),
+        (([torch.ones(3, 8, 8)] * 4, [{"boxes": torch.ones(2, 4)}] * 4), r"got 3 in batch\[0\]\[0\] and 2 in batch\[1\]\[0\]\['boxes'\]"),
+        (([torch.ones(3, 8, 8)] * 4, list("abcd")), r"list of tensors that may be samples, got batch\[0\]\[0\]"),
+        (([torch.ones(1, 8, 8)] * 4, list("abcd")), "list of tensors"),
+        (([torch.ones(4, 8, 8)] * 4, torch.ones(4)), "list of tensors"),  # four channels, four images
+        ([(torch.ones(3, 8, 8), torch.tensor(1))] * 4, "list of tensors"),
+        ([{"image": torch.ones(3, 8, 8), "label": torch.tensor(1)}] * 4, "list of tensors"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(batch, found):
@@ -160,11 +174,31 @@ def test_what_cannot_be_cut_is_refused(batch, found):
         split_batch(batch, "split")
 
 
+def test_lists_beside_a_tensor_of_the_samples():
+    """Two views of each of 5 images; a label a sample without dims; one sample."""
+    x, labels = torch.arange(5), [torch.tensor(i) for i in range(5)]
+    first, second = split_batch(([x, x + 5], x, labels), "split")
+    assert [part.tolist() for part in second[0]] == [[3, 4], [8, 9]] and second[2] == labels[3:] and first[2] == labels[:3]
+    assert split_batch(([x[:1]], x[:1]), "split") == (([x[:1]], x[:1]),) * 2
+
+
+def test_a_function_cuts_what_nobody_else_can():
+    batch = ([torch.ones(3, 8, i) for i in range(4)], list("abcd"))
+    first, second = split_batch(batch, lambda b: ((b[0][:1], b[1][:1]), (b[0][1:], b[1][1:])))
+    assert first == (batch[0][:1], ["a"]) and second == (batch[0][1:], ["b", "c", "d"])
+    with pytest.raises(ValueError, match="split_batch: second_pass must return a tuple, the batches of both passes, got list"):
+        split_batch(batch, list)
+    ours, theirs = network(), network()
+    for part, model in ((lambda b: (tuple(t[:4] for t in b), tuple(t[4:] for t in b)), ours), ("split", theirs)):
+        train_step(CrAM(model, lr=0.1), cross_entropy(model), next(batches(1)), part)
+    assert_same_bits(weights(ours), weights(theirs))
+
+
 def test_another_word_is_refused_before_anything_is_changed():
     model = network()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="train_step: second_pass must be 'all', 'half' or 'split', got 'third'"):
+    with pytest.raises(ValueError, match="train_step: second_pass must be 'all', 'half', 'split' or a function, got 'third'"):
         train_step(CrAM(model, lr=0.1), cross_entropy(model), next(batches(1)), "third")
     with pytest.raises(ValueError, match="split_batch: second_pass must be"):
         split_batch(torch.ones(2), "")

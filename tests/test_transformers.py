@@ -203,7 +203,7 @@ def test_a_mean_over_items_is_over_those_of_its_own_pass(second_pass, tmp_path):
 def test_another_second_pass_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, bert())
     trainer.second_pass = "third"
-    with pytest.raises(ValueError, match="TwoPassTrainer: second_pass must be 'all', 'half' or 'split', got 'third'"):
+    with pytest.raises(ValueError, match="TwoPassTrainer: second_pass must be 'all', 'half', 'split' or a function, got 'third'"):
         trainer.train()
 
 

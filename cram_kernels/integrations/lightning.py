@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..batch import check_second_pass, split_batch
+from ..batch import SecondPass, check_second_pass, split_batch
 from ..optim import CrAM
 
 
@@ -28,7 +28,7 @@ class TwoPassModule:
                 return CrAM(self, lr=0.1)
     """
 
-    second_pass = "all"
+    second_pass: SecondPass = "all"
     in_second_pass = False
     trainer: Any
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import check_second_pass, split_batch
+from ..batch import SecondPass, check_second_pass, split_batch
 from ..optim import CrAM
 
 
@@ -25,7 +25,7 @@ class TwoPassTrainer:
             pass
     """
 
-    second_pass = "all"
+    second_pass: SecondPass = "all"
     _loss_is_known = False
 
     accelerator: Any
