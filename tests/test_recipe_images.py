@@ -189,9 +189,20 @@ def test_some_images_are_of_all_classes(tmp_path):
 def test_images_held_back_are_neither_lost_nor_shared(tmp_path):
     train, _, _ = data.load("cifar10", image_sets.write_cifar(tmp_path))
     rest, held = data.held_back(train, 0.1)
-    assert len(held) == 12
+    assert len(held) == 12 and len(rest) == 108
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1234))  # as runs of earlier versions were split
+    assert torch.equal(held.x, train.x[order[:12].sort().values])
     rows = [tuple(x.flatten().tolist()) for part in (rest, held) for x in part.x]
     assert sorted(rows) == sorted(tuple(x.flatten().tolist()) for x in train.x)
+
+
+def test_an_emoji_is_held_back_in_all_its_skin_tones(tmp_path):
+    """Green tells the emoji, see `write_emoji`."""
+    train, _, _ = data.load("emoji", image_sets.write_emoji(tmp_path, "google"))
+    for share in (0.2, 0.5):
+        rest, held = data.held_back(data.some(train, 36), share)
+        sides = [{int(x[1, 32, 32]) for x in part.x} for part in (rest, held)]
+        assert not sides[0] & sides[1] and len(rest) + len(held) == 36 and len(sides[1]) == round(share * len(sides[0] | sides[1]))
 
 
 @pytest.mark.parametrize(

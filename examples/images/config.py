@@ -28,8 +28,8 @@ class Config:
             pass a step, at the dense or at the pruned weights (one_pass.py), which has no use for rho.
         batch: images a step, over all processes.
         epochs: of training. The rate rises over warmup_epochs as (epoch + 1) / warmup_epochs, then falls as a cosine to 0.
-        validation: the share of the training images that is held back to choose the best checkpoint, such as 0.1. With 0 the test images
-            choose it, as in the published code, and results.json says so.
+        validation: the share of the training images that is held back to choose the best checkpoint, such as 0.1; of emoji, with their
+            skin tones. With 0 the test images choose it, as in the published code, and results.json says so.
         train_images: use so many of the training images only, drawn once, the same for every seed; 0 uses all.
         workers: processes that load images.
         precision: fp32, or autocast to bf16 or fp16 (with a gradient scaler).

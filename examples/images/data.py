@@ -31,7 +31,8 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Memory:
-    """Small images: x uint8 [n, channels, height, width], y int64 [n]. In training they are cropped after padding, and mirrored."""
+    """Small images: x uint8 [n, channels, height, width], y int64 [n]. In training they are cropped after padding, and mirrored.
+    `group`, int64 [n]: images of one number, such as an emoji in its skin tones, are never parted into training and validation."""
 
     x: Tensor
     y: Tensor
@@ -39,12 +40,13 @@ class Memory:
     std: tuple[float, ...]
     pad: int = 0
     mirror: bool = False
+    group: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def subset(self, indices: Tensor) -> "Memory":
-        return replace(self, x=self.x[indices], y=self.y[indices])
+        return replace(self, x=self.x[indices], y=self.y[indices], group=None if self.group is None else self.group[indices])
 
     def raw(self, i: int) -> np.ndarray:
         """uint8 [height, width, 3]."""
@@ -260,8 +262,9 @@ def _emoji(name: str, path: Path) -> tuple[Images, Images, int]:
     order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1234)).tolist()
 
     def read(chosen: list[int]) -> Memory:
-        x, y = [], []
-        for entry in (entries[i] for i in sorted(chosen)):
+        x, y, group = [], [], []
+        for i in sorted(chosen):
+            entry = entries[i]
             for one in (entry, *entry.get("skin_variations", {}).values()):
                 if (file := styles[0] / one["image"]).is_file():
                     with Image.open(file) as image:
@@ -269,9 +272,9 @@ def _emoji(name: str, path: Path) -> tuple[Images, Images, int]:
                         drawing.alpha_composite(image.convert("RGBA"))
                     x.append(np.array(drawing)[..., :3])
                     y.append(classes.index(entry["category"]))
-        return Memory(
-            torch.from_numpy(np.stack(x)).movedim(3, 1), torch.tensor(y), (0.80, 0.75, 0.71), (0.29, 0.30, 0.34), pad=4, mirror=True
-        )
+                    group.append(i)
+        images = torch.from_numpy(np.stack(x)).movedim(3, 1)
+        return Memory(images, torch.tensor(y), (0.80, 0.75, 0.71), (0.29, 0.30, 0.34), pad=4, mirror=True, group=torch.tensor(group))
 
     count = len(entries) // 5
     return read(order[count:]), read(order[:count]), len(classes)
@@ -307,10 +310,12 @@ def some(images: Images, count: int) -> Images:
 
 
 def held_back(images: Images, share: float) -> tuple[Images, Images]:
-    """(the rest, a share of the images): drawn once, the same for every seed of training."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1234))
-    count = round(share * len(images))
-    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
+    """(the rest, a share of the images, or of their groups): drawn once, the same for every seed of training."""
+    group = images.group if isinstance(images, Memory) and images.group is not None else torch.arange(len(images))
+    groups = group.unique()
+    drawn = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(1234))[: round(share * len(groups))]]
+    held = torch.isin(group, drawn)
+    return images.subset((~held).nonzero().flatten()), images.subset(held.nonzero().flatten())
 
 
 def calibration(images: Images, count: int = 1000) -> Batches:
