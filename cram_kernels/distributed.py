@@ -7,7 +7,7 @@ the threshold, hence the k of its own one-pass selection, which then gives the b
 all-reduce a selection set and step, whatever its size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,16 @@ def local_of(t: Tensor) -> Tensor:
         return t
     with torch.no_grad():
         return t.to_local()  # type: ignore[attr-defined]
+
+
+def check_not_fsdp1(where: str, params: Iterable[Tensor]) -> None:
+    """FSDP1 makes vectors of many weights, and its own parameters pieces of those: nothing in them has the shape that pruning needs.
+
+    Raises:
+        ValueError: one of the parameters is such a vector, or lies in one.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(f"{where}: parameters must be whole or sharded by FSDP2 (fully_shard), got some of FSDP1's flat parameters")
 
 
 def as_dtensor(param: Tensor, local: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .distributed import local_of
+from .distributed import check_not_fsdp1, local_of
 from .params import check_module, check_unperturbed, excluded, perturbed
 
 
@@ -79,7 +79,7 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] | None = ()) -> HeldZero
         A `HeldZeros`: a handle with `remove()`, and a context manager.
 
     Raises:
-        ValueError: no parameter has zeros, one is not initialised, or a pattern in `exclude` matches no parameter.
+        ValueError: no parameter has zeros, one is not initialised, a pattern in `exclude` matches no parameter, or FSDP1 has the model.
         RuntimeError: weights are perturbed, within a step of CrAM. Later, from a step: a parameter has gone or has another shape.
 
     Example:
@@ -88,6 +88,7 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] | None = ()) -> HeldZero
             fine_tune(model)
     """
     check_module("hold_zeros", model)
+    check_not_fsdp1("hold_zeros", model.parameters())
     named = list(model.named_parameters(remove_duplicate=False))
     free = {id(named[i][1]) for i in excluded("hold_zeros: ", exclude, [(name,) for name, _ in named])}
     masks = {}

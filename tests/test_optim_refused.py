@@ -1,13 +1,16 @@
 """What CrAM refuses, when it is given and with nothing changed."""
 
 import contextlib
+import socket
 
+import forked
 import pytest
 import torch
 from optim_cases import assert_same_bits, clones, random_tensors, set_gradients
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from cram_kernels import NM, CrAM, CrAMWarning, TopK
+from cram_kernels import NM, CrAM, CrAMWarning, TopK, hold_zeros, prune
 
 SHAPES = [(8, 16), (16,), (4, 8, 3, 3), (16, 8)]
 
@@ -210,3 +213,32 @@ def test_a_first_gradient_that_is_overwritten_is_refused(base: type) -> None:
     with pytest.raises(RuntimeError, match="first gradient of parameter 0 of group 0 must be left alone after perturb"):
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(4, 4))
+
+
+def with_fsdp1(rank, port):
+    """Made of its parameters, or of the model before it is wrapped."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    words = r"parameters must be whole or sharded by FSDP2 \(fully_shard\), got some of FSDP1's"
+    for original in (False, True):
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        prune(model, TopK(0.5))
+        early, attached = CrAM(model, lr=0.1), CrAM(model.parameters(), lr=0.1).attach(model)
+        wrapped = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        for given in (wrapped, list(wrapped.parameters()), model):
+            with pytest.raises(ValueError, match=f"CrAM: {words}"):
+                CrAM(given, lr=0.1)
+        with pytest.raises(ValueError, match=f"hold_zeros: {words}"):
+            hold_zeros(wrapped)
+        wrapped(torch.ones(2, 8)).sum().backward()
+        for optimizer in (early, attached):
+            with pytest.raises(ValueError, match=f"CrAM: {words}"):
+                optimizer.perturb()
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp1_is_refused_by_name():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    forked.spawn(with_fsdp1, (port,), 2)

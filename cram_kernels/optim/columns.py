@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import as_dtensor, is_spread, local_of
+from ..distributed import as_dtensor, check_not_fsdp1, is_spread, local_of
 from ..patterns import Pattern
 
 STRIDED = torch.strided
@@ -22,6 +22,7 @@ class Slot:
     `nothing` is an empty tensor, the ops' convention for an absent argument."""
 
     def __init__(self, param: Tensor, group: int, position: int, name: str | None = None) -> None:
+        check_not_fsdp1("CrAM", [param])  # which has wrapped the model since the optimizer was made
         self.param, self.group, self.position, self.name = param, group, position, name
         self.spread = is_spread(param)
         self.local = local_of(param)  # the parameter, or this rank's shard of it

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .. import schedule
+from ..distributed import check_not_fsdp1
 from ..patterns import Pattern
 from ..warning import warn
 from . import options
@@ -56,6 +57,7 @@ def begin(optimizer: "CrAM", scaler: GradScaler | None) -> None:
     try:
         active, grads, looked_at = work.gradients(False)
         if not active:
+            check_not_fsdp1("CrAM", optimizer._hooks.model.parameters() if optimizer._hooks else ())  # it has taken our parameters out
             warn("CrAM: no parameter has a gradient, so nothing is perturbed: call backward() before perturb()")
         while True:
             try:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from ..distributed import local_of
+from ..distributed import check_not_fsdp1, local_of
 from ..params import excluded, globs_of, overlapping, why_unfit
 from ..schedule import Groups, checked_compression, is_function, is_number
 
@@ -106,6 +106,7 @@ def check_params(groups: Groups, index: int) -> None:
     params = groups[index]["params"]
     if len(set(map(id, params))) < len(params):
         raise ValueError(f"CrAM: parameters of group {index} must be different ones, got one of them twice")
+    check_not_fsdp1("CrAM", params)
     for i, p in enumerate(params):
         if p.requires_grad and (wrong := why_unfit(local_of(p))) is not None:
             raise ValueError(f"CrAM: {_called(groups, index, i)} {wrong}")
