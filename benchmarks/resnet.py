@@ -1,4 +1,5 @@
-"""ResNet-50 (He et al. 2015, with the stride in the 3x3 convolutions) in plain torch, batch norm folded: what an engine runs."""
+"""ResNet-50 (He et al. 2015, with the stride in the 3x3 convolutions) in plain torch, batch norm folded: what an engine runs. ReLU and sums
+are in place, as in torchvision's."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Conv2d(channels, 4 * planes, 1, stride) if stride != 1 or channels != 4 * planes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.expand(self.spatial(self.reduce(x).relu()).relu()) + self.shortcut(x)).relu()
+        y = self.expand(self.spatial(self.reduce(x).relu_()).relu_())
+        return y.add_(self.shortcut(x)).relu_()
 
 
 class ResNet50(nn.Module):
@@ -33,7 +35,8 @@ class ResNet50(nn.Module):
         self.fc = nn.Linear(channels, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.pool(self.stem(x).relu())).mean((2, 3)))
+        y = self.pool(self.stem(x).relu_()).contiguous()
+        return self.fc(self.blocks(y).mean((2, 3)))
 
 
 def resnet50() -> ResNet50:
@@ -43,6 +46,7 @@ def resnet50() -> ResNet50:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
+    model.stem.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # in which torch's max pooling takes a tenth of its time
     return model
 
 

@@ -63,6 +63,28 @@ void for_tasks(const Pool& pool, int64_t tasks, Body body) {
   });
 }
 
+// The same where neighbouring tasks share something: each worker begins with a stretch of its own, then takes from the ends of what others have left.
+template <class Body>
+void for_stretches(const Pool& pool, int64_t tasks, Body body) {
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> left;  // first task, and 2^32 times the one behind the last
+  };
+  Pool team = pool;
+  if (tasks < team.threads) team.threads = tasks < 1 ? 1 : static_cast<int>(tasks);
+  std::vector<Stretch> stretches(static_cast<size_t>(team.threads));
+  for (int64_t w = 0; w < team.threads; ++w)
+    stretches[w].left = static_cast<uint64_t>((w + 1) * tasks / team.threads) << 32 | static_cast<uint64_t>(w * tasks / team.threads);
+  parallel(team, [&](int worker) {
+    for (int i = 0; i < team.threads; ++i) {
+      std::atomic<uint64_t>& left = stretches[(worker + i) % team.threads].left;
+      for (uint64_t seen = left; (seen & 0xffffffff) < seen >> 32;) {
+        const uint64_t rest = i == 0 ? seen + 1 : seen - (uint64_t{1} << 32);
+        if (left.compare_exchange_weak(seen, rest)) body(worker, static_cast<int64_t>(i == 0 ? seen & 0xffffffff : rest >> 32)), seen = left;
+      }
+    }
+  });
+}
+
 // A count for each bin of a histogram.
 using Bins = std::vector<int64_t>;
 

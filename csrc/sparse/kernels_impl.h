@@ -264,8 +264,8 @@ void widen(const uint16_t* from, int64_t n, float* to) {
 namespace cram {
 namespace CRAM_ISA {
 
-constexpr SparseKernels kSparse = {CRAM_ISA_NAME, spread,      dot,        nullptr, accumulate<false>, transpose,
-                                   copy_rows,     gather_rows, split_rows, widen,   ordered,           largest};
+constexpr SparseKernels kSparse = {CRAM_ISA_NAME, spread, dot,   nullptr, accumulate<false>, transpose,
+                                   copy_rows,     gather, widen, ordered, largest};
 
 }  // namespace CRAM_ISA
 }  // namespace cram

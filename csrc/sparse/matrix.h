@@ -57,6 +57,21 @@ struct Sums {
   bool stream;  // past the caches; `to` and to_stride are then divisible by 64 bytes
 };
 
+// Up to 16 numbers in a row of a panel, from `to` on: of lane i, if bit i of `there` is set, image[from + i * stride], else 0.
+struct Run {
+  int64_t from;
+  int32_t to;
+  uint16_t lanes, there;
+};
+
+// What a tile of a convolution sees: row channel * places + p of its dense matrix is made of `runs_each` runs of place p, in that channel.
+struct View {
+  const float* image;
+  int64_t plane, places, stride;
+  const Run* runs;
+  int64_t runs_each;
+};
+
 // Of one SIMD level. `tile` is 8, 16, 32, 64 or 128.
 struct SparseKernels {
   const char* name;
@@ -78,11 +93,8 @@ struct SparseKernels {
   // to[r * to_stride + c] = from[r * from_stride + c].
   void (*copy_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 
-  // panel[i][tile] = from[offsets[i] ...], i in [0, rows); zeros behind the first `valid` of each row.
-  void (*gather_rows)(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel);
-
-  // to[r * length + i] = from[r * from_stride + i * stride + shift], i in [0, length); zero where i * stride + shift is outside of [0, width).
-  void (*split_rows)(const float* from, int64_t width, int64_t stride, int64_t from_stride, int64_t shift, int64_t rows, float* to, int64_t length);
+  // panel[k - begin][tile], k in [begin, end): what the window's places see of their channels.
+  void (*gather)(const View&, int64_t begin, int64_t end, int tile, float* panel);
 
   // bfloat16 to float.
   void (*widen)(const uint16_t* from, int64_t n, float* to);

@@ -96,53 +96,82 @@ void copy_rows(const float* from, int64_t from_stride, int64_t rows, int64_t col
   }
 }
 
-template <int tile>
-void gather_tile(const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
-  for (int64_t i = 0; i < rows; ++i, panel += tile) {
-    if (valid == tile) {
-      memcpy(panel, from + offsets[i], tile * sizeof(float));
-    } else {
-      memcpy(panel, from + offsets[i], static_cast<size_t>(valid) * sizeof(float));
-      memset(panel + valid, 0, static_cast<size_t>(tile - valid) * sizeof(float));
+#if defined(__AVX512F__)
+// With a stride of 1, and 16 lanes in each of `runs`: the place of the window outside, so that what its runs are stays in registers.
+template <int runs>
+void gather_whole(const View& view, int64_t begin, int64_t end, float* panel) {
+  for (int64_t place = 0; place < view.places; ++place) {
+    __mmask16 there[runs];
+    int64_t from[runs];
+#pragma GCC unroll 8
+    for (int r = 0; r < runs; ++r) there[r] = view.runs[place * runs + r].there, from[r] = view.runs[place * runs + r].from;
+    for (int64_t k = begin + (place - begin % view.places + view.places) % view.places; k < end; k += view.places) {
+      const float* image = view.image + k / view.places * view.plane;
+      float* to = panel + (k - begin) * runs * kLanes;
+#pragma GCC unroll 8
+      for (int r = 0; r < runs; ++r) _mm512_storeu_ps(to + r * kLanes, _mm512_maskz_loadu_ps(there[r], image + from[r]));
     }
   }
 }
+#endif
 
-void gather_rows(int tile, const float* from, const int64_t* offsets, int64_t rows, int64_t valid, float* panel) {
-  with_tile(tile, [&](auto width) { gather_tile<width>(from, offsets, rows, valid, panel); });
+// Where the stride is neither 1 nor 2, it is a variable.
+template <int constant_stride>
+void gather_runs(const View& view, int64_t begin, int64_t end, int tile, float* panel) {
+  [[maybe_unused]] const int64_t stride = constant_stride == 0 ? view.stride : constant_stride;
+  int64_t place = begin % view.places;
+  const float* image = view.image + begin / view.places * view.plane;
+  for (int64_t k = begin; k < end; ++k, panel += tile) {
+    const Run* const stop = view.runs + (place + 1) * view.runs_each;
+    for (const Run* run = stop - view.runs_each; run < stop; ++run) {
+      const float* from = image + run->from;
+      float* to = panel + run->to;
+      int lane = 0;
+#if defined(__AVX512F__)
+      if constexpr (constant_stride != 0) {
+        const uint32_t there = constant_stride == 1 ? run->there : _pdep_u32(run->there, 0x55555555);
+        __m512 found = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
+        if constexpr (constant_stride == 2) {
+          const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+          found = _mm512_permutex2var_ps(found, even, _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + kLanes));
+        }
+        _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << run->lanes) - 1), found);
+        continue;
+      }
+#elif defined(__AVX2__)
+      if constexpr (constant_stride == 1)
+        for (; lane + 8 <= run->lanes; lane += 8) {
+          const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+          const __m256i there = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(run->there >> lane), bit), bit);
+          _mm256_storeu_ps(to + lane, _mm256_maskload_ps(from + lane, there));
+        }
+#endif
+      for (; lane < run->lanes; ++lane) to[lane] = run->there >> lane & 1 ? from[lane * stride] : 0.0f;
+    }
+    if (++place == view.places) place = 0, image += view.plane;
+  }
 }
 
-void split_rows(const float* from, int64_t width, int64_t stride, int64_t from_stride, int64_t shift, int64_t rows, float* to, int64_t length) {
-  const int64_t before = shift >= 0 ? 0 : (stride - 1 - shift) / stride, behind = width <= shift ? 0 : (width - shift + stride - 1) / stride;
-  const int64_t first = before < length ? before : length, stop = behind < first ? first : behind < length ? behind : length;
+void gather(const View& view, int64_t begin, int64_t end, int tile, float* panel) {
+  bool plain = view.places == 1 && view.stride == 1;  // a row of the panel is as it is in the image
+  for (const Run* run = view.runs; plain && run < view.runs + view.runs_each; ++run)
+    plain = run->there == (1u << run->lanes) - 1 && run->from - run->to == view.runs[0].from;
+  if (plain)
+    return with_tile(tile, [&](auto width) {
+      const float* from = view.image + begin * view.plane + view.runs[0].from;
+      for (int64_t k = begin; k < end; ++k, from += view.plane, panel += width) memcpy(panel, from, width * sizeof(float));
+    });
 #if defined(__AVX512F__)
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const int rest = static_cast<int>((stop - first) % 16);  // numbers behind the whole registers; with a stride of 2 they span 2 * rest - 1 of the row
-  const uint32_t some = (1u << rest) - 1, between = rest == 0 ? 0 : stride == 1 ? some : ~uint32_t{0} >> (33 - 2 * rest);
-  const auto tail = static_cast<__mmask16>(some), low_part = static_cast<__mmask16>(between), high_part = static_cast<__mmask16>(between >> 16);
-  const auto load = [&](const float* begin, __mmask16 low, __mmask16 high) {
-    const __m512 found = _mm512_maskz_loadu_ps(low, begin);
-    return stride == 1 ? found : _mm512_permutex2var_ps(found, even, _mm512_maskz_loadu_ps(high, begin + 16));
-  };
-#endif
-  for (int64_t row = 0; row < rows; ++row, from += from_stride, to += length) {
-    int64_t i = 0;
-    for (; i < first; ++i) to[i] = 0;
-#if defined(__AVX512F__)
-    if (stride <= 2) {
-      for (; i < stop - rest; i += 16) _mm512_storeu_ps(to + i, load(from + i * stride + shift, 0xffff, 0x7fff));
-      if (rest) _mm512_mask_storeu_ps(to + i, tail, load(from + i * stride + shift, low_part, high_part));
-      i = stop;
+  if (view.stride == 1 && view.runs_each * kLanes == tile) switch (view.runs_each) {
+      case 1: return gather_whole<1>(view, begin, end, panel);
+      case 2: return gather_whole<2>(view, begin, end, panel);
+      case 4: return gather_whole<4>(view, begin, end, panel);
+      case 8: return gather_whole<8>(view, begin, end, panel);
     }
-#else
-    if (stride == 1)  // constants, so that the compiler makes vectors of them
-      for (; i < stop; ++i) to[i] = from[i + shift];
-    if (stride == 2)
-      for (; i < stop; ++i) to[i] = from[i * 2 + shift];
 #endif
-    for (; i < stop; ++i) to[i] = from[i * stride + shift];
-    for (; i < length; ++i) to[i] = 0;
-  }
+  if (view.stride == 1) return gather_runs<1>(view, begin, end, tile, panel);
+  if (view.stride == 2) return gather_runs<2>(view, begin, end, tile, panel);
+  gather_runs<0>(view, begin, end, tile, panel);
 }
 
 }  // namespace CRAM_ISA

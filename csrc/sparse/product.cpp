@@ -122,6 +122,8 @@ struct Rows {
   float* out;
   int64_t out_columns;
 
+  void prepare(const Tile&) const {}
+
   void pack(const Tile& tile, int64_t begin, int64_t end, float* panel) const {
     if (tile.valid < tile.width) memset(panel, 0, static_cast<size_t>((end - begin) * tile.width) * sizeof(float));
     kernels.transpose(x + tile.first * columns + begin, columns, tile.valid, end - begin, panel, tile.width);
@@ -147,14 +149,17 @@ void sparse_linear(const Pool& pool, const SparseKernels& kernels, const SparseM
   const std::vector<int64_t> starts = piece_starts(a);
   const int64_t blocks = a.blocks();
   const Pool team = team_of(pool, work_of(a.steps * kLanes, 1) * n);
-  float* spread = Scratch::mine().panel(n * blocks * kSpread);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t k = block * a.block, width = k + a.block < a.columns ? a.block : a.columns - k;
-      kernels.spread(x + i * a.columns + k, width, a.block, spread + (i * blocks + block) * kSpread);
-    }
-  for_tasks(team, a.sections(), [&](int, int64_t section) {
+  // Each thread spreads x for itself: to write what another one reads takes longer.
+  std::vector<char> has_spread(static_cast<size_t>(team.threads));
+  for_stretches(team, a.sections(), [&](int worker, int64_t section) {
     const int64_t row = section * a.section;
+    float* spread = Scratch::mine().panel(n * blocks * kSpread);
+    for (int64_t i = 0; i < n && !has_spread[worker]; ++i)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t k = block * a.block, width = k + a.block < a.columns ? a.block : a.columns - k;
+        kernels.spread(x + i * a.columns + k, width, a.block, spread + (i * blocks + block) * kSpread);
+      }
+    has_spread[worker] = 1;
     for (int64_t block = 0; block < blocks; ++block) {
       const bool half = a.half != nullptr && kernels.dot_half != nullptr;
       Piece piece = piece_of(a, starts, section, block);

@@ -50,11 +50,30 @@ struct Tile {
 // n columns in tiles of at most `tile`; what is left over is cut into narrower ones, unless little would be padded.
 void append_tiles(std::vector<Tile>&, int64_t image, int64_t n, int tile);
 
-// Memory of a thread, 64-byte aligned, that stays for its next call.
+// A bit for each column of a tile.
+struct Bits {
+  uint64_t word[2] = {0, 0};
+  void set(int64_t begin, int64_t end) {
+    for (int64_t w = 0; w < 2; ++w) {
+      const int64_t first = begin < 64 * w ? 0 : begin - 64 * w, stop = end > 64 * w + 64 ? 64 : end - 64 * w;
+      if (first < stop) word[w] |= ~uint64_t{0} >> (64 - (stop - first)) << first;
+    }
+  }
+  // `lanes`, at most 16, from `first` on.
+  uint16_t of(int64_t first, int64_t lanes) const {
+    uint64_t found = word[first / 64] >> first % 64;
+    if (first > 48 && first < 64) found |= word[1] << (64 - first);
+    return static_cast<uint16_t>(found & ((uint64_t{1} << lanes) - 1));
+  }
+};
+
+// Memory of a thread that stays for its next call; numbers are 64-byte aligned.
 struct Scratch {
   float* panel(int64_t floats) { return grown(panel_, floats); }
   float* sums(int64_t floats) { return grown(sums_, floats); }
   float* values(int64_t floats) { return grown(values_, floats); }
+  std::vector<Run> runs;
+  std::vector<Bits> bits;
   static Scratch& mine() {
     static thread_local Scratch scratch;
     return scratch;
@@ -72,9 +91,9 @@ struct Scratch {
 // takes about as long as to multiply one in a single column.
 inline int64_t work_of(int64_t stored, int width) { return stored * (width == 1 ? 7 : 12 + width); }
 
-// So many threads that each has enough to do to be worth waking: 15 us.
+// So many threads that each has enough to do to be worth handing it over: 5 us, where they wait in a loop since the last operator.
 inline Pool team_of(Pool pool, int64_t work) {
-  const int64_t worth = work / 1200000 + 1;
+  const int64_t worth = work / 400000 + 1;
   if (worth < pool.threads) pool.threads = static_cast<int>(worth);
   return pool;
 }
@@ -86,8 +105,8 @@ struct Target {
   bool stream;
 };
 
-// b.pack(tile, k_begin, k_end, panel) copies a block of the dense matrix; b.target(tile, row) is where results of a row and those behind it go as they
-// are; where it is nowhere, b.unpack(tile, row_begin, row_end, sums) stores them.
+// b.prepare(tile), then b.pack(tile, k_begin, k_end, panel) copies a block of the dense matrix; b.target(tile, row) is where results of a row and
+// those behind it go as they are; where it is nowhere, b.unpack(tile, row_begin, row_end, sums) stores them.
 template <class Dense>
 void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix& a, const std::vector<Tile>& tiles, int widest, const float* bias,
               const Dense& b) {
@@ -97,40 +116,44 @@ void multiply(const Pool& pool, const SparseKernels& kernels, const SparseMatrix
   int64_t work = 0;
   for (const Tile& tile : tiles) work += work_of(a.steps * kLanes, tile.width);
   const Pool team = team_of(pool, work);
-  const int64_t tasks = team.threads == 1 || units < 4 * team.threads ? (team.threads == 1 ? 1 : units) : 4 * team.threads;
   // Where several sections pass over a tile, it is packed once, else block by block, to stay in the first-level cache.
   const bool whole = sections > 1;
-  std::vector<int64_t> packed_by(static_cast<size_t>(team.threads), -1);  // the tile that is packed in the memory of each worker
-  for_tasks(team, tasks, [&](int worker, int64_t task) {
+  struct alignas(64) Worker {
+    int64_t packed = -1;             // the tile that is packed in its memory
+    std::vector<bool> is_validated;  // of each section
+  };
+  std::vector<Worker> workers(static_cast<size_t>(team.threads));
+  // Neighbours share a tile, which is then packed by few. A layer's results lie as its tiles do: the next layer finds them in the same thread's cache.
+  for_stretches(team, units, [&](int worker, int64_t unit) {
     Scratch& scratch = Scratch::mine();
     float* sums = scratch.sums(a.section * widest);
     float* panels = scratch.panel((whole ? blocks : 1) * (a.block + 1) * widest);
-    int64_t& packed = packed_by[static_cast<size_t>(worker)];
-    const int64_t begin = task * units / tasks, end = (task + 1) * units / tasks;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t section = unit % sections, row = section * a.section, rows = a.rows_of(section);
-      const Tile& tile = tiles[unit / sections];
-      const auto pack = [&](int64_t block, float* panel) {
-        const int64_t k = block * a.block, k_end = k + a.block < a.columns ? k + a.block : a.columns;
-        b.pack(tile, k, k_end, panel);
-        memset(panel + (k_end - k) * tile.width, 0, static_cast<size_t>((a.block + 1 - (k_end - k)) * tile.width) * sizeof(float));
-      };
-      if (whole && packed != unit / sections) {
-        for (int64_t block = 0; block < blocks; ++block) pack(block, panels + block * (a.block + 1) * tile.width);
-        packed = unit / sections;
-      }
-      const Target target = b.target(tile, row);
-      for (int64_t block = 0; block < blocks; ++block) {
-        float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
-        if (!whole) pack(block, panel);
-        Sums s{bias + row, block == 0, sums, tile.width, sums, tile.width, false};
-        if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride, s.stream = target.stream;
-        const Piece piece = piece_of(a, starts, section, block);
-        if (unit < begin + sections) validate(kernels, a, piece), validate_order(kernels, piece);
-        kernels.accumulate(tile.width, widened(kernels, piece), panel, s);
-      }
-      if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
+    Worker& own = workers[static_cast<size_t>(worker)];
+    own.is_validated.resize(static_cast<size_t>(sections));
+    const int64_t section = unit % sections, row = section * a.section, rows = a.rows_of(section);
+    const Tile& tile = tiles[unit / sections];
+    const auto pack = [&](int64_t block, float* panel) {
+      const int64_t k = block * a.block, k_end = k + a.block < a.columns ? k + a.block : a.columns;
+      b.pack(tile, k, k_end, panel);
+      memset(panel + (k_end - k) * tile.width, 0, static_cast<size_t>((a.block + 1 - (k_end - k)) * tile.width) * sizeof(float));
+    };
+    if (own.packed != unit / sections) {
+      own.packed = unit / sections;
+      b.prepare(tile);
+      for (int64_t block = 0; whole && block < blocks; ++block) pack(block, panels + block * (a.block + 1) * tile.width);
     }
+    const Target target = b.target(tile, row);
+    for (int64_t block = 0; block < blocks; ++block) {
+      float* panel = panels + (whole ? block * (a.block + 1) * tile.width : 0);
+      if (!whole) pack(block, panel);
+      Sums s{bias + row, block == 0, sums, tile.width, sums, tile.width, false};
+      if (block == blocks - 1 && target.to != nullptr) s.to = target.to, s.to_stride = target.stride, s.stream = target.stream;
+      const Piece piece = piece_of(a, starts, section, block);
+      if (!own.is_validated[section]) validate(kernels, a, piece), validate_order(kernels, piece);
+      kernels.accumulate(tile.width, widened(kernels, piece), panel, s);
+    }
+    own.is_validated[section] = true;
+    if (target.to == nullptr) b.unpack(tile, row, row + rows, sums);
   });
 }
 
