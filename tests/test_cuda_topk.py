@@ -120,8 +120,9 @@ def test_numbers_that_are_no_halves(executed, dtype: torch.dtype) -> None:
         check(executed, "perturb_topk_", arguments | {"k": torch.tensor([k])})
 
 
-def test_a_mask_between_two_words(executed) -> None:
-    arguments = perturb(Drawn("normal", [Spec((20, 4096))]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_between_two_words(executed, dtype: torch.dtype) -> None:
+    arguments = perturb(Drawn("normal", [Spec((20, 4096), dtype)]))
     arguments["masks"] = [torch.full((20 * 4096 // 8 + 1,), 0x5A, dtype=torch.uint8)[1:]]
     check(executed, "perturb_topk_", arguments | {"sets": [0], "k": torch.tensor([5000])})
 

@@ -124,7 +124,7 @@ TopkMemory TopkPlan::memory(void* workspace) const {
           reinterpret_cast<StreamedTensor*>(p + tensors_at),
           reinterpret_cast<CandidateRecord*>(p + records_at),
           reinterpret_cast<uint16_t*>(p + samples_at),
-          reinterpret_cast<int32_t*>(p + keys_at),
+          reinterpret_cast<uint32_t*>(p + keys_at),
           reinterpret_cast<uint16_t*>(p + offsets_at),
           num_chunks,
           static_cast<int32_t>(num_sets),

@@ -86,11 +86,19 @@ CRAM_HOST_DEVICE inline int32_t first_shift(const Guess& guess) {
   return shift;
 }
 
+// Whether a candidate takes one word: in sets of bfloat16 alone.
+CRAM_HOST_DEVICE constexpr bool packs(int32_t key_step) { return key_step == 1 << 16; }
+
+// A candidate as `stream` writes it down: its key, the sign of its u in the upper bit, and in packed ones the offset in its chunk in the lower half.
+CRAM_HOST_DEVICE constexpr int32_t key_of(uint32_t candidate, bool packed) {
+  return static_cast<int32_t>(candidate & (packed ? 0x7fff0000u : 0x7fffffffu));
+}
+
 // What `stream` wrote down of a chunk.
 struct CandidateRecord {
-  uint64_t first : 48, count : 16;  // of its candidates among all
-  int32_t tensor;                   // of those that were streamed
-  int32_t set;                      // -1: none
+  uint64_t first : 48, count : 16;   // of its candidates among all
+  uint32_t tensor : 31, packed : 1;  // tensor: of those that were streamed
+  int32_t set;                       // -1: none
 };
 
 struct StreamedTensor {
@@ -111,8 +119,8 @@ struct TopkMemory {
   StreamedTensor* tensors;
   CandidateRecord* records;  // [num_chunks]
   uint16_t* samples;         // [sample_slices][kSliceSize]: bins of the sampled keys
-  int32_t* keys;             // of all sets' candidates
-  uint16_t* offsets;         // of candidates in their chunks
+  uint32_t* candidates;      // of all sets
+  uint16_t* offsets;         // of candidates in their chunks, but for packed ones
   int64_t num_chunks;
   int32_t num_sets;
   uint32_t sample_slices, slices;

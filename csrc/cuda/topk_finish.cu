@@ -10,25 +10,28 @@ namespace {
 
 // ---- Where the guess held ----
 
-// The weights that change sides in the chunks of a warp, a few of each.
-struct Moves {
-  static constexpr int kRoom = 160;
-  uint32_t flips[kPiece * kChunk / 32];  // mask bits to turn over; clear between two lists
-  uint32_t places[kRoom];                // number among the warp's chunks * kChunk + offset in it
+// What changes in a chunk, in shared memory.
+struct Change {
+  int32_t low, high;   // the keys that change sides: low < key <= high
+  bool keep, packed;   // keep: they come back, else they go
+  DType dtype;
+  void* param;
+  uint8_t* mask;       // optional
+  int64_t begin;       // the place of the chunk's first weight
+  int64_t mask_words;  // that lie within the mask, if it begins with a word
 };
 
 // kPiece chunks from `begin` on, a warp's, whose candidates are thought of as one list.
 struct Piece {
-  static constexpr int kAhead = Moves::kRoom / 32;
+  static constexpr int kAhead = 5;
 
   // Of chunk c, in lane c < kPiece.
   CandidateRecord record = {};
-  int end = 0;                // of its candidates in the list
-  int32_t low = 0, high = 0;  // the keys that change sides: low < key <= high
-  bool keep = false;
+  StreamedTensor tensor;
+  int end = 0;  // of its candidates in the list
 
   // Of the candidates that lie 32 apart, from where load() was asked to begin.
-  int32_t key[kAhead];
+  uint32_t candidate[kAhead];
   uint16_t offset[kAhead];
 
   __device__ __forceinline__ Piece(const TopkMemory& memory, int64_t begin) {
@@ -36,6 +39,7 @@ struct Piece {
   }
   // When the records are there.
   __device__ __forceinline__ void begin_list(const TopkMemory& memory) {
+    if (record.count > 0) tensor = memory.tensors[record.tensor];
     end = warp_inclusive_sum(static_cast<int>(record.count));
     load(memory, 0);
   }
@@ -47,10 +51,11 @@ struct Piece {
     const int size = total();
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      const int i = from + j * 32 + lane_of();
-      const int64_t at = __shfl_sync(kAllLanes, first, chunk_of(i)) + i;
-      key[j] = i < size ? memory.keys[at] : kNanKey;
-      offset[j] = i < size ? memory.offsets[at] : 0;
+      const int i = from + j * 32 + lane_of(), chunk = chunk_of(i);
+      const int64_t at = __shfl_sync(kAllLanes, first, chunk) + i;
+      const bool packed = __shfl_sync(kAllLanes, static_cast<int>(record.packed), chunk) != 0;
+      candidate[j] = i < size ? memory.candidates[at] : kNanKey;
+      offset[j] = i < size && !packed ? memory.offsets[at] : 0;
     }
   }
 
@@ -62,64 +67,64 @@ struct Piece {
     return chunk;
   }
 
-  // Waits for the thresholds. By a warp.
-  __device__ __forceinline__ void settle(const TopkMemory& memory) {
-    if (record.count == 0) return;
+  // Waits for the threshold of this lane's chunk, number `chunk` among all.
+  __device__ __forceinline__ Change settle(const TopkMemory& memory, int64_t chunk) const {
+    Change change = {};
+    if (record.count == 0) return change;
     const SetState& state = memory.sets[record.set];
-    if (has_failed(state)) return;
+    if (has_failed(state)) return change;
+    const PerturbEntry& entry = tensor.entry;
+    change.packed = record.packed;
+    change.dtype = static_cast<DType>(entry.dtype);
+    change.param = entry.param;
+    change.mask = entry.mask;
+    change.begin = (chunk - tensor.first) * chunk_size(aligned(entry.param));
+    if (entry.mask != nullptr && reinterpret_cast<uintptr_t>(entry.mask) % 4 == 0) change.mask_words = (entry.numel + 7) / 32;
     const int32_t threshold = wait_for_threshold(state), cut = state.guess.cut;
-    low = min(cut, threshold), high = max(cut, threshold);
-    keep = threshold < cut;
+    change.low = min(cut, threshold), change.high = max(cut, threshold);
+    change.keep = threshold < cut;
+    return change;
   }
 };
 
-// Moves `count` weights, and clears their flips. By a warp.
-__device__ __forceinline__ void apply(const TopkMemory& memory, const Perturbation& p, const Piece& piece, int64_t begin, int count, Moves& moves) {
-  for (int i = lane_of(); i < count; i += 32) atomicXor(moves.flips + moves.places[i] / 32, 1u << (moves.places[i] % 32));
-  __syncwarp();
-  for (int first = 0; first < count; first += 32) {
-    const bool mine = first + lane_of() < count;
-    const uint32_t place = mine ? moves.places[first + lane_of()] : 0;
-    const int chunk = static_cast<int>(place / kChunk), offset = static_cast<int>(place % kChunk);
-    const StreamedTensor& tensor = memory.tensors[__shfl_sync(kAllLanes, piece.record.tensor, chunk)];
-    const bool keep = __shfl_sync(kAllLanes, static_cast<int>(piece.keep), chunk) != 0;
-    if (mine) {
-      const PerturbEntry& entry = tensor.entry;
-      const int64_t at = (begin + chunk - tensor.first) * chunk_size(aligned(entry.param)) + offset;
-      // The first that comes turns over all bits of a byte.
-      const uint32_t shift = place % 32 / 8 * 8, turned = atomicAnd(moves.flips + place / 32, ~(0xffu << shift)) >> shift & 0xffu;
-      uint8_t* const mask = entry.mask != nullptr && turned != 0 ? entry.mask + at / 8 : nullptr;
-      const uint32_t before = mask != nullptr ? *mask : 0;
-      with_types(entry, [&](auto t, auto w) {
-        using T = decltype(t);
-        bool ignored = false;
-        static_cast<T*>(entry.param)[at] = narrowed(keep ? Source<T, decltype(w)>(entry, entry.saved, p).at(at, &ignored) : 0.0f, T{});
-      });
-      if (mask != nullptr) *mask = static_cast<uint8_t>(before ^ turned);
-    }
-    __syncwarp();
-  }
+// *word ^= bits, for which nothing waits. The address is said to be global, which nvcc cannot know of one from shared memory.
+__device__ __forceinline__ void turn_over(uint32_t* word, uint32_t bits) {
+  asm volatile("red.global.xor.b32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(bits) : "memory");
 }
 
-// By a warp.
-__device__ __forceinline__ void fix_up(const TopkMemory& memory, const Perturbation& p, Piece& piece, int64_t begin, Moves& moves) {
-  piece.settle(memory);
+// Nothing is loaded once the threshold is known, but bytes of a mask that are not within a word of it. By a warp.
+__device__ __forceinline__ void fix_up(const TopkMemory& memory, Piece& piece, int64_t begin, Change (&changes)[kPiece]) {
+  __syncwarp();  // those of the piece before have been read
+  if (lane_of() < kPiece) changes[lane_of()] = piece.settle(memory, begin + lane_of());
   __syncwarp();
   const int total = piece.total();
-  for (int from = 0; from < total; from += Moves::kRoom) {
+  for (int from = 0; from < total; from += Piece::kAhead * 32) {
     if (from > 0) piece.load(memory, from);
-    int count = 0;
 #pragma unroll
     for (int j = 0; j < Piece::kAhead; ++j) {
-      const int32_t key = piece.key[j], chunk = piece.chunk_of(from + j * 32 + lane_of());
-      const int32_t low = __shfl_sync(kAllLanes, piece.low, chunk), high = __shfl_sync(kAllLanes, piece.high, chunk);
-      const bool moves_over = key > low && key <= high && key != kNanKey;
-      const uint32_t all = __ballot_sync(kAllLanes, moves_over);
-      if (moves_over) moves.places[count + __popc(all & ((1u << lane_of()) - 1))] = static_cast<uint32_t>(chunk * kChunk + piece.offset[j]);
-      count += __popc(all);
+      const uint32_t candidate = piece.candidate[j];
+      const Change& change = changes[piece.chunk_of(from + j * 32 + lane_of())];
+      const int32_t key = key_of(candidate, change.packed);
+      const bool moves = key > change.low && key <= change.high && key != kNanKey;
+      const int64_t at = change.begin + (change.packed ? candidate & 0xffffu : piece.offset[j]);
+      const bool in_word = at / 32 < change.mask_words, in_byte = moves && !in_word && change.mask != nullptr;
+      if (moves) {
+        const float u = from_bits(static_cast<uint32_t>(key) | (candidate & 0x80000000u));
+        with_number_types(change.dtype, false, [&](auto t, auto) {
+          using T = decltype(t);
+          static_cast<T*>(change.param)[at] = narrowed(change.keep ? u : 0.0f, T{});
+        });
+        if (in_word) turn_over(reinterpret_cast<uint32_t*>(change.mask) + at / 32, 1u << (at % 32));
+      }
+      const uint32_t by_bytes = __ballot_sync(kAllLanes, in_byte);
+      if (in_byte) {  // one lane for each byte, which belongs to one chunk
+        uint8_t* const byte = change.mask + at / 8;
+        const uint32_t peers = __match_any_sync(by_bytes, reinterpret_cast<unsigned long long>(byte));
+        const uint32_t turned = __reduce_or_sync(peers, 1u << (at % 8));
+        if (lane_of() == __ffs(peers) - 1) *byte = static_cast<uint8_t>(*byte ^ turned);
+      }
+      __syncwarp();
     }
-    __syncwarp();
-    apply(memory, p, piece, begin, count, moves);
   }
 }
 
@@ -129,7 +134,7 @@ __device__ __forceinline__ void fix_up(const TopkMemory& memory, const Perturbat
 __global__ void __launch_bounds__(kThreads, kFinishBlocks)
     finish_kernel(const TopkMemory memory, const Perturbation p, const TopkMode mode, const Results results) {
   __shared__ union {
-    Moves moves[kWarps];
+    Change changes[kWarps][kPiece];
     Fallback fallback;
   } shared;
   Claims claims(&memory.progress->slices);
@@ -142,11 +147,8 @@ __global__ void __launch_bounds__(kThreads, kFinishBlocks)
   piece.begin_list(memory);  // its candidates are on their way while thresholds are found
   claims.work(memory.slices, [&](uint32_t slice) { select(memory, slice, results); });
   if (fixes) {
-    Moves& moves = shared.moves[warp_of()];
-    for (int i = lane_of(); i < kPiece * kChunk / 32; i += 32) moves.flips[i] = 0;
-    __syncwarp();
     while (begin < memory.num_chunks) {
-      fix_up(memory, p, piece, begin, moves);
+      fix_up(memory, piece, begin, shared.changes[warp_of()]);
       begin += kWarps * apart;
       piece = Piece(memory, begin);
       piece.begin_list(memory);

@@ -21,6 +21,7 @@ struct Run {
   Guess guess;
   int32_t shift;  // of its candidates' first digit
   int64_t first, capacity;
+  bool packed;  // its candidates
   uint32_t* digits;
   unsigned long long above, unlisted;
 
@@ -31,7 +32,7 @@ struct Run {
     guess = {kNanKey, kNanKey, kKeepAll, false};  // outside of all sets all is kept
     if (set < 0) return;
     const SetState& state = memory.sets[set];
-    first = state.first, capacity = state.capacity, digits = state.digits;
+    first = state.first, capacity = state.capacity, packed = packs(state.key_step), digits = state.digits;
     guess = wait_for_guess(state);
     shift = first_shift(guess);
   }
@@ -51,7 +52,7 @@ struct Run {
 
   __device__ __forceinline__ bool appends() const { return writes_candidates(guess); }
   __device__ __forceinline__ void record(const TopkMemory& memory, uint32_t number, int64_t place, int32_t count) const {
-    memory.records[before + number] = {static_cast<uint64_t>(place), static_cast<uint64_t>(count), tensor, set};
+    memory.records[before + number] = {static_cast<uint64_t>(place), static_cast<uint64_t>(count), static_cast<uint32_t>(tensor), packed, set};
   }
   // The place of a chunk's candidates among those of all sets; -1: there is no room.
   __device__ __forceinline__ int64_t reserve(const TopkMemory& memory, uint32_t number, int32_t total) const {
@@ -62,6 +63,13 @@ struct Run {
     return fits ? first + place : -1;
   }
 };
+
+// Writes down a candidate: u, in the place `offset` of its chunk.
+static __device__ __forceinline__ void write_candidate(const TopkMemory& memory, int64_t at, float u, uint32_t offset, bool packed) {
+  const uint32_t key = static_cast<uint32_t>(magnitude_key(u)), sign = to_bits(u) & 0x80000000u;
+  memory.candidates[at] = key | sign | (packed ? offset : 0u);
+  if (!packed) memory.offsets[at] = static_cast<uint16_t>(offset);
+}
 
 // What is left to do of a chunk in shared memory, by the one warp whose turn it is: its bits of the mask, if there is one, and its candidates.
 template <class T>
@@ -102,16 +110,15 @@ class Listing {
     first = __shfl_sync(kAllLanes, first, 0);
     if (first < 0) return;
     const int32_t low = run.guess.low, shift = run.shift;
+    const bool packed = run.packed;
     uint32_t* const digits = run.digits;
 #pragma unroll 1
     for (int32_t begin = 0; begin < total; begin += 32) {
       const int32_t i = begin + lane_of();
       const int offset = i < total ? offset_of(list[i]) : 0;
-      const int32_t key = magnitude_key(widen(reinterpret_cast<const T*>(u)[offset]));
-      tally(digits, (key - low - 1) >> shift, i < total);
-      if (i >= total) continue;
-      memory.keys[first + i] = key;
-      memory.offsets[first + i] = static_cast<uint16_t>(offset);
+      const float own = widen(reinterpret_cast<const T*>(u)[offset]);
+      tally(digits, (magnitude_key(own) - low - 1) >> shift, i < total);
+      if (i < total) write_candidate(memory, first + i, own, static_cast<uint32_t>(offset), packed);
     }
   }
 

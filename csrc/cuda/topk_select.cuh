@@ -44,8 +44,12 @@ struct Results {
   }
 };
 
+constexpr uint32_t kNoCandidate = 0xffffffffu;
+
 // A candidate's key, counted from the low end of the bracket: [0, high - low).
-static __device__ __forceinline__ int32_t from_low(const SetState& state, int32_t key) { return key - state.guess.low - 1; }
+static __device__ __forceinline__ int32_t from_low(const SetState& state, uint32_t candidate) {
+  return key_of(candidate, packs(state.key_step)) - state.guess.low - 1;
+}
 
 // The last digit, of `bits` bits, of the candidates whose other digits are `upper`: few sets need it.
 static __device__ __forceinline__ Ranked last_digit(SetState& state, const TopkMemory& memory, int32_t upper, int bits, int64_t rank) {
@@ -54,7 +58,7 @@ static __device__ __forceinline__ Ranked last_digit(SetState& state, const TopkM
   __syncthreads();
   const int64_t candidates = static_cast<int64_t>(state.candidates);
   for (int64_t i = 0; i < candidates; i += kThreads) {
-    const int32_t key = i + threadIdx.x < candidates ? from_low(state, memory.keys[state.first + i + threadIdx.x]) : -1;
+    const int32_t key = i + threadIdx.x < candidates ? from_low(state, memory.candidates[state.first + i + threadIdx.x]) : -1;
     tally(state.digits, key & ((1 << bits) - 1), key >= 0 && key >> bits == upper);
   }
   __threadfence();
@@ -88,11 +92,12 @@ static __device__ __forceinline__ void select(const TopkMemory& memory, uint32_t
   const auto tells_apart = [&](int digits_below) { return 1 << digits_below <= state.key_step; };  // no two keys have the same digits above
   const bool one_digit = tells_apart(shift);
   if (one_digit && number > 0) return;
-  int32_t keys[kSelectAhead];
+  const uint32_t* const listed = memory.candidates + state.first;
+  uint32_t own[kSelectAhead];
 #pragma unroll
   for (int j = 0; j < kSelectAhead; ++j) {
     const int64_t i = number * kSliceSize + j * kThreads + threadIdx.x;
-    keys[j] = i < candidates && !one_digit ? memory.keys[state.first + i] : kKeepAll;
+    own[j] = i < candidates && !one_digit ? listed[i] : kNoCandidate;
   }
   Ranked digit = find_rank<kDigitBins>(state.digits, state.k - above);
   int32_t key = digit.bin;
@@ -100,8 +105,8 @@ static __device__ __forceinline__ void select(const TopkMemory& memory, uint32_t
   if (!one_digit) {
 #pragma unroll
     for (int j = 0; j < kSelectAhead; ++j) {
-      const int32_t own = from_low(state, keys[j]);
-      tally(state.digits + kDigitBins, (own & ((1 << shift) - 1)) >> second_shift, keys[j] != kKeepAll && own >> shift == key);
+      const int32_t place = from_low(state, own[j]);
+      tally(state.digits + kDigitBins, (place & ((1 << shift) - 1)) >> second_shift, own[j] != kNoCandidate && place >> shift == key);
     }
     if (!is_last(&state.slices_done, 1, max(1u, slices_of(state.capacity)))) return;
     digit = find_rank<kDigitBins>(state.digits + kDigitBins, digit.rank);

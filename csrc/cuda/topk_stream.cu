@@ -82,27 +82,24 @@ __device__ __forceinline__ void stream_exactly(const PerturbEntry& entry, const 
   __syncthreads();  // what such a chunk before left in `total` and `place` has been read
   if (threadIdx.x == 0) shared.total = 0;
   __syncthreads();
-  int32_t at = count > 0 ? atomicAdd(&shared.total, count) : 0;
+  const int32_t at = count > 0 ? atomicAdd(&shared.total, count) : 0;
   __syncthreads();
   if (threadIdx.x == 0) shared.place = run.reserve(memory, number, shared.total);
   __syncthreads();
-  const int64_t first = shared.place;
-  if (first < 0) return;
+  if (shared.place < 0) return;
   const Source<T, W> written(entry, entry.saved != nullptr ? entry.saved : param, p);
-  int32_t* const keys = memory.keys + first;
-  uint16_t* const offsets = memory.offsets + first;
+  int64_t next = shared.place + at;
   const int32_t low = run.guess.low, shift = run.shift;
+  const bool packed = run.packed;
   uint32_t* const digits = run.digits;
   for_vectors(chunk, param, [&](int j, const auto& span) {
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       const bool candidate = flags[j] >> i & 1;
       bool ignored = false;  // read anew: its registers are needed meanwhile
-      const int32_t key = candidate ? magnitude_key(written.at(span.first + i, &ignored)) : 0;
-      tally(digits, (key - low - 1) >> shift, candidate);
-      if (!candidate) continue;
-      keys[at] = key;
-      offsets[at++] = static_cast<uint16_t>(span.first + i - chunk.begin);
+      const float u = candidate ? written.at(span.first + i, &ignored) : 0.0f;
+      tally(digits, (magnitude_key(u) - low - 1) >> shift, candidate);
+      if (candidate) write_candidate(memory, next++, u, static_cast<uint32_t>(span.first + i - chunk.begin), packed);
     }
   });
 }
