@@ -37,7 +37,6 @@ SERIAL: dict[str, dict[str, float]] = {
         BRACKET_SENT: 2,
         "select: candidates beside the first digit": 1,
         "the threshold on its way to the other blocks": 2,
-        "finish: tensor, weights beside the mask": 2,
     },
 }
 # The same, of float32 alone: 16-bit keys of a bracket are told apart by the first digit.
