@@ -5,7 +5,6 @@ silently wrong instead of raising. The counters are bumped before the op runs: i
 although nothing may have changed, and never the other way round.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from . import _native
@@ -86,12 +85,16 @@ def _bump(written: list[tuple[int, str]], args: Any, kwargs: Any) -> None:
     changed: list[Any] = []
     for place, name in written:
         value = args[place] if place < len(args) else kwargs.get(name)
-        if isinstance(value, list | tuple):
-            changed += value.handed_over if type(value) is InBuffer else value
+        if type(value) is InBuffer:
+            changed.append(value.handed_over[0])
+        elif isinstance(value, (list, tuple)):
+            changed += value
         elif value is not None:
             changed.append(value)
-    with contextlib.suppress(TypeError):  # of what is no tensor; the op says so in its own words
-        increment_version(changed)
+    try:
+        torch._C._increment_version(changed)
+    except TypeError:
+        return  # of what is no tensor; the op says so in its own words
 
 
 def _bump_versions(library: torch.library.Library, name: str) -> None:
@@ -113,17 +116,17 @@ def direct(namespace: str) -> SimpleNamespace:
 
     def make(name: str) -> Callable[..., Any]:
         op = getattr(getattr(torch.ops, namespace), name).default
-        written = _written(op)
+        written, run = _written(op), op._op  # what the overload calls, with a dict more
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 with torch.no_grad():
                     return op(*args, **kwargs)
             _bump(written, args, kwargs)
             if namespace == NATIVE:
                 args = tuple([arg.handed_over if type(arg) is InBuffer else arg for arg in args])
             with torch._C._AutoDispatchBelowADInplaceOrView():
-                return op(*args, **kwargs)
+                return run(*args, **kwargs)
 
         return call
 

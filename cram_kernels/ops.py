@@ -24,26 +24,28 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def _op(of_none: Callable[[], object] | None = None) -> Callable[[_Function], _Function]:
     """Make a function that is only a signature and a docstring call the op of its name, on the backend that serves its first argument.
 
-    Sequences are handed over as lists. of_none: makes the result of an empty list, where torch has no tensor by which to find a backend.
+    Sequences are handed over as lists. Options that are not given are left to the op, which has the same defaults: to hand one over takes
+    torch longer than to fill it in. of_none: makes the result of an empty list, where torch has no tensor by which to find a backend.
     """
 
     def make(described: _Function) -> _Function:
         # Written out, as dataclasses do it: arguments that a function sorts in each call would cost more than the checks of the op.
         name, parameters = described.__name__, inspect.signature(described).parameters.values()
+        taken = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
         listed = "{0} if isinstance({0}, list) else list({0})"
-        values = [listed.format(p.name) if get_origin(p.annotation) is Sequence else p.name for p in parameters]
-        passed = [f"{p.name}={v}" if p.kind is p.KEYWORD_ONLY else v for p, v in zip(parameters, values, strict=True)]
-        taken = [f"{p.name}=None" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters]
-        if any(p.kind is p.KEYWORD_ONLY for p in parameters):
-            taken.insert(sum(p.kind is not p.KEYWORD_ONLY for p in parameters), "*")
-        first = next(iter(parameters)).name
-        nothing = f"    if len({first}) == 0:\n        return of_none()\n" if of_none is not None else ""
-        source = f"def {name}({', '.join(taken)}):\n{nothing}    return backend.select({first}).{name}({', '.join(passed)})\n"
-        scope: dict[str, Any] = {"backend": backend, "of_none": of_none}
-        exec(compile(source, f"{__file__}:{name}", "exec"), scope)
-        function = scope[name]
-        function.__kwdefaults__ = described.__kwdefaults__
-        functools.update_wrapper(function, described)
+        passed = [listed.format(p.name) if get_origin(p.annotation) is Sequence else p.name for p in taken]
+        lines = [f"def {name}({', '.join(p.name for p in taken)}, **options):"]
+        if of_none is not None:
+            lines.append(f"    if len({taken[0].name}) == 0:\n        return of_none()")
+        if "masters" in [p.name for p in parameters]:  # the one option for which a schema can have no default
+            lines.append("    options.setdefault('masters', [])")
+        lines.append("    for key, value in options.items():\n        if key in sequences and not isinstance(value, list):")
+        lines.append("            options[key] = list(value)")
+        lines.append(f"    return backend.select({taken[0].name}).{name}({', '.join(passed)}, **options)")
+        sequences = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and get_origin(p.annotation) is Sequence}
+        scope: dict[str, Any] = {"backend": backend, "of_none": of_none, "sequences": sequences}
+        exec(compile("\n".join(lines), f"{__file__}:{name}", "exec"), scope)
+        function: Any = functools.update_wrapper(scope[name], described)
         return function
 
     return make

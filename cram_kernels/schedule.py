@@ -3,7 +3,7 @@ and all ranks agree."""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,7 +167,7 @@ def first_counters(seed: int) -> dict[str, Any]:
 
 def draw(seed: int, step: int, count: int) -> int:
     """The pattern of this step: one of range(count), uniform over steps."""
-    return _mix(_mix(seed) + step * 0x9E3779B97F4A7C15) * count >> 64
+    return _mix(_mix(seed) + step * 0x9E3779B97F4A7C15) * count >> 64 if count > 1 else 0
 
 
 def key_of(pattern: Pattern) -> str:
@@ -181,17 +181,19 @@ def uses_of(groups: Groups) -> dict[str, int]:
     return json.loads(uses) if isinstance(uses, str) else dict(uses)  # of pairs, in earlier checkpoints
 
 
-def count(groups: Groups, used: Sequence[Pattern], known: set[str]) -> None:
+def count(groups: Groups, used: Sequence[Pattern] = (), known: Collection[str] = ()) -> None:
     """One more step is complete. (A step that was given up is not counted, so the next one draws the same pattern.)
 
     Args:
         used: the patterns of this step whose masks are kept.
         known: the keys of all patterns that can be drawn; counts of others are dropped.
     """
-    uses = uses_of(groups)
-    for pattern in dict.fromkeys(used):  # weights on several devices share one
-        uses[key_of(pattern)] = uses.get(key_of(pattern), 0) + 1
-    kept = json.dumps({key: n for key, n in uses.items() if key in known})
+    kept = "{}"
+    if known:
+        uses = uses_of(groups)
+        for pattern in dict.fromkeys(used):  # weights on several devices share one
+            uses[key_of(pattern)] = uses.get(key_of(pattern), 0) + 1
+        kept = json.dumps({key: n for key, n in uses.items() if key in known})
     step = groups[0]["cram_step"] + 1 if groups else 0
     for group in groups:
         group["cram_step"], group["cram_mask_uses"] = step, kept

@@ -258,3 +258,69 @@ def test_exclude_may_be_set_between_steps(given):
     with pytest.raises(ValueError, match="exclude must match the name of a parameter, got 'hands'"):
         ours.exclude = "hands"
     assert ours.exclude == theirs.exclude
+
+
+# --- options that a script changes ---
+
+
+def grow(group: dict) -> None:
+    group["betas"][0] = 0.5  # within the list
+
+
+CHANGES = {
+    "lr": lambda group: group.update(lr=0.3),
+    "rho": lambda group: group.update(rho=0.4),
+    "a tensor": lambda group: group["rho"].fill_(0.4),
+    "a list": grow,
+    "plus": lambda group: group.update(plus=False),
+    "weight_decay": lambda group: group.update(weight_decay=0.5),
+    "compression": lambda group: group.update(compression=[TopK(0.9)]),
+    "maximize": lambda group: group.update(maximize=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_in_a_group_holds_from_the_next_step_on(change):
+    """As in a copy of the optimizer, which has kept nothing of the steps before; and not as without the change."""
+
+    def trained(copied: bool, changed: bool) -> list[nn.Parameter]:
+        params = fresh()
+        optimizer = CrAM(params, torch.optim.AdamW, lr=0.1, weight_decay=0.0, compression=[TopK(0.5)])
+        group = optimizer.param_groups[0]
+        group["betas"] = [0.9, 0.999]
+        if change == "a tensor":
+            group["rho"] = torch.tensor(0.05)
+        for seed in (1, 3):
+            two_halves(optimizer, params, grads(seed), grads(seed + 1))
+        if copied:
+            params, optimizer = copy.deepcopy((params, optimizer))
+        if changed:
+            CHANGES[change](optimizer.param_groups[0])
+        two_halves(optimizer, params, grads(5), grads(6))
+        return params
+
+    assert_same_bits(trained(False, True), trained(True, True))
+    assert not torch.equal(trained(False, True)[0], trained(False, False)[0])
+
+
+@pytest.mark.parametrize("key, value", [("plus", 1), ("rho", -1.0), ("differentiable", True), ("mask_period", 2), ("compression", "none")])
+def test_what_is_wrong_in_a_group_is_seen_after_any_number_of_steps(key, value):
+    """1 equals True, and is none."""
+    params = fresh()
+    optimizer = CrAM(params, lr=0.1)
+    for seed in (1, 3):
+        two_halves(optimizer, params, grads(seed), grads(seed + 1))
+    optimizer.param_groups[0][key] = value
+    set_gradients(params, grads(5))
+    with pytest.raises(ValueError, match=key):
+        optimizer.perturb()
+
+
+def test_names_that_no_longer_fit_their_parameters_are_seen():
+    params = fresh()
+    optimizer = CrAM(list(zip(NAMES, params, strict=True)), lr=0.1)
+    two_halves(optimizer, params, grads(1), grads(2))
+    optimizer.param_groups[0]["param_names"].pop()
+    set_gradients(params, grads(3))
+    with pytest.raises(ValueError, match="must name each of its params"):
+        optimizer.perturb()

@@ -97,6 +97,16 @@ def test_step_hooks_run_once_a_step():
     assert calls == ["pre", "post"] * 2
 
 
+def test_a_profiler_sees_a_mark_of_each_step():
+    """With torch's name for it; where no profiler runs, torch's wrapper of step() is left out."""
+    params = [nn.Parameter(torch.ones(4, 4))]
+    optimizer = CrAM(params, lr=0.1)
+    set_gradients(params, [torch.ones(4, 4)])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.plain_step()
+    assert [e.count for e in profile.key_averages() if e.key == "Optimizer.step#CrAM.step"] == [1]
+
+
 def test_step_hooks_of_an_instance_run_too():
     model = network()
     base = torch.optim.RMSprop(model.parameters(), lr=0.01)

@@ -151,7 +151,7 @@ class Wrapper(Optimizer):
     def _heal_others(self) -> None:
         """An optimizer that was interrupted within a step, and that something still holds, may have left parameters of ours perturbed."""
         own = self._workspace.open
-        if len(OPEN_STEPS) == 0 or (len(OPEN_STEPS) == 1 and own in OPEN_STEPS):
+        if len(OPEN_STEPS) == (own is not None and own.perturbed):
             return
         params = [p for group in self.param_groups for p in group["params"]]
         for step in list(OPEN_STEPS):

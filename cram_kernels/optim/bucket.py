@@ -56,7 +56,7 @@ class Bucket:
                 slot.saved = piece.view(slot.dtype).as_strided(slot.shape, slot.local.stride())
             saved = [s.saved if s.master is s.nothing else s.nothing for s in self.slots]
             saved = present(saved, self.slots) if masters or self.spread else handed_over(saved)
-            self.lists = [s.local for s in self.slots], saved, present([s.master for s in self.slots], self.slots)
+            self.lists = Lists([s.local for s in self.slots], saved, present([s.master for s in self.slots], self.slots), self.spread)
         return Columns(self.slots, self.flag, [], self.lists)
 
     def masks_of_step(self, sparse: list[bool], keep: bool, reuse: bool) -> list[Tensor]:
@@ -105,7 +105,9 @@ class Bucket:
             inv_scale, found_inf: of the gradients, on this device.
         """
         common = (part.params, part.grads, part.saved, part.masks, self.flag, rho)
-        options: Any = {"inv_scale": inv_scale, "found_inf": found_inf, "masters": part.masters}
+        options: Any = {"masters": part.masters}
+        if inv_scale is not None or found_inf is not None:
+            options |= {"inv_scale": inv_scale, "found_inf": found_inf}
         if isinstance(self.pattern, TopK) and not reuse:
             k, over_ranks = self.local_k(part, rho, inv_scale)
             thresholds, stats = ops.perturb_topk_(*common, self.sets, k, **options)
@@ -119,6 +121,8 @@ class Bucket:
     def local_k(self, part: Columns, rho: Tensor, inv_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """k on this rank, and the thresholds over all ranks; k itself and None where no set is spread over ranks."""
         k, thresholds = self.k, None
+        if not self.spread:
+            return k, None
 
         def histogram(sets: list[int], prefix: Tensor, shift: int, bits: int) -> Tensor:
             return ops.topk_histogram(part.params, part.grads, rho, sets, prefix, shift, bits, inv_scale=inv_scale, masters=part.masters)

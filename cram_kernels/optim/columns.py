@@ -5,7 +5,7 @@ Nothing of it is optimizer state, which torch casts to the parameter's dtype whe
 
 from collections.abc import Iterable
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,15 @@ from ..distributed import as_dtensor, check_not_fsdp1, is_spread, local_of
 from ..patterns import Pattern
 
 STRIDED = torch.strided
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+class Lists(NamedTuple):
+    """What of a `Columns` goes from step to step; `spread`: whether a parameter is a DTensor."""
+
+    params: list[Tensor]
+    saved: list[Tensor]
+    masters: list[Tensor]
+    spread: bool
 
 
 class Slot:
@@ -97,7 +105,9 @@ class Columns:
 
     def __init__(self, slots: list[Slot], flag: Tensor, grads: list[Tensor], lists: Lists | None = None) -> None:
         self.slots, self.flag, self.grads, self.device = slots, flag, grads, flag.device
-        self.params, self.saved, self.masters = lists or ([s.local for s in slots], [], present([s.master for s in slots], slots))
+        self.params, self.saved, self.masters, self.spread = lists or Lists(
+            [s.local for s in slots], [], present([s.master for s in slots], slots), any([s.spread for s in slots])
+        )
         self.first: list[Tensor] = []
         self.masks: list[Tensor] = []
         self.watched: list[Tensor] = []
@@ -138,7 +148,7 @@ class Columns:
 
     def weight_versions(self) -> list[int]:
         """How many writes to each parameter torch has counted, see `Slot.versions`."""
-        return [s.versions() if s.spread else p._version for s, p in zip(self.slots, self.params, strict=True)]
+        return [s.versions() if s.spread else s.local._version for s in self.slots] if self.spread else [p._version for p in self.params]
 
     def written_to(self) -> list[Slot]:
         """The parameters that somebody has written to since they were perturbed."""

@@ -150,7 +150,10 @@ class CrAM(Wrapper):
     @property
     def last(self) -> StepInfo | None:
         """What the last step did, and to how many weights."""
-        return self._workspace.last
+        work = self._workspace
+        if isinstance(work.last, tuple):
+            work.last = StepInfo(*work.last)
+        return work.last
 
     def __repr__(self) -> str:
         facts = ", ".join([type(self.base_optimizer).__name__, *(f"{name}={getattr(self, name)}" for name in self._options)])
@@ -158,7 +161,7 @@ class CrAM(Wrapper):
 
     # --- a step ---
 
-    @torch._disable_dynamo  # the public name would import dynamo with the package
+    @halves.eager
     def perturb(self, scaler: GradScaler | None = None) -> None:
         """Add rho times the gradient to the weights, and prune them. This consumes the gradients: p.grad becomes None. It warns if no
         parameter has a gradient. It also warns if a step is open already, and gives that one up.
@@ -202,6 +205,7 @@ class CrAM(Wrapper):
         if (step := self.open_step) is not None:
             step.restore()
 
+    @halves.hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Complete the step that `perturb()` began. Without one, this is a plain step of the base optimizer, and the first such step of an
         optimizer warns: `plain_step()` is the way to want one. Afterwards all gradients are None. Warns where it completes a step and no
@@ -270,7 +274,7 @@ class CrAM(Wrapper):
         finally:
             self._workspace.plain_wanted = False
 
-    @torch._disable_dynamo
+    @halves.eager
     def _finish(self) -> None:
         step = self._workspace.open
         given = given_by_scaler(self, with_closure=False)

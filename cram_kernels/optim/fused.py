@@ -16,12 +16,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .. import ops as typed_ops
 from ..distributed import as_dtensor
+from ..schedule import Groups
 from ..warning import warn
-from .columns import Columns, Slot, kept_state, per_tensor
-from .precision import Factor, on, put_master, skipped
+from .columns import Columns, Slot, kept_state
+from .precision import PLAIN, Factor, on, put_master, skipped
+from .settings import Settings
 from .workspace import Workspace
 
 Hooks = list[Callable[..., Any]]
+ALWAYS = ("beta1", "beta2", "eps")  # of the options, those whose default in the ops is not 0
 ops: Any = typed_ops  # mypy takes two ** in a call for arguments given twice
 
 
@@ -31,13 +34,16 @@ class Update:
     Args:
         first: the factor of the first gradients.
         second: the factor of the second gradients, or of those of a plain step.
+        settings: the options of the groups.
         perturbed: whether the update ends an open step.
         careful: look whether each tensor of the state has the strides and the dtype that the op wants, and make it so.
     """
 
-    def __init__(self, base: Optimizer, workspace: Workspace, first: Factor, second: Factor, perturbed: bool, careful: bool) -> None:
-        self.base, self.workspace, self.first, self.second, self.perturbed = base, workspace, first, second, perturbed
-        self.groups, self.careful = base.param_groups, careful
+    def __init__(
+        self, base: Optimizer, workspace: Workspace, settings: Settings, first: Factor, second: Factor, perturbed: bool, careful: bool
+    ) -> None:
+        self.base, self.workspace, self.settings, self.first, self.second = base, workspace, settings, first, second
+        self.groups, self.perturbed, self.careful = base.param_groups, perturbed, careful
 
     def run(self, parts: list[Columns], pre_hooks: Hooks, post_hooks: Hooks) -> None:
         """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined
@@ -51,7 +57,7 @@ class Update:
                 return
             for hook in pre_hooks:
                 hook(base, (), {})
-            self.second = Factor()
+            self.second = PLAIN
         if op is None:
             own_step(base)
         else:
@@ -77,19 +83,18 @@ class Update:
 
     def factors(self, part: Columns) -> dict[str, Any]:
         """The keyword arguments that every restoring op shares."""
-        return {
-            "inv_scale": on(self.second.inv_scale, part.device),
-            "first_inv_scale": on(self.first.inv_scale, part.device),
-            "found_inf": on(self.second.found_inf, part.device),
-            "masters": part.masters,
-        }
+        scalars = {"inv_scale": self.second.inv_scale, "first_inv_scale": self.first.inv_scale, "found_inf": self.second.found_inf}
+        return {"masters": part.masters} | {name: on(scalar, part.device) for name, scalar in scalars.items() if scalar is not None}
 
-    def options(self, part: Columns, *numbers: str, flags: tuple[str, ...]) -> dict[str, Any]:
-        """Group options as the ops take them: one value for all, or one a parameter. Those that are 0 everywhere, the default of the ops,
-        are left out."""
-        found: dict[str, list[Any]] = {name: [float(group[name]) for group in self.groups] for name in numbers}
-        found |= {name: [int(group[name]) for group in self.groups] for name in flags}
-        return {name: per_tensor(values, part.slots) for name, values in found.items() if any(values)}
+    def options(self, part: Columns, read: Callable[[Groups], dict[str, list[Any]]]) -> dict[str, Any]:
+        """Group options, which `read` finds, as the ops take them: one value for all, or one a parameter. Left out are those that are 0
+        everywhere, which is the default of the ops but for the options in ALWAYS."""
+        if self.settings.numbers is None:
+            found = {name: values for name, values in read(self.groups).items() if any(values) or name in ALWAYS}
+            shared = {name: values[:1] for name, values in found.items() if values.count(values[0]) == len(values)}
+            self.settings.numbers = shared, {name: values for name, values in found.items() if name not in shared}
+        shared, own = self.settings.numbers
+        return shared | {name: [values[s.group] for s in part.slots] for name, values in own.items()} if own else shared
 
     def lr(self, part: Columns) -> Tensor:
         return self.workspace.option("lr", [group["lr"] for group in self.groups], part.slots, part.device)
@@ -102,10 +107,11 @@ class Update:
 
     def sgd(self, part: Columns) -> None:
         """One step of torch.optim.SGD."""
-        state, used = self.base.state, [group["momentum"] != 0 for group in self.groups]
+        state, options = self.base.state, self.options(part, _sgd_options)
         for slot in part.slots if part.masters else ():
             put_master(state[slot.param], slot)
-        slots = part.slots if all(used) else [slot for slot in part.slots if used[slot.group]]
+        momenta = options.get("momentum", [0.0])
+        slots = part.slots if all(momenta) else [slot for slot in part.slots if self.groups[slot.group]["momentum"] != 0]
         states = self.workspace.state_of(state, slots)
         there: list[Any] = [own.get("momentum_buffer") for own in states]
         new = {slot for slot, buffer in zip(slots, there, strict=True) if buffer is None} if any(map(is_, there, repeat(None))) else set()
@@ -116,7 +122,6 @@ class Update:
             by_slot = dict(zip(slots, buffers, strict=True))
             buffers = [by_slot.get(slot, slot.nothing) for slot in part.slots]
         fresh = [int(slot in new) for slot in part.slots] if new else [0]
-        options = self.options(part, "momentum", "dampening", "weight_decay", flags=("nesterov", "maximize"))
         written: bool | None = None
         try:
             ops.restore_sgd_(*part.common(), buffers, fresh, self.lr(part), **options, **self.factors(part))
@@ -130,26 +135,20 @@ class Update:
 
     def adam(self, part: Columns) -> None:
         """One step of torch.optim.Adam or AdamW."""
-        decoupled, amsgrad = ([group[key] for group in self.groups] for key in ("decoupled_weight_decay", "amsgrad"))
-        if any(decoupled) and not all(decoupled):
-            raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
-        slots = part.slots
+        slots, options = part.slots, self.options(part, _adam_options)
         states = self.workspace.state_of(self.base.state, slots)
-        if self.careful or any(amsgrad) or not all(["step" in state for state in states]):
+        if self.careful or "amsgrad" in options or not all(["step" in state for state in states]):
             states = [self._adam_state(slot) for slot in slots]
-        largest = zip(states, slots, strict=True) if any(amsgrad) else ()
+        largest = zip(states, slots, strict=True) if "amsgrad" in options else ()
         ops.restore_adam_(
             *part.common(),
             self.column(slots, states, "exp_avg"),
             self.column(slots, states, "exp_avg_sq"),
-            [kept_state(state, s, "max_exp_avg_sq") if amsgrad[s.group] else s.nothing for state, s in largest],
+            [kept_state(state, s, "max_exp_avg_sq") if self.groups[s.group]["amsgrad"] else s.nothing for state, s in largest],
             [state["step"] for state in states],
             self.lr(part),
-            beta1=per_tensor([float(group["betas"][0]) for group in self.groups], slots),
-            beta2=per_tensor([float(group["betas"][1]) for group in self.groups], slots),
-            eps=per_tensor([float(group["eps"]) for group in self.groups], slots),
-            decoupled=any(decoupled),
-            **self.options(part, "weight_decay", flags=("amsgrad", "maximize")),
+            decoupled=self.groups[0]["decoupled_weight_decay"],
+            **options,
             **self.factors(part),
         )
 
@@ -167,6 +166,19 @@ class Update:
             state["max_exp_avg_sq"] = torch.zeros_like(slot.param, dtype=slot.state_dtype())
         put_master(state, slot)
         return state
+
+
+def _sgd_options(groups: Groups) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {name: [float(group[name]) for group in groups] for name in ("momentum", "dampening", "weight_decay")}
+    return found | {name: [int(group[name]) for group in groups] for name in ("nesterov", "maximize")}
+
+
+def _adam_options(groups: Groups) -> dict[str, list[Any]]:
+    if len({bool(group["decoupled_weight_decay"]) for group in groups}) > 1:
+        raise ValueError("CrAM: decoupled_weight_decay must be the same in all parameter groups, got both True and False")
+    found: dict[str, list[Any]] = {name: [float(group["betas"][i]) for group in groups] for i, name in enumerate(("beta1", "beta2"))}
+    found |= {name: [float(group[name]) for group in groups] for name in ("eps", "weight_decay")}
+    return found | {name: [int(group[name]) for group in groups] for name in ("amsgrad", "maximize")}
 
 
 def own_step(base: Optimizer) -> None:

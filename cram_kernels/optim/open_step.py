@@ -21,6 +21,8 @@ from .columns import Columns, Slot, sorted_into
 from .hooks import ModelHooks
 from .precision import Factor, note_versions, on
 
+NOTHING_FROZEN = contextlib.nullcontext()
+
 
 class OpenStep:
     """A step that `perturb()` has begun.
@@ -45,7 +47,7 @@ class OpenStep:
         self.written: set[Slot] = set()  # what somebody has written to since, and which is left as it is
         self.perturbed = False
         self.given_up: str | None = None
-        self.frozen: AbstractContextManager[None] = contextlib.nullcontext()
+        self.frozen: AbstractContextManager[None] = NOTHING_FROZEN
 
     # --- the first half ---
 

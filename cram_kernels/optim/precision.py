@@ -29,6 +29,9 @@ class Factor(NamedTuple):
     found_inf: Tensor | None = None
 
 
+PLAIN = Factor()  # no scale, and nobody looks for an overflow
+
+
 def on(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     """The scalar on this device."""
     return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
@@ -72,11 +75,11 @@ def first_factor(scaler: GradScaler | None, optimizer: Optimizer) -> Factor:
         RuntimeError: the scaler has unscaled the gradients already, and would not unscale those of the second pass.
     """
     if scaler is None:
-        return Factor()
+        return PLAIN
     if not isinstance(scaler, GradScaler):
         raise TypeError(f"CrAM: scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
     if not scaler.is_enabled():
-        return Factor()
+        return PLAIN
     if _record(scaler, optimizer)["stage"] is OptState.UNSCALED:
         raise RuntimeError("CrAM: scaler.unscale_() must not be called before perturb(scaler), which unscales by itself, got it called")
     if scaler._scale is None:
@@ -93,7 +96,7 @@ def second_factor(given: dict[str, Any], first: Factor, scaler: GradScaler | Non
         scaler: that of the first pass.
     """
     if not given:
-        return Factor()
+        return PLAIN
     scale, found_inf = given["grad_scale"], torch.as_tensor(given["found_inf"], dtype=torch.float32)
     found_inf = found_inf.clone() if first.found_inf is None else first.found_inf + found_inf.to(first.found_inf.device)
     for mesh in whole_mesh([p for group in optimizer.param_groups for p in group["params"]]):

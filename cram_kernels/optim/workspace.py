@@ -15,9 +15,11 @@ from ..warning import warn
 from .bucket import Bucket, new_masks
 from .columns import Slot, by_device, per_tensor
 from .options import unwrapped
+from .settings import Settings
 from .step_info import StepInfo
 
 if TYPE_CHECKING:
+    from .cram import CrAM
     from .open_step import OpenStep
 
 MAX_PLANS = 16  # a sparsity warm-up draws a new pattern in every step
@@ -31,7 +33,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self.open: OpenStep | None = None
-        self.last: StepInfo | None = None
+        self.last: StepInfo | tuple[Any, ...] | None = None  # or what to make it of, for who asks
+        self.settings: Settings | None = None
         self.updating = False  # whether the base may step although a step is open
         self.plain_wanted = self.warned_plain = self.warned_written = False
         self.counters: dict[str, Any] = {}  # those of the groups, for groups that are made anew
@@ -41,7 +44,13 @@ class Workspace:
         self.sizes: list[int] = []  # parameters of each group
         self.fitting: list[Slot] | None = None  # see `gradients`
         self.plans: dict[tuple[Pattern | None, ...], tuple[list[bool], list[Slot], list[Bucket]]] = {}  # by the pattern of each group
-        self.options: dict[tuple[str, torch.device], tuple[list[float], Tensor]] = {}  # see `option`
+        self.options: dict[tuple[str, torch.device], tuple[list[Any], list[Slot], list[float], Tensor]] = {}  # see `option`
+
+    def settings_of(self, optimizer: "CrAM") -> Settings:
+        """The options of the optimizer and its groups, checked."""
+        if self.settings is None or not self.settings.hold(optimizer):
+            self.settings = Settings(optimizer)
+        return self.settings
 
     def follow(self, groups: Groups) -> list[Slot]:
         """The slots of all parameters, in order."""
@@ -107,9 +116,10 @@ class Workspace:
             return list(state.values())
         return [state[s.param] for s in slots]
 
-    def buckets(self, patterns: tuple[Pattern | None, ...], active: list[Slot], groups: Groups, why_dense: WhyDense) -> list[Bucket]:
-        """The buckets of a step, from the last one with these patterns (one a group) where it still holds. `active`: what is perturbed."""
-        allowed = [group["prune"] for group in groups] + [s.param.requires_grad for s in active]
+    def buckets(self, patterns: tuple[Pattern | None, ...], active: list[Slot], prune: list[bool], why_dense: WhyDense) -> list[Bucket]:
+        """The buckets of a step, from the last one with these patterns (one a group) where it still holds. `active`: what is perturbed;
+        `prune`: which groups may be pruned."""
+        allowed = prune + [s.param.requires_grad for s in active]
         kept = self.plans.get(patterns)
         if kept is None or kept[0] != allowed or kept[1] != active:
             while len(self.plans) >= MAX_PLANS:
@@ -147,15 +157,17 @@ class Workspace:
     def option(self, name: str, values: list[Any], slots: list[Slot], device: torch.device) -> Tensor:
         """An option of which `values` has one a group, as float32 [] or [n]; a tensor (of lr, rho) is read on the device, without a
         synchronisation. Numbers become a tensor anew only when they change: a step that changes none copies nothing to a GPU."""
-        if any(isinstance(value, Tensor) for value in values):
+        kept = self.options.get((name, device))
+        if kept is not None and kept[1] is slots and all(map(is_, values, kept[0])):
+            return kept[3]
+        if any([isinstance(value, Tensor) for value in values]):
             each = [torch.as_tensor(value, dtype=torch.float32, device=device).reshape(()) for value in values]
             return each[0] if len(values) == 1 else torch.stack([each[s.group] for s in slots])
         numbers = per_tensor([float(value) for value in values], slots)
-        kept = self.options.get((name, device))
-        if kept is None or kept[0] != numbers:
-            value: Any = numbers[0] if len(numbers) == 1 else numbers
-            kept = self.options[name, device] = numbers, torch.tensor(value, dtype=torch.float32, device=device)
-        return kept[1]
+        value: Any = numbers[0] if len(numbers) == 1 else numbers
+        made = torch.tensor(value, dtype=torch.float32, device=device) if kept is None or kept[2] != numbers else kept[3]
+        self.options[name, device] = values, slots, numbers, made
+        return made
 
     # --- masks that are kept for later steps (mask_period) ---
 
