@@ -105,9 +105,14 @@ def test_methods_and_resuming(method, given, tmp_path):
 
 def test_precision_and_eval_only(given, tmp_path):
     classify.main(options(given, tmp_path / "a", epochs=1, precision="bf16", patterns="[]"))
-    again = options(given, tmp_path / "b", eval_only="true", patterns="[0.5]", model=tmp_path / "a" / "model")
+    again = options(given, tmp_path / "b", eval_only="true", patterns="[0.5]", model=tmp_path / "a" / "model", method="adamw", epochs=9)
     results = classify.main(again)
     assert results["training"] is None
+    settings = results["settings"]  # how the model was trained, and what was evaluated
+    assert (settings["method"], settings["epochs"], settings["precision"]) == ("cram+", 1.0, "bf16")
+    assert settings["patterns"] == [0.5] and settings["model"] == str(tmp_path / "a" / "model")
+    alone = recipe.recorded(recipe.Settings(model=str(given / "model"), eval_only=True))
+    assert "patterns" in alone and not set(recipe.TRAINING) & set(alone)
     assert results["dense"] == json.loads((tmp_path / "a" / "results.json").read_text())["dense"]
 
 

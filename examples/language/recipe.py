@@ -21,6 +21,8 @@ from cram_kernels import NM, CrAM, Pattern, SparsityWarmup, TopK, prune, reconst
 from cram_kernels.integrations.transformers import TwoPassTrainer
 
 Rows = list[dict[str, Any]]
+TRAINING = ("method", "compression", "rho", "sparsity_warmup", "second_pass", "lr", "weight_decay", "batch", "epochs", "max_grad_norm")
+TRAINING += ("warmup", "precision", "seed")
 
 
 @dataclass
@@ -188,7 +190,7 @@ def run(
         inputs: batches of keyword arguments without labels, for `reconstruct`.
     """
     trained = None if s.eval_only else train(model, rows, collate, s)
-    results: dict[str, Any] = {"settings": plain(s), "versions": versions(), "training": trained, "zeros": {}}
+    results: dict[str, Any] = {"settings": recorded(s), "versions": versions(), "training": trained, "zeros": {}}
     if not is_first_process():
         return results
     model.to(s.device).eval()
@@ -229,6 +231,15 @@ def table(results: dict[str, Any]) -> str:
 
 def plain(s: Settings) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(s).items()}
+
+
+def recorded(s: Settings) -> dict[str, Any]:
+    """The settings as results.json has them: of a model that is only evaluated, those with which it was trained, where its run says so."""
+    if not s.eval_only:
+        return plain(s)
+    own = Path(s.model).parent / "results.json"
+    trained = json.loads(own.read_text())["settings"] if own.is_file() else {}
+    return {name: v for name, v in plain(s).items() if name not in TRAINING} | {n: trained[n] for n in TRAINING if n in trained}
 
 
 def versions() -> dict[str, str]:
