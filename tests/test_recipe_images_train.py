@@ -190,7 +190,7 @@ def test_resuming_is_to_the_bit(method, cifar, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "one_epoch", interrupted)
         train.train(config(cifar, tmp_path / "parts", **options))
-    assert saved(tmp_path / "parts")["history"][-1]["epoch"] == 1
+    assert saved(tmp_path / "parts")["history"][-1]["epoch"] == 2
     parts = train.train(config(cifar, tmp_path / "parts", resume=True, **options))
     one, two = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert_same_bits(list(two["model"].values()), list(one["model"].values()))
@@ -201,7 +201,13 @@ def test_resuming_is_to_the_bit(method, cifar, tmp_path, monkeypatch):
     assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in whole["history"]]
     assert parts["best"] == whole["best"] == saved(tmp_path / "parts", "best.pt")["best"]
     assert parts["selected_on"] == "validation" and len(parts["history"]) == 3
-    assert json.loads((tmp_path / "parts" / "results.json").read_text())["last_test"] == whole["last_test"]
+    written = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert (
+        written["last_test"] == whole["last_test"]
+        and written["history"][written["best"]["epoch"] - 1]["accuracy"] == written["best"]["accuracy"]
+    )
+    if method == "sgd":  # the test accuracy of the epoch that the validation images have chosen
+        assert train.train(config(cifar, tmp_path / "parts", eval_only=True, **options))["test"] == written["best"]["test"]
 
 
 def test_resuming_another_run_is_refused(cifar, tmp_path):
@@ -216,7 +222,7 @@ def test_resuming_another_run_is_refused(cifar, tmp_path):
 def test_eval_only_tests_the_best_checkpoint(cifar, tmp_path, capsys):
     given = config(cifar, tmp_path, epochs=2, lr=0.05)
     results = train.train(given)
-    assert results["selected_on"] == "test"
+    assert results["selected_on"] == "test" and results["best"]["test"] == results["best"]["accuracy"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     found = train.train(dataclasses.replace(given, eval_only=True))
     assert found["test"] == results["best"]["accuracy"] and f"{found['test']:.2f} %" in capsys.readouterr().out

@@ -218,7 +218,7 @@ def train(config: Config) -> dict[str, Any]:
     batches = Batches(training, config.batch, True, config.seed, rank(), ranks())
     scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
     history: list[dict[str, Any]] = []
-    best = {"epoch": -1, "accuracy": -1.0}
+    best = {"epoch": 0, "accuracy": -1.0, "test": -1.0}
     if config.resume:
         saved = checkpoints.load("last.pt")
         check_same_run(config, saved["config"])
@@ -250,16 +250,17 @@ def train(config: Config) -> dict[str, Any]:
             coins = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             loss = one_epoch(config, module, optimizer, batches, device, scaler, coins, after_step)
             if not math.isfinite(loss):
-                raise RuntimeError(f"the loss must be finite, got {loss} in epoch {epoch}; {config.out}/last.pt has the epoch before")
+                raise RuntimeError(f"the loss must be finite, got {loss} in epoch {epoch + 1}; {config.out}/last.pt has the epoch before")
             if ranks() > 1:
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)  # each process has batch norms of its own
             now = accuracy(module, judged[0], device, config.workers)
             seconds = time.perf_counter() - start
-            history.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "accuracy": now, "seconds": seconds})
+            history.append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "accuracy": now, "seconds": seconds})
             better = now > best["accuracy"]
             if better:
-                best = {"epoch": epoch, "accuracy": now}
+                best = {"epoch": epoch + 1, "accuracy": now}
+                best["test"] = now if held is None else accuracy(module, judged[1], device, config.workers)
             content = {"config": plain(config), "history": history, "best": best, "classes": classes}
             if better:
                 checkpoints.save("best.pt", content, with_optimizer=False)
