@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -272,6 +273,12 @@ def test_every_file_of_settings_is_read(path):
     c = recipe.parse(["--config", str(path), "--seed", "7", "--epochs", "3"])
     given = yaml.safe_load(path.read_text()) | {"seed": 7, "epochs": 3}
     assert {key: str(getattr(c, key)) for key in given} == {key: str(value) for key, value in given.items()}
+
+
+@pytest.mark.parametrize("kind", [recipe.Config, evaluate.Evaluation])
+def test_every_option_is_explained(kind):
+    explained = set(re.findall(r"^        (\w+): .", kind.__doc__, re.MULTILINE))
+    assert explained == set(kind.__dataclass_fields__)
 
 
 PUBLISHED = """training:

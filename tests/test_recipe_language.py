@@ -5,6 +5,7 @@ import importlib.util
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,8 +118,8 @@ def test_precision_and_eval_only(given, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_are_one_with_larger_batches(given, tmp_path):
-    """Two processes of batch 8 and one of batch 16 see the same rows a step. At sparsity 0, for a threshold tells weights apart that differ
+def test_two_processes_share_the_batch_of_one(given, tmp_path):
+    """Two processes and one see the same rows a step. At sparsity 0, for a threshold tells weights apart that differ
     in their last bits; without queries and keys, whose gradients are hardly more than rounding here, which Adam scales up."""
     others = {"epochs": 1, "patterns": "[0.5]", "reconstruct": 0, "lr": 1e-3, "method": "cram+", "compression": "[0.0]"}
     others["model"] = text_sets.write_model(tmp_path / "model", dropout=0.0)  # the processes draw other numbers
@@ -126,7 +127,7 @@ def test_two_processes_are_one_with_larger_batches(given, tmp_path):
     classify.main(options(given, tmp_path / "one", **others))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LANGUAGE / "classify.py")]
     done = subprocess.run(
-        [*command, *options(given, tmp_path / "two", **{**others, "batch": 8})],
+        [*command, *options(given, tmp_path / "two", **others)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -472,6 +473,18 @@ def test_texts_that_are_missing_or_too_short_are_refused(tmp_path):
         characters.read(s)
     with pytest.raises(ValueError, match="width must be a multiple of heads, got 30 and 4"):
         characters.Characters(width=30)
+
+
+@pytest.mark.parametrize("kind", [classify.Classify, answer.Answer, characters.Characters])
+def test_every_option_is_explained(kind):
+    explained = {name for one in kind.__mro__ for name in re.findall(r"^        (\w+): .", one.__doc__ or "", re.MULTILINE)}
+    assert explained == set(kind.__dataclass_fields__)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch must be a multiple of the 3 processes, which share it, got 16"):
+        classify.main(options(given, tmp_path))
 
 
 @pytest.mark.parametrize("name, kind", [("bbc_minilm", classify.Classify), ("squad_bert_base", answer.Answer)])

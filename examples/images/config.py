@@ -20,14 +20,20 @@ class Config:
         optimizer: the base optimizer.
         method: sgd takes plain steps of the base optimizer; sam perturbs and does not prune; cram and cram+ prune in the second pass.
         compression: the patterns of cram and cram+, one of which each step draws: shares of zeros (0.9) and N:M ("2:4").
+        rho: how far uphill the second pass looks: rho times the gradients, which normalize_grad divides by their norm.
         uniform: each layer has the sparsity, instead of the whole model; the first and last layer stay dense, as in the published code.
         mask_period: compute the masks of a pattern at every mask_period-th use of it.
         sparse_grad: mask the second gradient.
         normalize_grad: divide rho by the norm of the gradients; SAM's own form.
         second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half; or drawn: one
             pass a step, at the dense or at the pruned weights (one_pass.py), which has no use for rho.
+        lr: the highest learning rate; see epochs for how it changes.
+        momentum: of SGD.
+        weight_decay: of the base optimizer.
         batch: images a step, over all processes.
-        epochs: of training. The rate rises over warmup_epochs as (epoch + 1) / warmup_epochs, then falls as a cosine to 0.
+        epochs: of training. The rate changes once an epoch: it rises over warmup_epochs, then falls as a cosine that would be 0 one epoch
+            after the last. Without warmup_epochs the last of 10 epochs has 2.4 percent of lr, the last of 200 has 0.006 percent.
+        warmup_epochs: epochs in which the rate rises by equal parts, up to lr in the last of them.
         validation: the share of the training images that is held back to choose the best checkpoint, such as 0.1; of emoji, with their
             skin tones. With 0 the test images choose it, as in the published code, and results.json says so.
         train_images: use so many of the training images only, drawn once, the same for every seed; 0 uses all.
@@ -35,6 +41,7 @@ class Config:
         precision: fp32, or autocast to bf16 or fp16 (with a gradient scaler).
         channels_last: keep images and convolutions in that order of memory, which is often faster; the last bits differ.
         parallel: under torchrun: ddp, or fsdp2 with sharded parameters.
+        seed: of the first weights, the order of the images, their augmentation, and the patterns that are drawn.
         start: begin with the weights of this checkpoint; layers of another shape, such as a head for other classes, keep their new ones.
         start_pattern: prune the weights of `start` to this pattern ("0.9" or "2:4"), and tune its batch norms on 1,000 training images.
         hold_zeros: weights that are zero at the start stay zero.

@@ -23,7 +23,8 @@ class Answer(recipe.Settings):
     """Question answering.
 
     Args:
-        train, test: SQuAD files; version 2.0 has questions without an answer.
+        train: the SQuAD file to train on; version 2.0 has questions without an answer.
+        test: the SQuAD file to test on.
         length: tokens of a question with a piece of its text; a longer text is cut into pieces.
         stride: tokens that neighbouring pieces share.
         best: how many starts and ends are combined to find the answer.

@@ -42,15 +42,29 @@ class Characters:
     """A transformer that reads characters.
 
     Args:
-        train, test: texts in UTF-8.
+        train: the text to train on, in UTF-8.
+        test: the text to test on.
         test_characters: judge on the first so many characters of the test; 0: on all.
         length: characters that the model sees at once.
-        width, layers, heads: of the model; `width` is a multiple of `heads`.
-        method, compression, rho, sparsity_warmup, second_pass: as for classify.py; embeddings and head stay dense.
-        lr, batch, steps: of AdamW. The rate rises over the share `warmup` of all steps and falls linearly to 0.
+        width: numbers that stand for a character within the model; a multiple of `heads`.
+        layers: blocks of attention and two linear layers.
+        heads: of the attention.
+        method: adamw trains plainly; cram and cram+ take two passes a step. A study sets it, see --methods.
+        compression: the patterns of cram and cram+, one of which each step draws: shares of zeros (0.7) and N:M ("2:4"). Embeddings and
+            head stay dense.
+        rho: how far uphill.
+        sparsity_warmup: let the sparsities rise from 0 over this share of all steps.
+        second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half.
+        lr: the highest learning rate of AdamW. The rate rises over `warmup`, then falls linearly; it would be 0 in the step after the last.
+        batch: pieces of text a step.
+        steps: of training.
+        warmup: the share of all steps over which the rate rises.
         precision: of training: fp32, or autocast to bf16. Networks are judged in fp32.
         patterns: to prune to afterwards, in one shot.
         reconstruct: how many pieces of the training text `reconstruct` may see; 0 leaves it out.
+        seed: of the first weights, of the pieces of text, and of the patterns that are drawn. A study sets it, see --seeds.
+        out: the folder for all runs and for their table.
+        device: cpu, or cuda where there is one.
         threads: of torch on a CPU; 0 leaves its choice.
     """
 

@@ -25,7 +25,8 @@ class Classify(recipe.Settings):
     Args:
         train: the file to train on, .tsv or .csv.
         test: the file to test on; its labels must occur in `train`.
-        text_column, label_column: names in the header.
+        text_column: the name in the header of the column of texts.
+        label_column: that of the labels.
         length: tokens of a text; the rest is cut off.
     """
 

@@ -36,7 +36,11 @@ class Settings:
         rho: how far uphill.
         sparsity_warmup: let the sparsities rise from 0 over this share of all steps.
         second_pass: the samples of the second pass: all of a batch, half of it, or split, where each pass has its own half.
-        lr, weight_decay, batch, epochs, max_grad_norm: of AdamW; a batch is that of one process. The rate falls linearly to 0.
+        lr: the highest learning rate of AdamW. The rate rises over `warmup`, then falls linearly; it would be 0 in the step after the last.
+        weight_decay: of AdamW.
+        batch: texts a step, over all processes.
+        epochs: of training; also parts of one, such as 0.5.
+        max_grad_norm: gradients whose norm is larger are scaled down to it; 0 leaves them.
         warmup: the share of all steps over which the rate rises.
         precision: fp32, or autocast to bf16 or fp16. fp16 needs max_grad_norm 0.
         patterns: to prune to afterwards, in one shot.
@@ -44,6 +48,7 @@ class Settings:
         save_steps: write a checkpoint every so many steps; 0: none.
         resume: go on after the last checkpoint in `out`.
         eval_only: evaluate the model as it is given.
+        seed: of a new head, the order of the texts, dropout, and the patterns that are drawn.
         out: the folder for checkpoints, the trained model, results.json and TensorBoard's events.
         device: cpu, or cuda where there is one.
         threads: of torch on a CPU; 0 leaves its choice.
@@ -131,10 +136,12 @@ class CrAMTrainer(TwoPassTrainer, Trainer):
 def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torch.Tensor]], s: Settings) -> dict[str, Any]:
     """Train in place; returns the loss, the number of steps and the seconds."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    steps = max(1, round(-(-len(rows) // (s.batch * processes)) * s.epochs))
+    if s.batch % processes:
+        raise ValueError(f"batch must be a multiple of the {processes} processes, which share it, got {s.batch}")
+    steps = max(1, round(-(-len(rows) // s.batch) * s.epochs))
     arguments = TrainingArguments(
         str(s.out),
-        per_device_train_batch_size=s.batch,
+        per_device_train_batch_size=s.batch // processes,
         num_train_epochs=s.epochs,
         max_grad_norm=s.max_grad_norm,
         warmup_steps=round(s.warmup * steps),
