@@ -69,6 +69,11 @@ def summarise(results: list[dict[str, Any]]) -> Summary:
     }
 
 
+def counted(count: float, unit: str) -> str:
+    """ "1 epoch", "20,000 steps"."""
+    return f"{count:,g} {unit}" + "s" * (count != 1)
+
+
 def cell(found: dict[str, tuple[float, float, int]], column: str, digits: int = 1) -> str:
     if column not in found:
         return ""

@@ -495,7 +495,7 @@ def test_the_study_trains_what_is_missing(cifar, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     study.main()
     table = capsys.readouterr().out
-    assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epochs | 1 |" in table and " | 90 % | 2:4 |\n" in table
+    assert "| SGD, 2 epochs | 1 |" in table and "second pass split, 1 epoch | 1 |" in table and " | 90 % | 2:4 |\n" in table
     assert set(json.loads((tmp_path / "evaluation.json").read_text())["runs"][0]["pruned"]["2:4"]) == {"as pruned", evaluate.REPAIRS[3]}
     assert times == [(tmp_path / f"{name}-0" / "last.pt").stat().st_mtime_ns for name in ("sgd-twice", "split")]
     twice = comparison.changed(Config(out=tmp_path), "sgd-twice", study.METHODS["sgd-twice"], 1)

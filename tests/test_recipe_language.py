@@ -160,7 +160,7 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     }
     mean = (found[2]["dense"]["accuracy"] + found[3]["dense"]["accuracy"]) / 2
     table = (tmp_path / "table.md").read_text()
-    assert f"| CrAM+ {{50 %, 60 %, 70 %}}, second pass split, 2 epochs | 2 | {mean:.1f} ± " in table and "| AdamW, 1 epochs | 2 |" in table
+    assert f"| CrAM+ {{50 %, 60 %, 70 %}}, second pass split, 2 epochs | 2 | {mean:.1f} ± " in table and "| AdamW, 1 epoch | 2 |" in table
     shutil.rmtree(runs[1])
     times = [(folder / "results.json").stat().st_mtime_ns for folder in runs if folder != runs[1]]
     classify_study.main()
@@ -213,7 +213,9 @@ def test_methods_of_the_study(name):
 def test_answers(version, given, tmp_path):
     files = {"train": given / f"train-{version}.json", "test": given / f"dev-{version}.json"}
     results = answer.main(options(given, tmp_path, length=32, stride=8, epochs=2, **files))
-    assert set(results["dense"]) == {"exact", "f1"} and 0 <= results["dense"]["exact"] <= results["dense"]["f1"] <= 100
+    parts = ("", "HasAns_", "NoAns_") if version == "v2.0" else ("",)
+    assert set(results["dense"]) == {part + kind for part in parts for kind in ("exact", "f1")}
+    assert 0 <= results["dense"]["exact"] <= results["dense"]["f1"] <= 100
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
     assert torch.isfinite(model.qa_outputs.weight).all() and set(results["pruned"]) == {"50 %", "2:4"}
 
@@ -300,7 +302,26 @@ def test_scores_are_those_of_torchmetrics():
     judged = metric.compute()
     assert squad.score(questions, found) == pytest.approx({"exact": float(judged["exact_match"]), "f1": float(judged["f1"])}, abs=1e-4)
     empty = [squad.Question("a", "", "text", (), ()), squad.Question("b", "", "text", (), ())]
-    assert squad.score(empty, {"a": "", "b": "text"}) == {"exact": 50.0, "f1": 50.0}
+    assert squad.score(empty, {"a": "", "b": "text"}) == dict.fromkeys(("exact", "f1", "NoAns_exact", "NoAns_f1"), 50.0)
+
+
+def test_scores_of_questions_with_and_without_answers():
+    """As evaluate-v2.0.py defines them: an answer to a question that has none is wrong, and so is none where there is one."""
+    questions = [
+        squad.Question(name, "", "", answers, (0,) * len(answers))
+        for name, answers in zip("abcd", [("red",), ("old sky",), (), ()], strict=True)
+    ]
+    judged = squad.score(questions, {"a": "red", "b": "sky", "c": "", "d": "red"})
+    assert judged == pytest.approx(
+        {
+            "exact": 50,
+            "f1": 100 * (1 + 2 / 3 + 1) / 4,
+            "HasAns_exact": 50,
+            "HasAns_f1": 100 * (1 + 2 / 3) / 2,
+            "NoAns_exact": 50,
+            "NoAns_f1": 50,
+        }
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from train import PLACES, accuracy, data_of, versions, write_json
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, summarise, table
+from comparison import Summary, counted, summarise, table
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
 LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
@@ -79,7 +79,7 @@ def label(config: dict[str, Any]) -> str:
         pruned = config["start_pattern"]
         parts += [f"from {Path(config['start']).stem}" + (f" at {pattern(pruned)}" if pruned is not None else "")]
         parts += ["zeros held" * config["hold_zeros"], "head alone" * (config["train_only"] == "head")]
-    return ", ".join([part for part in parts if part] + [f"{config['epochs']} epochs"])
+    return ", ".join([part for part in parts if part] + [counted(config["epochs"], "epoch")])
 
 
 def repaired(model: nn.Module, what: str, dense: nn.Module, tuned: nn.Module, images: Batches) -> nn.Module:

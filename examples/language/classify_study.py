@@ -16,7 +16,7 @@ import recipe
 from classify import Classify, classify
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, runs_of, summarise, table
+from comparison import arguments, counted, runs_of, summarise, table
 
 METHODS = {  # name: what it changes in the settings; work in passes over a text, AdamW's being 1
     "adamw": {"method": "adamw"},  # 1
@@ -40,8 +40,8 @@ def label(settings: dict[str, Any]) -> str:
         name += f" {{{', '.join(str(recipe.pattern(text)) for text in settings['compression'])}}}"
         name += f", second pass {settings['second_pass']}" * (settings["second_pass"] != "all")
         name += f", sparsities rise over {100 * settings['sparsity_warmup']:g} %" * (settings["sparsity_warmup"] > 0)
-    unit = "epochs" if "epochs" in settings else "steps"
-    return f"{name}, {settings[unit]:,g} {unit}"
+    unit = "epoch" if "epochs" in settings else "step"
+    return f"{name}, {counted(settings[unit + 's'], unit)}"
 
 
 def row(folder: Path) -> dict[str, Any]:

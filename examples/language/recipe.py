@@ -230,8 +230,8 @@ def table(results: dict[str, Any]) -> str:
     names = list(results["pruned"])
     lines = ["| score | after `prune` | dense | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for score, dense in results["dense"].items():
-        for what in ("pruned", "reconstructed"):
-            if cells := [f"{results[what][name][score]:.1f}" for name in names if name in results[what]]:
+        for key, what in (("pruned", "as pruned"), ("reconstructed", "reconstructed")):
+            if cells := [f"{results[key][name][score]:.1f}" for name in names if name in results[key]]:
                 lines.append(f"| {score} | {what} | {dense:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -116,13 +116,20 @@ def answers(
 
 
 def score(questions: list[Question], found: dict[str, str]) -> dict[str, float]:
-    """Exact match and F1 in percent, as the official script computes them: the best over all given answers of a question."""
-    exact = f1 = 0.0
+    """Exact match and F1 in percent, as the official script computes them: the best over all given answers of a question.
+
+    Where there are questions without an answer, as in version 2.0, also over those that have one (HasAns) and over the others (NoAns).
+    """
+    exact, f1 = {}, {}
     for q in questions:
         wanted = [answer for answer in q.answers if normalised(answer)] or [""]
-        exact += max(float(normalised(found[q.id]) == normalised(answer)) for answer in wanted)
-        f1 += max(_f1(found[q.id], answer) for answer in wanted)
-    return {"exact": 100 * exact / len(questions), "f1": 100 * f1 / len(questions)}
+        exact[q.id] = max(float(normalised(found[q.id]) == normalised(answer)) for answer in wanted)
+        f1[q.id] = max(_f1(found[q.id], answer) for answer in wanted)
+    parts = {"": list(exact)}
+    if not all(q.answers for q in questions):
+        parts |= {"HasAns_": [q.id for q in questions if q.answers], "NoAns_": [q.id for q in questions if not q.answers]}
+    kinds = {"exact": exact, "f1": f1}
+    return {part + kind: 100 * sum(map(of.get, ids)) / len(ids) for part, ids in parts.items() if ids for kind, of in kinds.items()}
 
 
 def normalised(text: str) -> str:
