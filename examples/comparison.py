@@ -1,20 +1,91 @@
 """What the recipes share: the runs of a comparison of methods, and mean and spread over seeds as a table."""
 
 import argparse
+import contextlib
 import dataclasses
+import json
+import re
 import statistics
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 Summary = dict[str, dict[str, tuple[float, float, int]]]
 
 
+METHODS = {  # what the names in --methods mean
+    "sgd": "plain steps of the base optimizer",
+    "sgd-twice": "sgd for twice the epochs, which is the work of cram",
+    "adamw": "plain steps of AdamW",
+    "adamw-twice": "adamw for twice the epochs or steps, which is the work of cram",
+    "cram": "CrAM+: a dense and a pruned pass a step, each over the whole batch",
+    "half": "cram with half of the batch in the second pass",
+    "split": "cram with another half of the batch in each pass, which is the work of plain steps",
+    "split-twice": "split for twice the epochs",
+    "drawn": "one pass a step, at the dense or at the pruned weights by the toss of a coin",
+    "warmup": "cram with sparsities that rise over the first half",
+    "no-rise": "cram without a rise of the sparsities (not run by default)",
+    "up-to-70": "cram with 50, 60 and 70 % (not run by default)",
+}
+
+
+def parser_of(kind: type, description: str, skip: Collection[str] = ()) -> Any:
+    """A parser of the options of a dataclass, lists in either form of `in_one_word`."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        def parse_args(self, args: Sequence[str] | None = None, **others: Any) -> Any:
+            lists = [f"--{f.name}" for f in dataclasses.fields(kind) if "list[" in str(f.type)]
+            return super().parse_args(in_one_word(sys.argv[1:] if args is None else args, lists), **others)
+
+        def format_help(self) -> str:
+            return re.sub(r"<class\s+'Path'>", "Path", super().format_help())
+
+    parser = Parser(description=f"{description} Lists: --NAME A B, or as JSON.")
+    parser.add_class_arguments(kind, skip=set(skip))
+    return parser
+
+
+def in_one_word(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
+    """`--patterns 0.9 2:4` as `--patterns '[0.9, "2:4"]'`; a list that is JSON already stays. Of the options `lists`."""
+    found, rest = [], list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option not in lists:
+            found.append(option + equals + value)
+            continue
+        words = [value] if equals else []
+        while rest and not rest[0].startswith("--") and not (words and words[0].startswith("[")):
+            words.append(rest.pop(0))
+        found += [option, words[0] if words and words[0].startswith("[") else json.dumps([_number(word) for word in words])]
+    return found
+
+
+def _number(word: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word
+
+
 def arguments(description: str, methods: dict[str, Any], named_only: Collection[str] = ()) -> tuple[argparse.Namespace, list[str]]:
-    """--seeds and --methods, and the rest of the command line. Those `named_only` run where --methods names them, not by default."""
-    parser = argparse.ArgumentParser(description=f"{description} Other options are those of a run.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=[name for name in methods if name not in named_only])
+    """--seeds and --methods, and the rest of the command line. Those `named_only` run where --methods names them, not by default.
+
+    With --help these are shown, and --help stays in the rest, so that the options of a run are shown after them.
+    """
+    meanings = "\n".join(f"  {name:<12} {METHODS[name]}" for name in methods)
+    parser = argparse.ArgumentParser(
+        description=f"{description}\n\nmethods:\n{meanings}",
+        usage=f"{Path(sys.argv[0]).name} [--seeds N] [--methods NAME ...] [options of a run, below]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="run each method with the seeds 0 to N - 1 (default: 3)", metavar="N")
+    default = [name for name in methods if name not in named_only]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=default, help="which methods (default: all)", metavar="NAME")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(parser.format_help())
     return parser.parse_known_args()
 
 

@@ -26,7 +26,7 @@ import efficientnet  # noqa: E402
 import evaluate  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, parse  # noqa: E402
 from one_pass import one_pass_step  # noqa: E402
 
 from cram_kernels import CrAM, TopK, reconstruct, tune_batchnorm  # noqa: E402
@@ -479,6 +479,32 @@ def test_evaluation(cifar, tmp_path):
     assert "Corrupted: 10 of the 40 test images, drawn" in text and found["runs"][0]["images"] == {"test": 40, "corrupted": 10}
     assert (tmp_path / "out" / "picture.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["runs"][0]["pruned"] == found["runs"][0]["pruned"]
+
+
+def test_lists_are_given_as_words_or_as_json():
+    lists = {"--patterns", "--severities", "--repairs"}
+    words = ["a", "--patterns", "0.9", "2:4", "--x", "1", "--severities=3", "--repairs", "as pruned", "--x"]
+    assert comparison.in_one_word(words, lists) == [
+        *("a", "--patterns", '[0.9, "2:4"]', "--x", "1", "--severities", "[3]", "--repairs", '["as pruned"]', "--x")
+    ]
+    assert comparison.in_one_word(["--patterns", '[0.9,"2:4"]', "run"], lists) == ["--patterns", '[0.9,"2:4"]', "run"]
+    for given in (["--patterns", "0.9", "2:4", "--severities", "3", "5"], ["--patterns", '[0.9,"2:4"]', "--severities", "[3,5]"]):
+        found = evaluate.parse(["run", *given])
+        assert (found.runs, found.patterns, found.severities) == ([Path("run")], [0.9, "2:4"], [3, 5])
+        assert parse(["--compression", *given[1 : given.index("--severities")]]).compression == [0.9, "2:4"]
+    assert evaluate.parse(["run", "--patterns"]).patterns == evaluate.parse(["run", "--patterns", "[]"]).patterns == []
+
+
+def test_help_of_the_study_has_all_options(monkeypatch, capsys):
+    import study
+
+    monkeypatch.setattr(sys, "argv", ["study.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        study.main()
+    shown = capsys.readouterr().out
+    options = ["seeds", "methods", "patterns", "repairs", *(name for name in Config.__dataclass_fields__)]
+    assert left.value.code == 0 and [name for name in options if f"--{name}" not in shown] == [] and "<class" not in shown
+    assert all(f"  {name} " in shown for name in study.METHODS)
 
 
 @pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")

@@ -143,6 +143,16 @@ def test_two_processes_share_the_batch_of_one(given, tmp_path):
     assert results[0]["training"]["steps"] == results[1]["training"]["steps"] == 4
 
 
+@pytest.mark.parametrize("script, kind", [(classify_study, classify.Classify), (characters, characters.Characters)])
+def test_help_of_the_studies_has_all_options(script, kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study", "--help"])
+    with pytest.raises(SystemExit) as left:
+        script.main()
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and [name for name in ("seeds", "methods", *kind.__dataclass_fields__) if f"--{name}" not in shown] == []
+    assert all(f"  {name} " in shown for name in script.METHODS) and "<class" not in shown
+
+
 def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     """Two methods, two seeds; its table has the means of what each run has written. A second call runs the one that was taken away."""
     small = options(given, tmp_path, epochs=1, patterns="[0.5]", reconstruct=64)
@@ -452,8 +462,8 @@ def test_characters(tmp_path, monkeypatch):
     (tmp_path / "test.txt").write_text(sentence * 6 + "a dog?")
     command = ["characters.py", "--config", str(LANGUAGE / "configs" / "novels.yaml"), "--device", "cpu", "--precision", "fp32"]
     sizes = {"length": 16, "width": 32, "layers": 2, "heads": 2, "batch": 8, "steps": 80, "test_characters": 146, "reconstruct": 16}
-    given = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt", "out": tmp_path, "patterns": '[0.5,"2:4"]', **sizes}
-    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    given = {"train": tmp_path / "train.txt", "test": tmp_path / "test.txt", "out": tmp_path, "patterns": ["0.5", "2:4"], **sizes}
+    command += [part for name, value in given.items() for part in (f"--{name}", *(value if name == "patterns" else [str(value)]))]
     monkeypatch.setattr(sys, "argv", [*command, "--seeds", "1", "--methods", "adamw-twice", "cram", "split"])
     characters.main()
     runs = json.loads((tmp_path / "study.json").read_text())["runs"]

@@ -1,5 +1,6 @@
 """What a run is: a dataclass, filled from YAML and the command line by jsonargparse; the published YAML files are read too."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,9 @@ from typing import Any, Literal
 import yaml
 
 from cram_kernels import NM, Pattern, TopK
+
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import parser_of
 
 
 @dataclass
@@ -160,12 +164,9 @@ def published(path: Path) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None = None) -> Config:
     """From the command line: --config FILE (ours) or --published FILE (the published form), then single options, the last one counts."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(description="Train an image classifier with CrAM.")
+    parser = parser_of(Config, "Train an image classifier with CrAM.")
     parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_argument("--published", type=Path | None, default=None, help="a YAML file of the published repository, read unchanged")
-    parser.add_class_arguments(Config)
     given = parser.parse_args(arguments)
     if given.published is not None:
         parser.set_defaults(published(given.published))

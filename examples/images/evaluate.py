@@ -1,7 +1,7 @@
 """Prune trained networks in one shot, repair them in two ways, and test them; mean and spread over runs that differ by their seed alone.
 
     python examples/images/evaluate.py runs/sgd-0 runs/sgd-1 runs/cram-0 runs/cram-1 --out results
-    python examples/images/evaluate.py runs/cram-0 --patterns '[0.8]' --corruptions all --out results
+    python examples/images/evaluate.py runs/cram-0 --patterns 0.8 2:4 --corruptions all --out results
 
 A run is a folder that train.py has written. For each pattern: the network as pruned, after `tune_batchnorm` on 1,000 fixed training images,
 and, from the pruned one anew, after `reconstruct` on the same images: towards the dense network as trained, and towards the dense network
@@ -26,7 +26,7 @@ from train import PLACES, accuracy, data_of, versions, write_json
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, counted, summarise, table
+from comparison import Summary, counted, parser_of, summarise, table
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
 LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
@@ -39,7 +39,7 @@ class Evaluation:
     Args:
         runs: folders that train.py has written; those whose options differ by the seed alone are averaged.
         out: the folder to write.
-        patterns: to prune to: shares of zeros (0.9) and N:M ("2:4").
+        patterns: to prune to: shares of zeros (0.9) and N:M (2:4).
         checkpoint: the best epoch, or the last one. The best is chosen on the validation images, or else on the test images themselves.
         test_path: test on the images of this folder instead, such as drawings in another style. The repairs see the runs' own images.
         calibration: how many training images the repairs may see.
@@ -187,11 +187,8 @@ def evaluate(given: Evaluation) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None = None) -> Evaluation:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(description="Prune trained networks in one shot, repair and test them.")
+    parser = parser_of(Evaluation, "Prune trained networks in one shot, repair and test them.", skip={"runs"})
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py has written")
-    parser.add_class_arguments(Evaluation, skip={"runs"})
     values = parser.parse_args(arguments).as_dict()
     return Evaluation(**{name: values[name] for name in Evaluation.__dataclass_fields__})
 

@@ -7,6 +7,7 @@ Runs that are finished (results.json is there) are not trained again, an interru
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from evaluate import REPAIRS, Evaluation, evaluate
 from train import train
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, runs_of
+from comparison import arguments, in_one_word, runs_of
 
 METHODS = {  # name: what it changes in the configuration
     "sgd": {"method": "sgd"},
@@ -31,10 +32,15 @@ METHODS = {  # name: what it changes in the configuration
 
 def main() -> None:
     given, options = arguments("Train every method with every seed and evaluate them.", METHODS)
-    evaluated = argparse.ArgumentParser(add_help=False)
-    evaluated.add_argument("--patterns", nargs="+", default=Evaluation([]).patterns)
-    evaluated.add_argument("--repairs", nargs="+", choices=REPAIRS, default=list(REPAIRS))
-    what, options = evaluated.parse_known_args(options)
+    evaluated = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    evaluated.add_argument("--patterns", type=json.loads, default=Evaluation([]).patterns, help="to prune to (0.9, 2:4)", metavar="A B ...")
+    repairs = f"which states to test: {', '.join(map(repr, REPAIRS))}"
+    evaluated.add_argument("--repairs", type=json.loads, default=list(REPAIRS), help=repairs, metavar="A B ...")
+    what, options = evaluated.parse_known_args(in_one_word(options, {"--patterns", "--repairs"}))
+    if unknown := [name for name in what.repairs if name not in REPAIRS]:
+        raise ValueError(f"repairs must be some of {', '.join(map(repr, REPAIRS))}, got {unknown[0]!r}")
+    if {"-h", "--help"} & set(options):
+        print(evaluated.format_help().strip().replace("options:", "of the evaluation:"), end="\n\n")
     torch.set_num_threads(1)  # networks this small are all overhead on more
     config = parse(options)
     runs = runs_of(config, METHODS, given, lambda folder: (folder / "last.pt").is_file(), train)

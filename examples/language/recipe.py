@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -19,6 +20,9 @@ from transformers import Trainer, TrainingArguments
 import cram_kernels
 from cram_kernels import NM, CrAM, Pattern, SparsityWarmup, TopK, prune, reconstruct
 from cram_kernels.integrations.transformers import TwoPassTrainer
+
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import parser_of
 
 Rows = list[dict[str, Any]]
 TRAINING = ("method", "compression", "rho", "sparsity_warmup", "second_pass", "lr", "weight_decay", "batch", "epochs", "max_grad_norm")
@@ -103,11 +107,8 @@ def pattern(text: str | float) -> Pattern:
 
 def parse(kind: type, description: str, arguments: list[str] | None = None) -> Any:
     """A dataclass of options from --config FILE (YAML) and the command line; the last one counts."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(description=description)
+    parser = parser_of(kind, description)
     parser.add_argument("--config", action="config", help="a YAML file of these options")
-    parser.add_class_arguments(kind)
     values = parser.parse_args(arguments).as_dict()
     return kind(**{name: values[name] for name in kind.__dataclass_fields__})
 
