@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -416,6 +417,44 @@ def test_a_shift_to_another_style(tmp_path):
     assert (tmp_path / "unpruned" / "table.md").read_text().splitlines()[2:] == [f"| {label} | 1 | 100.0 |"]
     assert own["dense"] == own["pruned"]["50 %"]["batch norm tuned"] == 100
     assert other["dense"] < 80 and other["pruned"]["50 %"]["batch norm tuned"] < 80
+
+
+@pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")
+def test_an_evaluation_that_was_stopped_goes_on(cifar, tmp_path, monkeypatch, capsys):
+    """What it has done counts only for the same checkpoints and options, and is gone at the end."""
+    runs = [tmp_path / name for name in ("0", "1")]
+    for seed, out in enumerate(runs):
+        train.train(config(cifar, out, epochs=1, seed=seed, method="sgd"))
+    given = evaluate.Evaluation(runs, out=tmp_path / "out", checkpoint="last.pt", patterns=[0.5], repairs=["as pruned"], calibration=32)
+    done, evaluate_run, stops = [], evaluate.evaluate_run, [True]
+
+    def stopped(folder, *others):
+        if stops[0] and folder == runs[1]:
+            raise KeyboardInterrupt
+        done.append(folder.name)
+        return evaluate_run(folder, *others)
+
+    monkeypatch.setattr(evaluate, "evaluate_run", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(given)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(dataclasses.replace(given, calibration=16))
+    stops[0] = False
+    found = evaluate.evaluate(given)
+    assert done == ["0", "0", "1"] and [row["run"] for row in found["runs"]] == ["0", "1"]
+    assert found["runs"] == evaluate.evaluate(given)["runs"] and done == ["0", "0", "1", "0", "1"]
+    stops[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(given)
+    shutil.rmtree(runs[0])
+    train.train(config(cifar, runs[0], epochs=1, seed=2, method="sgd"))
+    stops[0] = False
+    assert evaluate.evaluate(given)["runs"][0]["seed"] == 2
+    shown = capsys.readouterr().out
+    assert f"{runs[1]}: dense {found['runs'][1]['dense']:.2f} %, with batch norms tuned " in shown
+    assert f"{runs[1]}, 50 %: as pruned {found['runs'][1]['pruned']['50 %']['as pruned']:.2f} %\n" in shown
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "picture.png", "table.md"]
 
 
 @pytest.mark.filterwarnings("ignore::cram_kernels.CrAMWarning")

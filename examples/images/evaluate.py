@@ -9,6 +9,8 @@ after `tune_batchnorm`. Writes evaluation.json, table.md and picture.png.
 """
 
 import copy
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +22,6 @@ from config import Config, pattern
 from data import Batches, Images, Memory, calibration, some
 from models import make
 from torch import nn
-from tqdm.auto import tqdm
 from train import PLACES, accuracy, data_of, versions, write_json
 
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
@@ -111,13 +112,15 @@ def evaluate_run(folder: Path, given: Evaluation, kept: dict[Any, Any]) -> dict[
     result |= {"dense": accuracy(model, judged, device), "dense_tuned": accuracy(tuned, judged, device), "pruned": {}, "zeros": {}}
     names = [given.corruptions] if isinstance(given.corruptions, str) else given.corruptions
     models = {"dense": model, "dense, batch norm tuned": tuned}
-    for text in tqdm(given.patterns, desc=str(folder), leave=False, disable=None):
+    print(f"{folder}: dense {result['dense']:.2f} %, with batch norms tuned {result['dense_tuned']:.2f} %", flush=True)
+    for text in given.patterns:
         pruned = copy.deepcopy(model)
         report = prune(pruned, pattern(text))
         name = str(pattern(text))
         result["zeros"][name] = report.to_dict()["pruned"]["sparsity"]
         states = {what: repaired(pruned, what, model, tuned, images) for what in given.repairs}
-        result["pruned"][name] = {what: accuracy(m, judged, device) for what, m in states.items()}
+        found = result["pruned"][name] = {what: accuracy(m, judged, device) for what, m in states.items()}
+        print(f"{folder}, {name}: " + ", ".join(f"{what} {value:.2f} %" for what, value in found.items()), flush=True)
         if names:
             models |= {f"{name}, {what}": m for what, m in states.items()}
     if names:
@@ -145,6 +148,7 @@ def corrupted(
             shares = corruptions.shares_right(list(models.values()), images, name, severity, device, kept=kept)
             for which, share in zip(models, shares, strict=True):
                 found[which].setdefault(name, {})[str(severity)] = 100 * share
+        print(f"{name}: dense " + ", ".join(f"{value:.2f} % at {severity}" for severity, value in found["dense"][name].items()), flush=True)
     return found
 
 
@@ -171,17 +175,38 @@ def draw(summary: Summary, given: Evaluation) -> None:
     plt.close(figure)
 
 
+def key_of(folder: Path, given: Evaluation) -> str:
+    """Of a run, and of what its accuracies follow from beside the images: the checkpoint, the options, the versions."""
+    options = {name: str(value) for name, value in vars(given).items() if name not in ("runs", "out")}
+    checkpoint = folder / given.checkpoint
+    content = checkpoint.read_bytes() if checkpoint.is_file() else b""
+    return hashlib.sha256(json.dumps([str(folder), options, versions()]).encode() + content).hexdigest()
+
+
 def evaluate(given: Evaluation) -> dict[str, Any]:
-    """Evaluate all runs and write the three files; returns what evaluation.json holds."""
+    """Evaluate all runs and write the three files; returns what evaluation.json holds.
+
+    What is done of it is in `unfinished.json` until then: an evaluation that was stopped goes on with the next run.
+    """
     given.out.mkdir(parents=True, exist_ok=True)
     kept: dict[Any, Any] = {}
-    results = [evaluate_run(folder, given, kept) for folder in given.runs]
+    unfinished = given.out / "unfinished.json"
+    done = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
+    keys = [key_of(folder, given) for folder in given.runs]
+    for key, folder in zip(keys, given.runs, strict=True):
+        if key in done:
+            print(f"{folder}: evaluated before", flush=True)
+            continue
+        done[key] = evaluate_run(folder, given, kept)
+        write_json(unfinished, done)
+    results = [done[key] for key in keys]
     summary = summarise(results)
     text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs)) + images_of(results)
     found = {"versions": versions(), "checkpoint": given.checkpoint, "calibration": given.calibration, "runs": results, "summary": summary}
     write_json(given.out / "evaluation.json", found)
     (given.out / "table.md").write_text(text)
     draw(summary, given)
+    unfinished.unlink(missing_ok=True)
     print(text)
     return found
 
