@@ -71,6 +71,10 @@ void for_stretches(const Pool& pool, int64_t tasks, Body body) {
   };
   Pool team = pool;
   if (tasks < team.threads) team.threads = tasks < 1 ? 1 : static_cast<int>(tasks);
+  if (team.threads == 1)
+    return parallel(team, [&](int worker) {
+      for (int64_t task = 0; task < tasks; ++task) body(worker, task);
+    });
   std::vector<Stretch> stretches(static_cast<size_t>(team.threads));
   for (int64_t w = 0; w < team.threads; ++w)
     stretches[w].left = static_cast<uint64_t>((w + 1) * tasks / team.threads) << 32 | static_cast<uint64_t>(w * tasks / team.threads);
@@ -78,8 +82,10 @@ void for_stretches(const Pool& pool, int64_t tasks, Body body) {
     for (int i = 0; i < team.threads; ++i) {
       std::atomic<uint64_t>& left = stretches[(worker + i) % team.threads].left;
       for (uint64_t seen = left; (seen & 0xffffffff) < seen >> 32;) {
-        const uint64_t rest = i == 0 ? seen + 1 : seen - (uint64_t{1} << 32);
-        if (left.compare_exchange_weak(seen, rest)) body(worker, static_cast<int64_t>(i == 0 ? seen & 0xffffffff : rest >> 32)), seen = left;
+        const uint64_t first = seen & 0xffffffff, stop = seen >> 32, taken = (stop - first) / 8 + 1;  // few steps, since each waits for all stores
+        if (!left.compare_exchange_weak(seen, i == 0 ? seen + taken : seen - (taken << 32))) continue;
+        for (uint64_t k = 0; k < taken; ++k) body(worker, static_cast<int64_t>(i == 0 ? first + k : stop - taken + k));
+        seen = left;
       }
     }
   });
