@@ -220,6 +220,17 @@ def test_accumulation_by_lightning_is_refused(tmp_path):
         fit(TwoPassNet(), tmp_path, accumulate_grad_batches=2)
 
 
+def test_an_iterator_of_batches_is_refused(tmp_path):
+    """The second pass would take the next batch of it."""
+
+    class Iterating(TwoPassNet):
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(RuntimeError, match="TwoPassModule: training_step must take a batch, got dataloader_iter"):
+        fit(Iterating(), tmp_path)
+
+
 def test_only_the_first_pass_is_logged(tmp_path):
     net, without = TwoPassNet(), Net()
     logged = [fit(n, tmp_path, max_epochs=1).callback_metrics["loss"].item() for n in (net, without)]

@@ -1,6 +1,7 @@
 """Lightning: a mixin for a LightningModule whose optimizer is CrAM; see docs/lightning.md."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from ..batch import SecondPass, check_second_pass, split_batch
@@ -42,7 +43,8 @@ class TwoPassModule:
             optimizer_closure: Lightning's forward and backward pass.
 
         Raises:
-            RuntimeError: `accumulate_grad_batches` is not 1: Lightning has dropped the earlier batches, which the second pass needs.
+            RuntimeError: `accumulate_grad_batches` is not 1: Lightning has dropped the earlier batches, which the second pass needs. Or
+                `training_step` takes `dataloader_iter`.
         """
         if getattr(self.trainer.fit_loop, "_skip_backward", False):  # the last epoch of StochasticWeightAveraging only measures batch norms
             if optimizer_closure is not None:
@@ -52,11 +54,13 @@ class TwoPassModule:
         if accumulated != 1 and isinstance(optimizer.optimizer, CrAM):
             wanted = "be 1 (accumulate in manual optimization, with a closure over all micro-batches)"
             raise RuntimeError(f"TwoPassModule: accumulate_grad_batches must {wanted}, got {accumulated}")
+        whole: Any = self.training_step  # type: ignore[has-type]
+        if "dataloader_iter" in signature(whole).parameters and isinstance(optimizer.optimizer, CrAM):
+            raise RuntimeError("TwoPassModule: training_step must take a batch, got dataloader_iter, which gives each pass another batch")
         check_second_pass("TwoPassModule", self.second_pass)
         if self.second_pass == "all" or not isinstance(optimizer.optimizer, CrAM):
             self.two_passes(optimizer, optimizer_closure)
             return
-        whole: Any = self.training_step  # type: ignore[has-type]
 
         def part(batch: Any, *args: Any, **kwargs: Any) -> Any:
             return whole(split_batch(batch, self.second_pass)[self.in_second_pass], *args, **kwargs)
