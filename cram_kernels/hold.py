@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,11 @@ class HeldZeros:
     def __init__(self, model: nn.Module, masks: dict[str, Tensor]) -> None:
         self._model, self._masks = ref(model), masks
         self.zeros = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-        self._hook = register_optimizer_step_post_hook(self._after_step)
+        self._drop_hook = finalize(model, register_optimizer_step_post_hook(self._after_step).remove)  # all optimizers call it
 
     def remove(self) -> None:
         """From now on steps may change the zeros. May be called again."""
-        self._hook.remove()
+        self._drop_hook()
         self._masks = {}
 
     def __enter__(self) -> "HeldZeros":
@@ -46,7 +46,10 @@ class HeldZeros:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         model = self._model()
         parameters = {} if model is None else dict(model.named_parameters())
-        for name, mask in list(self._masks.items()) if model is not None else []:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if stepped.isdisjoint(map(id, parameters.values())):
+            return
+        for name, mask in list(self._masks.items()):
             p = parameters.get(name)
             if p is None or (local := local_of(p)).shape != mask.shape:
                 found = "none of this name" if p is None else f"shape {tuple(local.shape)}"
@@ -70,6 +73,9 @@ def hold_zeros(model: nn.Module, exclude: Iterable[str] | None = ()) -> HeldZero
     copy is not held, and a new process calls `hold_zeros` again after loading; the zeros themselves are in the checkpoint. Call it after
     the model is pruned and, with FSDP2, after `fully_shard`; DDP may wrap the model before or after. Gradients and optimizer state of held
     elements are not touched: they count in a gradient norm. Between the halves of a step of CrAM held elements may be perturbed.
+
+    Any torch optimizer is one that derives from `torch.optim.Optimizer`, has a parameter of the model in its groups, and whose `step` runs
+    torch's hooks. A `step` that was put into the class after its first object was made does not.
 
     Args:
         model: its parameters of 2 or more dims that have zeros are held. The memory is one byte for each element of those.

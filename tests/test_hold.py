@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks as hooks_of_all_optimizers
 
 from cram_kernels import CrAM, TopK, hold_zeros, prune
 
@@ -164,11 +165,24 @@ def test_another_optimizer_between_the_halves():
         assert all(bool((p[held[n]] == 0).all()) for n, p in model.named_parameters() if n in held)
 
 
+def test_the_step_of_an_optimizer_of_another_model():
+    """It takes its step, whatever became of the model that is held, whose weights stay as they are."""
+    model, other = network(), nn.Linear(2, 2)
+    with hold_zeros(model):
+        model[3].weight.data.fill_(1.0)
+        model[0] = nn.Conv1d(2, 7, 3)
+        other(torch.ones(1, 2)).sum().backward()
+        torch.optim.SGD(other.parameters(), 0.1).step()
+        assert bool((model[3].weight == 1).all())
+
+
 def test_a_model_that_is_gone():
     model, other = network(), nn.Linear(2, 2)
+    before = len(hooks_of_all_optimizers)
     handle = hold_zeros(model)
     del model
     gc.collect()
+    assert len(hooks_of_all_optimizers) == before
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), 0.1).step()
     handle.remove()
