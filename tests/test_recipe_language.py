@@ -98,7 +98,13 @@ def test_methods_and_resuming(method, given, tmp_path):
     classify.main(options(given, tmp_path / "whole", **others))
     (tmp_path / "parts").mkdir()
     (tmp_path / "whole" / "checkpoint-16").rename(tmp_path / "parts" / "checkpoint-16")
-    results = classify.main(options(given, tmp_path / "parts", resume="true", **others))
+    again = {**others, "out": tmp_path / "parts", "resume": "true"}
+    with pytest.raises(FileNotFoundError, match=r"settings.json is missing: there is no run to resume"):
+        classify.main(options(given, **again))
+    shutil.copy(tmp_path / "whole" / "settings.json", tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"resume: lr must be 0.005 as in .*settings.json, got 0.1"):
+        classify.main(options(given, **{**again, "lr": 0.1}))
+    results = classify.main(options(given, **again))
     assert results["training"]["steps"] == 32
     whole, parts = (AutoModelForSequenceClassification.from_pretrained(tmp_path / n / "model").state_dict() for n in ("whole", "parts"))
     assert_same_bits(list(parts.values()), list(whole.values()))
@@ -264,6 +270,14 @@ def test_pieces_hold_the_answers(version, given, tokenizer):
         covered[row["question"]] |= {c for o in row["offsets"] if o is not None for c in range(*o)}
     for i, q in enumerate(questions):
         assert covered[i] == {c for c, letter in enumerate(q.context) if letter != " "}
+
+
+def test_a_length_that_has_no_room_for_the_text_is_told(given, tokenizer):
+    question = squad.read(given / "train-v1.1.json")[:1]
+    least = len(tokenizer(question[0].question)["input_ids"]) + 4 + 2
+    assert squad.pieces(question, tokenizer, least, 4)
+    with pytest.raises(ValueError, match=f"length must be at least {least} for question .* and stride 4, got {least - 1}"):
+        squad.pieces(question, tokenizer, least - 1, 4)
 
 
 def test_answers_are_the_best_parts(given, tokenizer):
@@ -530,11 +544,16 @@ def test_settings_are_read(name, kind):
     "bad, message",
     [
         ({"compression": [1.5]}, "a pattern must be a share"),
+        ({"reconstruct": -1}, "reconstruct must be at least 0, got -1"),
+        ({"precision": "fp16", "device": "cpu"}, "precision must be fp32 or bf16 on a CPU, got fp16"),
+        ({"precision": "fp16", "device": "cuda"}, "max_grad_norm must be 0 with precision fp16"),
         ({"batch": 1, "second_pass": "split"}, "batch must be at least 2 with second_pass split"),
     ],
 )
 def test_bad_options_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         recipe.Settings(**bad)
+    with pytest.raises(ValueError, match="length must be at least 3"):
+        classify.Classify(length=2)
     with pytest.raises(FileNotFoundError, match="model must be a folder"):
         recipe.model_folder("bert-base-uncased")

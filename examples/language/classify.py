@@ -36,6 +36,11 @@ class Classify(recipe.Settings):
     label_column: str = "label"
     length: int = 128
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 3:
+            raise ValueError(f"length must be at least 3, [CLS], a token and [SEP], got {self.length}")
+
 
 def read(path: Path, text_column: str, label_column: str) -> list[tuple[str, str]]:
     """(text, label) of each row. A .tsv has no quotes, as GLUE's files; a .csv has them."""

@@ -27,6 +27,7 @@ from comparison import parser_of
 Rows = list[dict[str, Any]]
 TRAINING = ("method", "compression", "rho", "sparsity_warmup", "second_pass", "lr", "weight_decay", "batch", "epochs", "max_grad_norm")
 TRAINING += ("warmup", "precision", "seed")
+PLACES = {"out", "resume", "eval_only", "device", "threads", "save_steps", "patterns", "reconstruct"}  # settings that don't change training
 
 
 @dataclass
@@ -46,11 +47,11 @@ class Settings:
         epochs: of training; also parts of one, such as 0.5.
         max_grad_norm: gradients whose norm is larger are scaled down to it; 0 leaves them.
         warmup: the share of all steps over which the rate rises.
-        precision: fp32, or autocast to bf16 or fp16. fp16 needs max_grad_norm 0.
+        precision: fp32, or autocast to bf16 or fp16. fp16 needs a GPU, and max_grad_norm 0 with cram and cram+.
         patterns: to prune to afterwards, in one shot.
         reconstruct: how many training texts `reconstruct` may see; 0 leaves it out.
         save_steps: write a checkpoint every so many steps; 0: none.
-        resume: go on after the last checkpoint in `out`.
+        resume: go on after the last checkpoint in `out`, with the settings that it was begun with.
         eval_only: evaluate the model as it is given.
         seed: of a new head, the order of the texts, dropout, and the patterns that are drawn.
         out: the folder for checkpoints, the trained model, results.json and TensorBoard's events.
@@ -88,6 +89,12 @@ class Settings:
             raise ValueError(f"batch and epochs must be positive, got {self.batch} and {self.epochs}")
         if self.second_pass != "all" and self.batch < 2:
             raise ValueError(f"batch must be at least 2 with second_pass {self.second_pass}, got {self.batch}")
+        if self.reconstruct < 0:
+            raise ValueError(f"reconstruct must be at least 0, got {self.reconstruct}")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision must be fp32 or bf16 on a CPU, got fp16")
+        if self.precision == "fp16" and self.max_grad_norm != 0 and self.method != "adamw":
+            raise ValueError(f"max_grad_norm must be 0 with precision fp16 and method {self.method}, got {self.max_grad_norm}")
         for name in ("sparsity_warmup", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share of all steps in [0, 1], got {getattr(self, name)}")
@@ -174,6 +181,11 @@ def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torc
     trainer.model_accepts_loss_kwargs = False
     if isinstance(trainer, CrAMTrainer):
         trainer.second_pass = s.second_pass
+    if s.resume:
+        check_same_run(s)
+    elif is_first_process():
+        s.out.mkdir(parents=True, exist_ok=True)
+        write_json(s.out / "settings.json", plain(s))
     result = trainer.train(resume_from_checkpoint=s.resume or None)
     return {"loss": result.training_loss, "steps": result.global_step, "seconds": result.metrics["train_runtime"]}
 
@@ -248,6 +260,16 @@ def recorded(s: Settings) -> dict[str, Any]:
     own = Path(s.model).parent / "results.json"
     trained = json.loads(own.read_text())["settings"] if own.is_file() else {}
     return {name: v for name, v in plain(s).items() if name not in TRAINING} | {n: trained[n] for n in TRAINING if n in trained}
+
+
+def check_same_run(s: Settings) -> None:
+    path = s.out / "settings.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: there is no run to resume")
+    saved = json.loads(path.read_text())
+    for name, value in plain(s).items():
+        if name not in PLACES and saved.get(name) != value:
+            raise ValueError(f"resume: {name} must be {saved.get(name)!r} as in {path}, got {value!r}")
 
 
 def versions() -> dict[str, str]:

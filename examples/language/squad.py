@@ -58,6 +58,9 @@ def pieces(questions: list[Question], tokenizer: Any, length: int, stride: int) 
     """
     found: list[dict[str, Any]] = []
     for i, q in enumerate(questions):
+        needed = len(tokenizer(q.question.lstrip())["input_ids"]) + stride + 2  # a token of the text that is new in each piece, and [SEP]
+        if length < needed:
+            raise ValueError(f"length must be at least {needed} for question {q.id!r} and stride {stride}, got {length}")
         encoded = tokenizer(
             q.question.lstrip(),
             q.context,
