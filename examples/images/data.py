@@ -12,9 +12,12 @@
 import gzip
 import json
 import math
+import operator
 import pickle
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -94,7 +97,7 @@ class Folder:
         return replace(self, paths=tuple(self.paths[i] for i in indices), y=self.y[indices])
 
     def raw(self, i: int) -> np.ndarray:
-        with Image.open(self.paths[i]) as image:
+        with _reading(self.paths[i], "an image"), Image.open(self.paths[i]) as image:
             return np.array(_middle(image.convert("RGB"), self.resized, self.size))
 
     def from_raw(self, image: np.ndarray) -> Tensor:
@@ -107,7 +110,7 @@ class Folder:
             if seeds is None:
                 images.append(self.raw(i))
                 continue
-            with Image.open(self.paths[i]) as image:
+            with _reading(self.paths[i], "an image"), Image.open(self.paths[i]) as image:
                 images.append(np.array(_random_part(image.convert("RGB"), self.size, random.Random(int(seeds[position])))))
         return torch.stack([self.from_raw(image) for image in images])
 
@@ -182,13 +185,29 @@ def load(name: str, path: Path) -> tuple[Images, Images, int]:
 
     Raises:
         FileNotFoundError: the files are not there; it says which ones and where they come from.
-        ValueError: a file is not of its format.
+        ValueError: a file is not of its format, or images and labels do not go together; it names the file.
     """
     readers = {"cifar10": _cifar, "cifar100": _cifar, "imagefolder": _folder}
     readers |= {"fashion_mnist": _fashion, "emoji": _emoji, "mnist5k": _mnist5k}
     if name not in readers:
         raise ValueError(f"data must be one of {', '.join(readers)}, got {name!r}")
     return readers[name](name, path)
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever fails within is a ValueError that names the file. Broken files make the readers raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} must be {what}, got {type(error).__name__}: {error}") from error
+
+
+def _check(where: Path, x: Tensor | np.ndarray, y: Tensor, classes: int) -> None:
+    if not len(y) or len(x) != len(y):
+        raise ValueError(f"{where} must have images and as many labels, got {len(x)} and {len(y)}")
+    if outside := y[(y < 0) | (y >= classes)].tolist():
+        raise ValueError(f"{where} must have labels from 0 to {classes - 1}, got {outside[0]}")
 
 
 class _Arrays(pickle.Unpickler):
@@ -216,33 +235,38 @@ def _cifar(name: str, path: Path) -> tuple[Images, Images, int]:
     def read(names: list[str]) -> Memory:
         x, y = [], []
         for file in names:
-            with open(path / file, "rb") as stream:
+            with _reading(path / file, "a pickle of CIFAR"), open(path / file, "rb") as stream:
                 content = _Arrays(stream, encoding="bytes").load()
-            x.append(torch.from_numpy(np.asarray(content[b"data"], dtype=np.uint8)).reshape(-1, 3, 32, 32))
-            y.extend(content[label])
-        return Memory(torch.cat(x), torch.tensor(y), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, mirror=True)
+                pixels, labels = np.asarray(content[b"data"]), torch.tensor([operator.index(number) for number in content[label]])
+                if pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
+                    raise ValueError(f"data must be rows of 3072 bytes, got {pixels.dtype} of shape {pixels.shape}")
+            _check(path / file, pixels, labels, classes)
+            x.append(torch.from_numpy(pixels).reshape(-1, 3, 32, 32))
+            y.append(labels)
+        return Memory(torch.cat(x), torch.cat(y), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), pad=4, mirror=True)
 
     return read(train), read(test), classes
 
 
-def _idx(path: Path) -> Tensor:
+def _idx(path: Path, dims: int) -> Tensor:
     """An idx file of bytes, such as MNIST's, gzipped or not."""
     for found in (path, path.with_name(path.name + ".gz")):
         if found.is_file():
-            content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+            with _reading(found, "an idx file"):
+                content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
             break
     else:
         raise FileNotFoundError(f"{path}(.gz) is missing: apt install dataset-fashion-mnist brings it to /usr/share/datasets/fashion-mnist")
-    zero, kind, dims = int.from_bytes(content[:2], "big"), content[2], content[3]
     shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1)]
-    if zero != 0 or kind != 8 or len(content) != 4 * dims + 4 + math.prod(shape):
-        raise ValueError(f"{found} must be an idx file of bytes, got a header of {content[:4]!r} and {len(content)} bytes")
-    return torch.frombuffer(bytearray(content[4 * dims + 4 :]), dtype=torch.uint8).reshape(shape)
+    if content[:4] != bytes([0, 0, 8, dims]) or len(content) != 4 * dims + 4 + math.prod(shape):
+        raise ValueError(f"{found} must be an idx file of bytes with {dims} dims, got a header of {content[:4]!r} and {len(content)} bytes")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 * dims + 4).reshape(shape).copy())
 
 
 def _fashion(name: str, path: Path) -> tuple[Images, Images, int]:
     def read(part: str) -> Memory:
-        x, y = _idx(path / f"{part}-images-idx3-ubyte"), _idx(path / f"{part}-labels-idx1-ubyte")
+        x, y = _idx(path / f"{part}-images-idx3-ubyte", 3), _idx(path / f"{part}-labels-idx1-ubyte", 1)
+        _check(path / f"{part}-labels-idx1-ubyte", x, y, 10)
         return Memory(x[:, None], y.long(), (0.2860,), (0.3530,), pad=2, mirror=True)
 
     return read("train"), read("t10k"), 10
@@ -257,22 +281,26 @@ def _emoji(name: str, path: Path) -> tuple[Images, Images, int]:
         raise FileNotFoundError(
             f"emoji: {path} must have emoji.json and img/STYLE/64/: unpack what `npm pack emoji-datasource-google` brings there"
         )
-    entries = sorted(json.loads((path / "emoji.json").read_text(encoding="utf-8")), key=lambda entry: entry["unified"])
-    classes = sorted({entry["category"] for entry in entries})
+    with _reading(path / "emoji.json", "a list of emoji with the keys unified, category and image"):
+        entries = sorted(json.loads((path / "emoji.json").read_text(encoding="utf-8")), key=lambda entry: entry["unified"])
+        classes = sorted({entry["category"] for entry in entries})
+        files = [[one["image"] for one in (entry, *entry.get("skin_variations", {}).values())] for entry in entries]
     order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(1234)).tolist()
 
     def read(chosen: list[int]) -> Memory:
         x, y, group = [], [], []
         for i in sorted(chosen):
-            entry = entries[i]
-            for one in (entry, *entry.get("skin_variations", {}).values()):
-                if (file := styles[0] / one["image"]).is_file():
-                    with Image.open(file) as image:
-                        drawing = Image.new("RGBA", image.size, "white")
-                        drawing.alpha_composite(image.convert("RGBA"))
-                    x.append(np.array(drawing)[..., :3])
-                    y.append(classes.index(entry["category"]))
-                    group.append(i)
+            for file in (file for name in files[i] if (file := styles[0] / name).is_file()):
+                with _reading(file, "a drawing of 64 x 64"), Image.open(file) as image:
+                    drawing = Image.new("RGBA", (64, 64), "white")
+                    drawing.alpha_composite(image.convert("RGBA"))
+                    if image.size != (64, 64):
+                        raise ValueError(f"a size of {image.size}")
+                x.append(np.array(drawing)[..., :3])
+                y.append(classes.index(entries[i]["category"]))
+                group.append(i)
+        if not x:
+            raise ValueError(f"{styles[0]} must have drawings of emoji.json, to train on and to test on, got none for one of them")
         images = torch.from_numpy(np.stack(x)).movedim(3, 1)
         return Memory(images, torch.tensor(y), (0.80, 0.75, 0.71), (0.29, 0.30, 0.34), pad=4, mirror=True, group=torch.tensor(group))
 
@@ -294,11 +322,30 @@ def _folder(name: str, path: Path) -> tuple[Images, Images, int]:
     if not classes or not (path / "val").is_dir():
         raise FileNotFoundError(f"imagefolder: {path} must have train/CLASS/ and val/CLASS/ with images, as ImageNet is laid out")
 
+    if unknown := {p.name for p in (path / "val").iterdir() if p.is_dir()} - set(classes):
+        raise ValueError(f"{path / 'val' / min(unknown)} must be of a class in {path / 'train'}, got another")
+
     def read(part: str) -> Folder:
-        found = [(p, i) for i, label in enumerate(classes) for p in sorted((path / part / label).glob("*")) if p.is_file()]
-        return Folder(tuple(p for p, _ in found), torch.tensor([i for _, i in found]))
+        with ThreadPoolExecutor() as pool:  # a disk has many files to find
+            found = list(pool.map(_images, (path / part / label for label in classes)))
+        lacks = [label for label, files in zip(classes, found, strict=True) if not files]
+        if len(lacks) == len(classes) or (lacks and part == "train"):
+            raise ValueError(f"{path / part / lacks[0]} must have images, got none")
+        return Folder(tuple(p for files in found for p in files), torch.tensor([i for i, files in enumerate(found) for _ in files]))
 
     return read("train"), read("val"), len(classes)
+
+
+def _images(folder: Path) -> list[Path]:
+    """The files of a class. Only the header of each is read, and its end: one that seems cut off is decoded."""
+    paths = sorted(p for p in folder.glob("*") if p.is_file())
+    for path in paths:
+        with _reading(path, "an image"), open(path, "rb") as stream, Image.open(stream) as image:
+            stream.seek(-min(1024, path.stat().st_size), 2)
+            end = stream.read()
+            if b"\xff\xd9" not in end and b"IEND" not in end:  # of JPEG and PNG
+                image.load()
+    return paths
 
 
 def some(images: Images, count: int) -> Images:

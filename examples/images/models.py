@@ -82,8 +82,7 @@ def make(name: str, classes: int, channels: int = 3) -> nn.Module:
     """A new network.
 
     Raises:
-        ValueError: another name.
-        RuntimeError: a network of torchvision, which does not import.
+        ValueError: another name, or a network of torchvision, which does not import.
     """
     if name in SMALL:
         return SMALL[name](classes, channels)
@@ -93,7 +92,7 @@ def make(name: str, classes: int, channels: int = 3) -> nn.Module:
         from torchvision import models
     except (ImportError, RuntimeError) as error:
         needs = "pip install torchvision, of the release and build that belong to this torch"
-        raise RuntimeError(f"model {name} is torchvision's, which does not import ({error}): {needs}") from error
+        raise ValueError(f"model {name} is torchvision's, which does not import ({error}): {needs}") from error
     return models.get_model(name, weights=None, num_classes=classes)
 
 
