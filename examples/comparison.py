@@ -1,4 +1,4 @@
-"""What the recipes share: the runs of a comparison of methods, and mean and spread over seeds as a table."""
+"""What the recipes share: records and errors of a run, the runs of a comparison of methods, and mean and spread over seeds as a table."""
 
 import argparse
 import contextlib
@@ -12,6 +12,58 @@ from pathlib import Path
 from typing import Any
 
 Summary = dict[str, dict[str, tuple[float, float, int]]]
+
+
+def told(main: Callable[[], Any]) -> None:
+    """Run a script. What options or files lack is a line on standard error and exit status 2, as argparse does, and no traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as JSON has it."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def check_same(settings: Any, recorded: dict[str, Any], places: Collection[str], where: Path) -> None:
+    """ValueError for a setting that `where` has otherwise. What an older record lacks had its default."""
+    recorded = plain(type(settings)()) | recorded
+    for name, value in plain(settings).items():
+        if name not in places and recorded[name] != value:
+            raise ValueError(f"{name} must be {recorded[name]!r} as in {where}, got {value!r}: another run needs another --out")
+
+
+def check_unused(out: Path, *files: str) -> None:
+    """ValueError where a new run would leave files of an older one beside its own."""
+    for path in (path for name in files for path in out.glob(name)):
+        raise ValueError(f"out must be a folder without another run, got {path}: resume that run, remove it, or take another --out")
+
+
+def check_seeds(runs: list[dict[str, Any]]) -> None:
+    """ValueError for runs of one label that differ by more than their seed, or not even by that: a mean over them means nothing."""
+    known: dict[tuple[str, str], Any] = {}
+    seeds: set[tuple[str, int]] = set()
+    for run in runs:
+        label, settings = run["label"], run.get("config", run.get("settings", {}))
+        for name, value in settings.items():
+            if name == "seed" and (label, value) in seeds:
+                raise ValueError(f"runs of one label must have seeds of their own, got seed {value} twice for {label!r}")
+            if name == "seed":
+                seeds.add((label, value))
+            elif name == "reconstruct" and value == 0:
+                continue  # this run has no figures after it
+            elif known.setdefault((label, name), value) != value:
+                got = f"{known[label, name]!r} and {value!r}"
+                raise ValueError(f"runs of one label must differ by their seed alone, got {name} {got} for {label!r}")
 
 
 METHODS = {  # what the names in --methods mean
@@ -86,7 +138,10 @@ def arguments(description: str, methods: dict[str, Any], named_only: Collection[
     parser.add_argument("--methods", nargs="+", choices=methods, default=default, help="which methods (default: all)", metavar="NAME")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(parser.format_help())
-    return parser.parse_known_args()
+    given, others = parser.parse_known_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
+    return given, others
 
 
 def changed(settings: Any, name: str, changes: dict[str, Any], seed: int) -> Any:
@@ -104,24 +159,32 @@ def runs_of(
     given: argparse.Namespace,
     started: Callable[[Path], bool] | None,
     run: Callable[[Any], Any],
+    places: Collection[str],
 ) -> list[Any]:
     """The settings of all runs, after those have been run that have no results.json; one that was interrupted is resumed.
 
     Args:
         methods: name -> what it changes, see `changed`.
         started: whether a run has left something in its folder to go on from; None, where no run can be resumed.
+        places: settings that may differ from those of a finished run.
+
+    Raises:
+        ValueError: a finished run has other settings, before any is run.
     """
-    for seed in range(given.seeds):
-        for name in given.methods:
-            one = changed(settings, name, methods[name], seed)
-            if not (one.out / "results.json").is_file():
-                print(one.out, flush=True)
-                run(one if started is None else dataclasses.replace(one, resume=started(one.out)))
+    runs = [changed(settings, name, methods[name], seed) for seed in range(given.seeds) for name in given.methods]
+    finished = [(one.out / "results.json").is_file() for one in runs]
+    for one in (one for one, done in zip(runs, finished, strict=True) if done):
+        found = json.loads((one.out / "results.json").read_text())
+        check_same(one, found.get("config", found.get("settings", {})), places, one.out / "results.json")
+    for one in (one for one, done in zip(runs, finished, strict=True) if not done):
+        print(one.out, flush=True)
+        run(one if started is None else dataclasses.replace(one, resume=started(one.out)))
     return [changed(settings, name, methods[name], seed) for name in given.methods for seed in range(given.seeds)]
 
 
 def summarise(results: list[dict[str, Any]]) -> Summary:
     """label -> column -> (mean, sample standard deviation, runs); a column is "dense" or "PATTERN, REPAIR", or one of them, corrupted."""
+    check_seeds(results)
     columns: dict[str, dict[str, list[float]]] = {}
     for r in results:
         found = columns.setdefault(r["label"], {})

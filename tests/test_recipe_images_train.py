@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -216,7 +217,7 @@ def test_resuming_another_run_is_refused(cifar, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"last\.pt is missing"):
         train.train(dataclasses.replace(given, resume=True))
     train.train(given)
-    with pytest.raises(ValueError, match=r"resume: lr must be 0\.1 as in last\.pt, got 0\.2"):
+    with pytest.raises(ValueError, match=r"lr must be 0\.1 as in .*last\.pt, got 0\.2: another run needs another --out"):
         train.train(dataclasses.replace(given, resume=True, lr=0.2))
 
 
@@ -245,8 +246,14 @@ def test_tensorboard_has_the_epochs_and_what_the_optimizer_did(cifar, tmp_path):
 
 
 def test_an_infinite_loss_stops_with_the_last_good_epoch(cifar, tmp_path):
-    with pytest.raises(RuntimeError, match="the loss must be finite, got"):
-        train.train(config(cifar, tmp_path, method="sgd", lr=1e30, epochs=2, warmup_epochs=0))
+    given = config(cifar, tmp_path, method="sgd", epochs=2, warmup_epochs=0)
+    with pytest.raises(ValueError, match=r"the loss must be finite, got nan in epoch 1$"):
+        train.train(dataclasses.replace(given, lr=1e30))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"in epoch 2; .*last\.pt has the epoch before"):
+        losses = iter([1.0, math.inf])
+        patch.setattr(train, "one_epoch", lambda *args: next(losses))
+        train.train(given)
+    assert len(saved(tmp_path)["history"]) == 1
 
 
 # Several processes
@@ -263,6 +270,7 @@ def two_processes(cifar, tmp_path_factory) -> Path:
     runs += [([*three, "--out", str(out / "whole")], None), ([*three, "--out", str(out / "parts")], 2)]
     runs += [([*three, "--out", str(out / "parts"), "--resume", "true"], None)]
     runs += [([*one_step, "fsdp2", "--precision", "bf16", "--out", str(out / "bf16")], None)]
+    runs += [([*one_step, "fsdp2", "--eval_only", "true", "--out", str(out / "fsdp2")], None)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "recipe_ranks.py"), json.dumps(runs)],
@@ -272,6 +280,7 @@ def two_processes(cifar, tmp_path_factory) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (out / "said.txt").write_text(done.stdout)
     return out
 
 
@@ -290,6 +299,12 @@ def test_fsdp2_resumes_to_the_bit(two_processes):
     whole, parts = saved(two_processes / "whole"), saved(two_processes / "parts")
     assert [row["loss"] for row in whole["history"]] == [row["loss"] for row in parts["history"]]
     assert_same_bits(list(parts["model"].values()), list(whole["model"].values()))
+
+
+def test_fsdp2_tests_its_best_checkpoint(two_processes):
+    """Whole tensors without an optimizer go into the shards."""
+    best = json.loads((two_processes / "fsdp2" / "results.json").read_text())["best"]["accuracy"]
+    assert f"test accuracy {best:.2f} %" in (two_processes / "said.txt").read_text()
 
 
 def test_a_checkpoint_of_two_processes_is_one_of_one(two_processes, cifar):

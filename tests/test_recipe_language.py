@@ -182,6 +182,14 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     classify_study.main()
     assert times == [(folder / "results.json").stat().st_mtime_ns for folder in runs if folder != runs[1]]
     assert (tmp_path / "table.md").read_text() == table
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match=r"lr must be 0\.005 as in .*adamw-0.*, got 0\.1: another run"),
+    ):
+        patch.setattr(sys, "argv", [*sys.argv, "--lr", "0.1"])
+        classify_study.main()
+    with pytest.raises(ValueError, match=r"out must be a folder without another run, got .*results\.json"):
+        classify.main(options(given, runs[0]))
     (runs[0] / "repaired").mkdir()  # as a later run with --eval_only leaves it
     later = found[0] | {"reconstructed": {"50 %": {"accuracy": 12.5}}, "settings": found[0]["settings"] | {"reconstruct": 32}}
     (runs[0] / "repaired" / "results.json").write_text(json.dumps(later))

@@ -98,8 +98,19 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must be a share in [0, 1), got {self.validation}")
-        if self.warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        for name in ("warmup_epochs", "train_images", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if abs(self.seed) >= 2**23:
+            raise ValueError(f"seed must be below 2**23, for other seeds are made of it, got {self.seed}")
+        if self.second_pass == "drawn" and self.method in ("sgd", "sam"):
+            raise ValueError(f"method must be cram or cram+ with second_pass drawn, which prunes in half of the steps, got {self.method}")
+        if self.parallel == "fsdp2" and self.channels_last:
+            raise ValueError("channels_last must be false with parallel fsdp2, whose parts of a weight have no such order, got true")
+        if self.start_pattern is not None and self.start is None:
+            raise ValueError(f"start must name a checkpoint with start_pattern {self.start_pattern}, got none")
+        if self.start_pattern is not None:
+            pattern(self.start_pattern)
         if self.second_pass == "drawn" and self.precision == "fp16":
             raise ValueError("precision must be fp32 or bf16 with second_pass drawn, which has no gradient scaler, got fp16")
         self.patterns()

@@ -5,6 +5,7 @@ needs ImageMagick. Severities are those of 224 x 224 images; on smaller ones the
 """
 
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,15 @@ DIGITAL = ("contrast", "elastic_transform", "pixelate", "jpeg_compression")
 ALL = (*NOISE, *BLUR, *WEATHER, *DIGITAL)
 
 
+def package() -> Any:
+    """corrupt-tta's function; ValueError where it is missing."""
+    try:
+        from corrupt_tta import corrupt as apply
+    except ImportError as error:
+        raise ValueError(f"corruptions need the package corrupt-tta ({error}): pip install corrupt-tta") from error
+    return apply
+
+
 def names(given: list[str]) -> list[str]:
     """The names, "all" being all 15."""
     if given == ["all"]:
@@ -30,11 +40,7 @@ def names(given: list[str]) -> list[str]:
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
     """uint8 [height, width, 3] -> the same, corrupted; equal seeds give equal noise."""
-    try:
-        from corrupt_tta import corrupt as apply
-    except ImportError as error:
-        raise RuntimeError(f"corruptions need the package corrupt-tta ({error}): pip install corrupt-tta") from error
-    state, new_generator = np.random.get_state(), np.random.default_rng
+    apply, state, new_generator = package(), np.random.get_state(), np.random.default_rng
 
     def seeded(given: int | None = None) -> np.random.Generator:
         return new_generator(seed if given is None else given)

@@ -18,16 +18,17 @@ from typing import Any, Literal
 
 import corruptions
 import torch
+from checkpoints import check_fits, read
 from config import Config, pattern
 from data import Batches, Images, Memory, calibration, some
 from models import make
 from torch import nn
-from train import PLACES, accuracy, data_of, versions, write_json
+from train import PLACES, accuracy, data_of, device_of, versions
 
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, counted, parser_of, summarise, table
+from comparison import Summary, check_seeds, counted, parser_of, plain, summarise, table, told, write_json
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
 LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
@@ -65,6 +66,20 @@ class Evaluation:
     corrupted_images: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for text in self.patterns:
+            pattern(text)
+        if self.calibration < 2 or self.corrupted_images < 0:
+            got = f"{self.calibration} and {self.corrupted_images}"
+            raise ValueError(f"calibration must be at least 2 images and corrupted_images at least 0, got {got}")
+        if self.corruptions and (not self.severities or set(self.severities) - {1, 2, 3, 4, 5}):
+            raise ValueError(f"severities must be some of 1 to 5, got {self.severities}")
+        if self.corruptions:
+            corruptions.names(self.corrupted_by())
+
+    def corrupted_by(self) -> list[str]:
+        return [self.corruptions] if isinstance(self.corruptions, str) else self.corruptions
+
 
 def label(config: dict[str, Any]) -> str:
     """What sets a run apart in a table."""
@@ -93,24 +108,33 @@ def repaired(model: nn.Module, what: str, dense: nn.Module, tuned: nn.Module, im
     return model
 
 
+def config_of(saved: dict[str, Any], path: Path) -> Config:
+    """Of a run; ValueError for options that are no run's."""
+    try:
+        return Config(**{name: Path(v) if name in ("data_path", "out", "start") and v else v for name, v in saved["config"].items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a checkpoint of train.py, got options that are not its own: {error}") from error
+
+
 def evaluate_run(folder: Path, given: Evaluation, kept: dict[Any, Any]) -> dict[str, Any]:
     """All accuracies of one run, in percent. `kept` has corrupted images of earlier runs."""
-    saved = torch.load(folder / given.checkpoint, map_location="cpu", weights_only=True)
-    device = torch.device(given.device)
-    config = Config(**{name: Path(v) if name in ("data_path", "out", "start") and v else v for name, v in saved["config"].items()})
+    path, device = folder / given.checkpoint, torch.device(given.device)
+    saved = read(path, "config", "model")
+    config = config_of(saved, path)
     training, _, test, classes = data_of(config)
     if given.test_path is not None:
         test = data_of(replace(config, data_path=given.test_path))[2]
     model = make(config.model, classes, training.take(torch.tensor([0]), None).shape[1])
+    check_fits(model, saved["model"], path)
     model.load_state_dict(saved["model"])
     model.to(device).eval()
     images, judged = calibration(training, given.calibration), Batches(test, config.batch, shuffle=False)
     tuned = copy.deepcopy(model)
     tune_batchnorm(tuned, images, len(images))
-    options = {name: value for name, value in saved["config"].items() if name not in PLACES}
-    result: dict[str, Any] = {"run": folder.name, "label": label(saved["config"]), "seed": config.seed, "config": options}
+    options = {name: value for name, value in plain(config).items() if name not in PLACES}
+    result: dict[str, Any] = {"run": folder.name, "label": label(options), "seed": config.seed, "config": options}
     result |= {"dense": accuracy(model, judged, device), "dense_tuned": accuracy(tuned, judged, device), "pruned": {}, "zeros": {}}
-    names = [given.corruptions] if isinstance(given.corruptions, str) else given.corruptions
+    names = given.corrupted_by()
     models = {"dense": model, "dense, batch norm tuned": tuned}
     print(f"{folder}: dense {result['dense']:.2f} %, with batch norms tuned {result['dense_tuned']:.2f} %", flush=True)
     for text in given.patterns:
@@ -188,6 +212,15 @@ def evaluate(given: Evaluation) -> dict[str, Any]:
 
     What is done of it is in `unfinished.json` until then: an evaluation that was stopped goes on with the next run.
     """
+    if not given.runs:
+        raise ValueError("runs must be folders that train.py has written, got none")
+    device_of(given.device)
+    if given.corruptions:
+        corruptions.package()
+    paths = [folder / given.checkpoint for folder in given.runs]
+    settings = [plain(config_of(read(path, "config", "model"), path)) for path in paths]
+    places = PLACES - {"data_path"}
+    check_seeds([{"label": label(s), "config": {k: v for k, v in s.items() if k not in places}} for s in settings])
     given.out.mkdir(parents=True, exist_ok=True)
     kept: dict[Any, Any] = {}
     unfinished = given.out / "unfinished.json"
@@ -219,4 +252,4 @@ def parse(arguments: list[str] | None = None) -> Evaluation:
 
 
 if __name__ == "__main__":
-    evaluate(parse())
+    told(lambda: evaluate(parse()))

@@ -7,6 +7,7 @@ Runs that are finished (results.json is there) are not trained again, an interru
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from pathlib import Path
 import torch
 from config import parse
 from evaluate import REPAIRS, Evaluation, evaluate
-from train import train
+from train import PLACES, train
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, in_one_word, runs_of
+from comparison import arguments, in_one_word, runs_of, told
 
 METHODS = {  # name: what it changes in the configuration
     "sgd": {"method": "sgd"},
@@ -43,10 +44,11 @@ def main() -> None:
         print(evaluated.format_help().strip().replace("options:", "of the evaluation:"), end="\n\n")
     torch.set_num_threads(1)  # networks this small are all overhead on more
     config = parse(options)
-    runs = runs_of(config, METHODS, given, lambda folder: (folder / "last.pt").is_file(), train)
     # Not the best epoch, which would be chosen on the test images.
-    evaluate(Evaluation([one.out for one in runs], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs))
+    evaluation = Evaluation([], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs)
+    runs = runs_of(config, METHODS, given, lambda folder: (folder / "last.pt").is_file(), train, PLACES - {"data_path"})
+    evaluate(dataclasses.replace(evaluation, runs=[one.out for one in runs]))
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -7,8 +7,6 @@
 Needs `pip install 'cram_kernels[examples]'`. evaluate.py prunes what this has trained.
 """
 
-import dataclasses
-import json
 import math
 import os
 import platform
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checkpoints import Checkpoints, rank, ranks
+from checkpoints import Checkpoints, rank, ranks, read
 from config import Config, parse, pattern
 from data import Batches, Images, calibration, held_back, load, some
 from models import head, make
@@ -37,18 +35,34 @@ from tqdm.auto import tqdm
 import cram_kernels
 from cram_kernels import CrAM, hold_zeros, prune, train_step, tune_batchnorm
 
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import check_same, check_unused, plain, told, write_json
+
 PLACES = {"out", "resume", "eval_only", "device", "workers", "tensorboard", "data_path"}  # options that do not change the run
+
+
+def device_of(name: str) -> torch.device:
+    """ValueError for a device that is not here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that this torch has here, got {name!r}: {why}") from error
 
 
 def start_processes(config: Config) -> torch.device:
     """The device of this process; under torchrun the process group is made."""
     kind = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    device = device_of(f"cuda:{local}" if kind == "cuda" else kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if config.parallel == "fsdp2" and ranks() == 1:
+        raise ValueError("parallel fsdp2 must have several processes, started by torchrun, got 1")
+    if config.batch < ranks():
+        raise ValueError(f"batch must have an image for each process, got {config.batch} for {ranks()} processes")
     return device
 
 
@@ -56,10 +70,10 @@ def network(config: Config, classes: int, channels: int) -> nn.Module:
     """The network to begin with: a new one, or that of `start`, pruned where `start_pattern` says so."""
     torch.manual_seed(config.seed)
     model = make(config.model, classes, channels)
-    if config.start is not None:
-        given = torch.load(config.start, map_location="cpu", weights_only=True)
+    if config.start is not None and not config.resume and not config.eval_only:  # else the weights are those of `out`, zeros included
+        given = read(config.start)
         given, own = given.get("model", given), model.state_dict()
-        fitting = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
+        fitting = {name: t for name, t in given.items() if name in own and own[name].shape == getattr(t, "shape", None)}
         missing = [name for name in own if name not in fitting and not name.startswith(head(model)[0] + ".")]
         if missing:
             raise ValueError(f"start must be a checkpoint of {config.model}, got {config.start} without a fitting {missing[0]!r}")
@@ -130,23 +144,6 @@ def accuracy(module: nn.Module, batches: Batches, device: torch.device, workers:
     return 100 * int(right) / int(count)
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """The options as JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
-
-
-def check_same_run(config: Config, saved: dict[str, Any]) -> None:
-    for name, value in plain(config).items():
-        if name not in PLACES and saved.get(name) != value:
-            raise ValueError(f"resume: {name} must be {saved.get(name)!r} as in last.pt, got {value!r}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 def versions() -> dict[str, str]:
     return {"cram_kernels": cram_kernels.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -154,10 +151,14 @@ def versions() -> dict[str, str]:
 def data_of(config: Config) -> tuple[Images, Images | None, Images, int]:
     """(training images, images held back for validation or None, test images, classes)."""
     train, test, classes = load(config.data, config.data_path)
+    if config.train_images > len(train):
+        raise ValueError(f"train_images must be at most the {len(train)} of {config.data}, got {config.train_images}")
     train = some(train, config.train_images)
-    if not config.validation:
-        return train, None, test, classes
-    rest, held = held_back(train, config.validation)
+    rest, held = held_back(train, config.validation) if config.validation else (train, None)
+    if held is not None and not len(held):
+        raise ValueError(f"validation must hold back an image or more, got {config.validation} of {len(train)}")
+    if not len(Batches(rest, config.batch, True, ranks=ranks())):
+        raise ValueError(f"train_images and validation must leave two images or more to each process, got {len(rest)}")
     return rest, held, test, classes
 
 
@@ -196,32 +197,37 @@ def one_epoch(
 
 def train(config: Config) -> dict[str, Any]:
     """Train, or with `eval_only` just test; returns what results.json holds."""
-    device = start_processes(config)
+    device, again = start_processes(config), config.resume or config.eval_only
+    if not again:
+        check_unused(config.out, "last.pt", "best.pt", "results.json")
+    path = config.out / ("best.pt" if config.eval_only else "last.pt")
+    saved = read(path, "config", "model") if again else {}
+    if config.resume and not config.eval_only:
+        check_same(config, saved["config"], PLACES, path)
     training, held, test, classes = data_of(config)
     model = network(config, classes, training.take(torch.tensor([0]), None).shape[1]).to(device)
-    if config.start_pattern is not None and not config.resume and not config.eval_only:
+    if config.start_pattern is not None and not again:
         tune_batchnorm(model, images := calibration(training), len(images))
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     model, module = wrapped(model, config)
-    held_zeros = hold_zeros(model) if config.hold_zeros else nullcontext()
     optimizer = optimizer_of(model, config)
     checkpoints = Checkpoints(config.out, model, optimizer)
+    if again:
+        checkpoints.load(saved, path)
     judged = [Batches(images, config.batch, False, 0, rank(), ranks()) for images in (held if held is not None else test, test)]
     if config.eval_only:
-        checkpoints.load("best.pt")
         results = {"test": accuracy(module, judged[1], device, config.workers), "config": plain(config), "versions": versions()}
         if rank() == 0:
             print(f"test accuracy {results['test']:.2f} %")
         return results
+    held_zeros = hold_zeros(model) if config.hold_zeros else nullcontext()
     config.out.mkdir(parents=True, exist_ok=True)
     batches = Batches(training, config.batch, True, config.seed, rank(), ranks())
     scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
     history: list[dict[str, Any]] = []
     best = {"epoch": 0, "accuracy": -1.0, "test": -1.0}
     if config.resume:
-        saved = checkpoints.load("last.pt")
-        check_same_run(config, saved["config"])
         history, best = saved["history"], saved["best"]
         if scaler is not None:
             scaler.load_state_dict(saved["scaler"])
@@ -250,7 +256,8 @@ def train(config: Config) -> dict[str, Any]:
             coins = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             loss = one_epoch(config, module, optimizer, batches, device, scaler, coins, after_step)
             if not math.isfinite(loss):
-                raise RuntimeError(f"the loss must be finite, got {loss} in epoch {epoch + 1}; {config.out}/last.pt has the epoch before")
+                kept = f"; {config.out}/last.pt has the epoch before" if history else ""
+                raise ValueError(f"the loss must be finite, got {loss} in epoch {epoch + 1}{kept}")
             if ranks() > 1:
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)  # each process has batch norms of its own
@@ -290,12 +297,10 @@ def train(config: Config) -> dict[str, Any]:
 def main() -> None:
     try:
         train(parse())
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -17,6 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import told
+
 
 @dataclass
 class Answer(recipe.Settings):
@@ -72,7 +75,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"answer.py: {error}")
+    told(main)

@@ -25,7 +25,7 @@ from classify_study import PLACES, label
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, runs_of, summarise, table
+from comparison import arguments, runs_of, summarise, table, told
 
 from cram_kernels import CrAM, SparsityWarmup, prune, reconstruct, train_step
 
@@ -220,7 +220,7 @@ def run(s: Characters) -> dict[str, Any]:
 def main() -> None:
     given, options = arguments("Predict characters with every method and every seed, and prune in one shot.", METHODS)
     s: Characters = recipe.parse(Characters, "Predict characters, and prune in one shot.", options)
-    runs = runs_of(s, METHODS, given, None, run)
+    runs = runs_of(s, METHODS, given, None, run, PLACES)
     results = [json.loads((one.out / "results.json").read_text()) for one in runs]
     text = table(summarise(results), list(results[0]["pruned"]), ["as pruned", "reconstructed"], digits=3)
     recipe.write_json(s.out / "study.json", {"runs": results})
@@ -229,7 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"characters.py: {error}")
+    told(main)

@@ -17,6 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import told
+
 
 @dataclass
 class Classify(recipe.Settings):
@@ -103,7 +106,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"classify.py: {error}")
+    told(main)

@@ -16,7 +16,7 @@ import recipe
 from classify import Classify, classify
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import arguments, counted, runs_of, summarise, table
+from comparison import arguments, counted, runs_of, summarise, table, told
 
 METHODS = {  # name: what it changes in the settings; work in passes over a text, AdamW's being 1
     "adamw": {"method": "adamw"},  # 1
@@ -60,7 +60,7 @@ def row(folder: Path) -> dict[str, Any]:
 def main() -> None:
     given, options = arguments("Fine-tune with every method and every seed, and prune all of them.", METHODS, ABLATIONS)
     s: Classify = recipe.parse(Classify, "Classify texts, and prune in one shot.", options)
-    runs = runs_of(s, METHODS, given, lambda folder: any(folder.glob("checkpoint-*")), classify)
+    runs = runs_of(s, METHODS, given, lambda folder: any(folder.glob("checkpoint-*")), classify, PLACES - {"train", "test"})
     results = [row(one.out) for one in runs]
     patterns = list(results[0]["pruned"])
     text = table(summarise(results), patterns, ["as pruned", "reconstructed"])
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -1,7 +1,6 @@
 """What the two tasks share: options, training under Hugging Face's Trainer, pruning in one shot, results."""
 
 import copy
-import dataclasses
 import json
 import os
 import platform
@@ -17,12 +16,12 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+sys.path.append(str(Path(__file__).parent.parent))
+from comparison import check_unused, parser_of, plain, write_json
+
 import cram_kernels
 from cram_kernels import NM, CrAM, Pattern, SparsityWarmup, TopK, prune, reconstruct
 from cram_kernels.integrations.transformers import TwoPassTrainer
-
-sys.path.append(str(Path(__file__).parent.parent))
-from comparison import parser_of
 
 Rows = list[dict[str, Any]]
 TRAINING = ("method", "compression", "rho", "sparsity_warmup", "second_pass", "lr", "weight_decay", "batch", "epochs", "max_grad_norm")
@@ -209,6 +208,8 @@ def run(
         judge: the scores of a model in percent.
         inputs: batches of keyword arguments without labels, for `reconstruct`.
     """
+    if not s.resume and not s.eval_only:
+        check_unused(s.out, "results.json", "checkpoint-*")
     trained = None if s.eval_only else train(model, rows, collate, s)
     results: dict[str, Any] = {"settings": recorded(s), "versions": versions(), "training": trained, "zeros": {}}
     if not is_first_process():
@@ -232,12 +233,6 @@ def run(
     return results
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown: the scores of the dense network and of each pattern."""
     names = list(results["pruned"])
@@ -247,10 +242,6 @@ def table(results: dict[str, Any]) -> str:
             if cells := [f"{results[key][name][score]:.1f}" for name in names if name in results[key]]:
                 lines.append(f"| {score} | {what} | {dense:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def plain(s: Settings) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(s).items()}
 
 
 def recorded(s: Settings) -> dict[str, Any]:
