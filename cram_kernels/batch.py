@@ -105,7 +105,7 @@ def split_batch(batch: Any, second_pass: SecondPass = "all") -> tuple[Any, Any]:
 
     Example:
         >>> first, second = split_batch((images, labels), "split")
-        >>> first, second = split_batch((images, boxes), lambda batch: tuple(zip(*[(part[:2], part[2:]) for part in batch])))
+        >>> first, second = split_batch((images, labels), lambda batch: tuple(zip(*[(part[:2], part[2:]) for part in batch])))
     """
     check_second_pass("split_batch", second_pass)
     if callable(second_pass):

@@ -2,7 +2,9 @@
 
 import copy
 import warnings
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import PlainCrAM, assert_same_bits, clones, random_tensors, set_gradients, two_halves
@@ -272,6 +274,7 @@ CHANGES = {
     "rho": lambda group: group.update(rho=0.4),
     "a tensor": lambda group: group["rho"].fill_(0.4),
     "a list": grow,
+    "an array": lambda group: (group["rho"].fill(0.4), group["lr"].fill(0.3)),
     "plus": lambda group: group.update(plus=False),
     "weight_decay": lambda group: group.update(weight_decay=0.5),
     "compression": lambda group: group.update(compression=[TopK(0.9)]),
@@ -287,11 +290,19 @@ def test_what_is_changed_in_a_group_holds_from_the_next_step_on(change):
         params = fresh()
         optimizer = CrAM(params, torch.optim.AdamW, lr=0.1, weight_decay=0.0, compression=[TopK(0.5)])
         group = optimizer.param_groups[0]
-        group["betas"] = [0.9, 0.999]
+        if change == "a list":
+            group["betas"] = [0.9, 0.999]
         if change == "a tensor":
             group["rho"] = torch.tensor(0.05)
+        if change == "an array":
+            group["rho"], group["lr"] = np.array(0.05), np.array(0.1)
+        kept = []
         for seed in (1, 3):
             two_halves(optimizer, params, grads(seed), grads(seed + 1))
+            kept.append(optimizer._workspace.settings)
+        assert (kept[0] is kept[1]) == (change not in ("a tensor", "a list", "an array")), (
+            "options are kept where they can be, for this to test it"
+        )
         if copied:
             params, optimizer = copy.deepcopy((params, optimizer))
         if changed:
@@ -301,6 +312,77 @@ def test_what_is_changed_in_a_group_holds_from_the_next_step_on(change):
 
     assert_same_bits(trained(False, True), trained(True, True))
     assert not torch.equal(trained(False, True)[0], trained(False, False)[0])
+
+
+@pytest.mark.parametrize(
+    "key, value", [("weight_decay", 5.0), ("momentum", 0.0), ("maximize", True), ("nesterov", True), ("dampening", 0.5)]
+)
+@pytest.mark.parametrize("from_hook", [False, True])
+def test_what_sgd_is_told_while_it_trains_is_what_torch_does(key, value, from_hook):
+    """Against torch.optim.SGD, with two groups of own values; a pre-hook of the base writes for its own step, as in torch."""
+    ours, theirs = fresh(), fresh()
+    groups = [[{"params": p[:1], "weight_decay": 0.1}, {"params": p[1:]}] for p in (ours, theirs)]
+    optimizers = [torch.optim.SGD(own, lr=0.01, momentum=0.9, foreach=False) for own in groups]
+    wrapper, steps = CrAM(optimizers[0], plus=False, rho=0.0, compression=[]), Counter()
+
+    def tell(base, *_):
+        steps[base] += 1
+        if steps[base] == 4:
+            base.param_groups[1][key] = value
+
+    for base in optimizers if from_hook else ():
+        base.register_step_pre_hook(tell)
+    for seed in range(6):
+        for base in optimizers if not from_hook else ():
+            tell(base)
+        set_gradients(theirs, grads(seed))
+        optimizers[1].step()
+        two_halves(wrapper, ours, grads(seed), grads(seed))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_hook_that_writes_for_its_step_alone_is_heard_in_each_step():
+    ours, theirs = fresh(), fresh()
+    optimizers = [torch.optim.SGD(p, lr=0.01, weight_decay=0.1) for p in (ours, theirs)]
+    wrapper, before = CrAM(optimizers[0], plus=False, rho=0.0, compression=[]), optimizers[0].param_groups[0]["weight_decay"]
+    for base in optimizers:
+        told = iter((0.1, 1.0, 3.0, 0.0))
+        base.register_step_pre_hook(lambda base, *_, told=told: base.param_groups[0].update(weight_decay=next(told)))
+        base.register_step_post_hook(lambda base, *_: base.param_groups[0].update(weight_decay=before))
+    for seed in range(4):
+        set_gradients(theirs, grads(seed))
+        optimizers[1].step()
+        two_halves(wrapper, ours, grads(seed), grads(seed))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_hooks_are_called_once_a_step_also_where_a_class_overrides_it_or_its_closure_makes_them():
+    class Own(CrAM):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    for kind in (CrAM, Own):
+        params, calls = fresh(), Counter()
+        optimizer = kind(params, torch.optim.SGD, lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.update(["before"]))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.update(["after"]))
+        two_halves(optimizer, params, grads(1), grads(2))
+        assert calls == {"before": 1, "after": 1}, kind
+    params, calls = fresh(), Counter()
+    optimizer = CrAM(params, torch.optim.SGD, lr=0.1)
+
+    def closure():
+        if not optimizer._optimizer_step_post_hooks:
+            optimizer.register_step_post_hook(lambda *_: calls.update(["after"]))
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert calls == {"after": 1}
 
 
 @pytest.mark.parametrize("key, value", [("plus", 1), ("rho", -1.0), ("differentiable", True), ("mask_period", 2), ("compression", "none")])

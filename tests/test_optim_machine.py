@@ -269,6 +269,21 @@ class Machine(RuleBasedStateMachine):
         self.model.rho = rho
 
     @precondition(lambda self: not self.open)
+    @rule(weight_decay=st.sampled_from([0.0, 0.01, 0.1]))
+    def set_weight_decay(self, weight_decay):
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = weight_decay
+        self.model.weight_decay = self.base_options["weight_decay"] = weight_decay
+
+    @precondition(lambda self: not self.open)
+    @rule(plus=st.booleans())
+    def set_plus(self, plus):
+        for group in self.optimizer.param_groups:
+            group["plus"] = plus
+        self.model.plus = plus
+        self.options = self.options | {"plus": plus}
+
+    @precondition(lambda self: not self.open)
     @rule(i=st.integers(0, 3), frozen=st.booleans())
     def freeze(self, i, frozen):
         self.params[i].requires_grad_(not frozen)
@@ -309,7 +324,8 @@ class Machine(RuleBasedStateMachine):
             self.optimizer.restore()
             self.optimizer.zero_grad()
             self.open = False
-        self.optimizer.add_param_group(self.second_group(self.params) | {"lr": self.model.lr, "rho": self.model.rho})
+        options = {name: getattr(self.model, name) for name in ("lr", "rho", "weight_decay", "plus")}
+        self.optimizer.add_param_group(self.second_group(self.params) | options)
         self.members = {0, 1, 2, 3}
 
     @precondition(lambda self: not self.open and self.base != "rmsprop" and not self.options["master_weights"] and not self.hooks)

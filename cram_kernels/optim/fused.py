@@ -44,6 +44,7 @@ class Update:
     ) -> None:
         self.base, self.workspace, self.settings, self.first, self.second = base, workspace, settings, first, second
         self.groups, self.perturbed, self.careful = base.param_groups, perturbed, careful
+        self.changeable = False  # whether a pre-hook of the base may have written to the groups, for this step or for all
 
     def run(self, parts: list[Columns], pre_hooks: Hooks, post_hooks: Hooks) -> None:
         """Restore and update the parameters of `parts`. Hooks are those that users have registered on the base; they see the combined
@@ -55,6 +56,7 @@ class Update:
                 self._combine(part)
             if skipped(self.second):
                 return
+            self.changeable = bool(pre_hooks)
             for hook in pre_hooks:
                 hook(base, (), {})
             self.second = PLAIN
@@ -89,11 +91,14 @@ class Update:
     def options(self, part: Columns, read: Callable[[Groups], dict[str, list[Any]]]) -> dict[str, Any]:
         """Group options, which `read` finds, as the ops take them: one value for all, or one a parameter. Left out are those that are 0
         everywhere, which is the default of the ops but for the options in ALWAYS."""
-        if self.settings.numbers is None:
+        numbers = None if self.changeable else self.settings.numbers
+        if numbers is None:
             found = {name: values for name, values in read(self.groups).items() if any(values) or name in ALWAYS}
             shared = {name: values[:1] for name, values in found.items() if values.count(values[0]) == len(values)}
-            self.settings.numbers = shared, {name: values for name, values in found.items() if name not in shared}
-        shared, own = self.settings.numbers
+            numbers = shared, {name: values for name, values in found.items() if name not in shared}
+            if not self.changeable:
+                self.settings.numbers = numbers
+        shared, own = numbers
         return shared | {name: [values[s.group] for s in part.slots] for name, values in own.items()} if own else shared
 
     def lr(self, part: Columns) -> Tensor:

@@ -166,7 +166,8 @@ class Workspace:
         numbers = per_tensor([float(value) for value in values], slots)
         value: Any = numbers[0] if len(numbers) == 1 else numbers
         made = torch.tensor(value, dtype=torch.float32, device=device) if kept is None or kept[2] != numbers else kept[3]
-        self.options[name, device] = values, slots, numbers, made
+        lasting = all([type(value) in (int, float) for value in values])  # an array of NumPy may say something else in the next step
+        self.options[name, device] = values if lasting else [None] * len(values), slots, numbers, made
         return made
 
     # --- masks that are kept for later steps (mask_period) ---
