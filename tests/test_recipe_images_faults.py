@@ -333,11 +333,11 @@ def test_broken_files_of_fashion_are_named(tmp_path):
     assert len(data.load("fashion_mnist", tmp_path)[1]) == 32
 
 
-@pytest.mark.parametrize("name", ["half.jpg", "half.png", "empty.jpg", ".DS_Store", "readme.txt", "404.jpg"])
+@pytest.mark.parametrize("name", ["half.jpg", "half.png", "empty.jpg", "readme.txt", "404.jpg"])
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_files_that_are_no_images_are_named(name, part, tmp_path):
     path = image_sets.write_folder(tmp_path, train=2, val=2) / part / "n00000001" / name
-    content = {".DS_Store": b"\0\0\0\1Bud1", "readme.txt": b"Images", "empty.jpg": b"", "404.jpg": b"<html>"}
+    content = {"readme.txt": b"Images", "empty.jpg": b"", "404.jpg": b"<html>"}
     if name.startswith("half"):
         pixels = np.random.default_rng(0).integers(255, size=(90, 80, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"whole{path.suffix}")
@@ -346,6 +346,17 @@ def test_files_that_are_no_images_are_named(name, part, tmp_path):
     path.write_bytes(content[name])
     with pytest.raises(ValueError, match=f"{path} must be an image, got"):
         data.load("imagefolder", tmp_path)
+
+
+def test_hidden_files_and_folders_are_not_of_the_data(tmp_path):
+    """Which a file manager or a notebook leaves behind."""
+    image_sets.write_folder(tmp_path, train=2, val=2)
+    known = [len(part) for part in data.load("imagefolder", tmp_path)[:2]]
+    for part in ("train", "val"):
+        (tmp_path / part / "n00000001" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+    train, val, classes = data.load("imagefolder", tmp_path)
+    assert [len(train), len(val)] == known and classes == len({path.parent.name for path in train.paths})
 
 
 def test_images_that_break_within_are_named_when_they_are_read(tmp_path):

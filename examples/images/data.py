@@ -318,11 +318,11 @@ def _mnist5k(name: str, path: Path) -> tuple[Images, Images, int]:
 
 
 def _folder(name: str, path: Path) -> tuple[Images, Images, int]:
-    classes = sorted(p.name for p in (path / "train").iterdir() if p.is_dir()) if (path / "train").is_dir() else []
+    classes = sorted(_folders(path / "train")) if (path / "train").is_dir() else []
     if not classes or not (path / "val").is_dir():
         raise FileNotFoundError(f"imagefolder: {path} must have train/CLASS/ and val/CLASS/ with images, as ImageNet is laid out")
 
-    if unknown := {p.name for p in (path / "val").iterdir() if p.is_dir()} - set(classes):
+    if unknown := _folders(path / "val") - set(classes):
         raise ValueError(f"{path / 'val' / min(unknown)} must be of a class in {path / 'train'}, got another")
 
     def read(part: str) -> Folder:
@@ -336,9 +336,14 @@ def _folder(name: str, path: Path) -> tuple[Images, Images, int]:
     return read("train"), read("val"), len(classes)
 
 
+def _folders(path: Path) -> set[str]:
+    return {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+
+
 def _images(folder: Path) -> list[Path]:
-    """The files of a class. Only the header of each is read, and its end: one that seems cut off is decoded."""
-    paths = sorted(p for p in folder.glob("*") if p.is_file())
+    """The files of a class, but for hidden ones such as .DS_Store. Only the header of each is read, and its end: one that seems cut off
+    is decoded."""
+    paths = sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith("."))
     for path in paths:
         with _reading(path, "an image"), open(path, "rb") as stream, Image.open(stream) as image:
             stream.seek(-min(1024, path.stat().st_size), 2)
