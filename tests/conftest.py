@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.path.stem in files:
                 item.add_marker(mark)
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory) -> Path:
+    """A folder of CIFAR-10's format: 120 images to train and 40 to test."""
+    import image_sets  # NumPy and Pillow, which the other tests do not need
+
+    return image_sets.write_cifar(tmp_path_factory.mktemp("cifar"))

@@ -314,6 +314,15 @@ def test_what_is_changed_in_a_group_holds_from_the_next_step_on(change):
     assert not torch.equal(trained(False, True)[0], trained(False, False)[0])
 
 
+def step_both(seed, wrapper, ours, plain, theirs) -> None:
+    """A step of a CrAM that is to do what its base does, and of that optimizer: the weights are the same, but for roundings."""
+    set_gradients(theirs, grads(seed))
+    plain.step()
+    two_halves(wrapper, ours, grads(seed), grads(seed))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "key, value", [("weight_decay", 5.0), ("momentum", 0.0), ("maximize", True), ("nesterov", True), ("dampening", 0.5)]
 )
@@ -335,11 +344,7 @@ def test_what_sgd_is_told_while_it_trains_is_what_torch_does(key, value, from_ho
     for seed in range(6):
         for base in optimizers if not from_hook else ():
             tell(base)
-        set_gradients(theirs, grads(seed))
-        optimizers[1].step()
-        two_halves(wrapper, ours, grads(seed), grads(seed))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        step_both(seed, wrapper, ours, optimizers[1], theirs)
 
 
 def test_a_hook_that_writes_for_its_step_alone_is_heard_in_each_step():
@@ -351,11 +356,7 @@ def test_a_hook_that_writes_for_its_step_alone_is_heard_in_each_step():
         base.register_step_pre_hook(lambda base, *_, told=told: base.param_groups[0].update(weight_decay=next(told)))
         base.register_step_post_hook(lambda base, *_: base.param_groups[0].update(weight_decay=before))
     for seed in range(4):
-        set_gradients(theirs, grads(seed))
-        optimizers[1].step()
-        two_halves(wrapper, ours, grads(seed), grads(seed))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        step_both(seed, wrapper, ours, optimizers[1], theirs)
 
 
 def test_hooks_are_called_once_a_step_also_where_a_class_overrides_it_or_its_closure_makes_them():

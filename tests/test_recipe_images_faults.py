@@ -33,12 +33,6 @@ def one_thread(set_threads):
 
 
 @pytest.fixture(scope="module")
-def cifar(tmp_path_factory) -> Path:
-    """120 images to train and 40 to test."""
-    return image_sets.write_cifar(tmp_path_factory.mktemp("cifar"))
-
-
-@pytest.fixture(scope="module")
 def run(cifar, tmp_path_factory) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"

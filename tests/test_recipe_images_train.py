@@ -42,12 +42,6 @@ def one_thread(set_threads):
     set_threads(1)
 
 
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory) -> Path:
-    """120 images to train and 40 to test."""
-    return image_sets.write_cifar(tmp_path_factory.mktemp("cifar"))
-
-
 def config(cifar: Path, out: Path, **options) -> Config:
     small = {"model": "resnet8", "batch": 32, "epochs": 3, "warmup_epochs": 1, "compression": [0.5, 0.9], "rho": 0.1, "tensorboard": False}
     return Config(data="cifar10", data_path=cifar, out=out, **{**small, **options})

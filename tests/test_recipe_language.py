@@ -102,7 +102,7 @@ def test_methods_and_resuming(method, given, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings.json is missing: there is no run to resume"):
         classify.main(options(given, **again))
     shutil.copy(tmp_path / "whole" / "settings.json", tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"resume: lr must be 0.005 as in .*settings.json, got 0.1"):
+    with pytest.raises(ValueError, match=r"lr must be 0.005 as in .*settings.json, got 0.1"):
         classify.main(options(given, **{**again, "lr": 0.1}))
     results = classify.main(options(given, **again))
     assert results["training"]["steps"] == 32

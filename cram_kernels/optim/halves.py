@@ -61,12 +61,13 @@ def hooked(step: _Function) -> _Function:
     def called(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        if type(self).step is called and (profiler._is_profiler_enabled or hooks or everywhere):  # type: ignore[comparison-overlap]
+        if type(self).step is not called:  # type: ignore[comparison-overlap]
+            return step(self, *args, **kwargs)
+        if profiler._is_profiler_enabled or hooks or everywhere:
             return around(self, *args, **kwargs)
         result = step(self, *args, **kwargs)
-        if type(self).step is called:  # type: ignore[comparison-overlap]
-            for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):  # made by the closure
-                hook(self, (self, *args), kwargs)
+        for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):  # made by the closure
+            hook(self, (self, *args), kwargs)
         return result
 
     called.hooked = True  # type: ignore[attr-defined]  # for torch, which puts it around each step() that does not say so

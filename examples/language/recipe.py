@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import check_unused, parser_of, plain, write_json
+from comparison import check_same, check_unused, parser_of, plain, write_json
 
 import cram_kernels
 from cram_kernels import NM, CrAM, Pattern, SparsityWarmup, TopK, prune, reconstruct
@@ -256,11 +256,8 @@ def recorded(s: Settings) -> dict[str, Any]:
 def check_same_run(s: Settings) -> None:
     path = s.out / "settings.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: there is no run to resume")
-    saved = json.loads(path.read_text())
-    for name, value in plain(s).items():
-        if name not in PLACES and saved.get(name) != value:
-            raise ValueError(f"resume: {name} must be {saved.get(name)!r} as in {path}, got {value!r}")
+        raise FileNotFoundError(f"{path} is missing: there is no run to resume, or one of version 0.2.0 or before; take another --out")
+    check_same(s, json.loads(path.read_text()), PLACES, path)
 
 
 def versions() -> dict[str, str]:
