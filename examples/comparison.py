@@ -7,18 +7,28 @@ import json
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import cram_kernels
+
 Summary = dict[str, dict[str, tuple[float, float, int]]]
+OWN = (str(Path(__file__).parent), str(Path(cram_kernels.__file__).parent))  # whose errors are written for users of a script
 
 
 def told(main: Callable[[], Any]) -> None:
-    """Run a script. What options or files lack is a line on standard error and exit status 2, as argparse does, and no traceback."""
+    """Run a script. What options or files lack is a line on standard error and exit status 2, as argparse does, and no traceback.
+
+    A ValueError that another library raises is no such message: nobody could tell from one line where it comes from.
+    """
     try:
         main()
     except (OSError, ValueError) as error:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and not last.f_code.co_filename.startswith(OWN):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -34,11 +44,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def comparable(name: str, value: Any) -> Any:
+    """A setting as it is compared: a list may hold 0.5 or "0.5", and runs that start from networks of several seeds name a file of each."""
+    if name == "start" and value:
+        return of_any_seed(str(Path(value).parent)), Path(value).name
+    return [str(item) for item in value] if isinstance(value, list) else value
+
+
+def of_any_seed(folder: str) -> str:
+    """The name of a run's folder without the number at its end, its seed."""
+    return re.sub(r"-\d+$", "", folder)
+
+
 def check_same(settings: Any, recorded: dict[str, Any], places: Collection[str], where: Path) -> None:
     """ValueError for a setting that `where` has otherwise. What an older record lacks had its default."""
     recorded = plain(type(settings)()) | recorded
     for name, value in plain(settings).items():
-        if name not in places and recorded[name] != value:
+        if name not in places and comparable("", recorded[name]) != comparable("", value):
             raise ValueError(f"{name} must be {recorded[name]!r} as in {where}, got {value!r}: another run needs another --out")
 
 
@@ -61,7 +83,7 @@ def check_seeds(runs: list[dict[str, Any]]) -> None:
                 seeds.add((label, value))
             elif name == "reconstruct" and value == 0:
                 continue  # this run has no figures after it
-            elif known.setdefault((label, name), value) != value:
+            elif comparable(name, known.setdefault((label, name), value)) != comparable(name, value):
                 got = f"{known[label, name]!r} and {value!r}"
                 raise ValueError(f"runs of one label must differ by their seed alone, got {name} {got} for {label!r}")
 
@@ -157,7 +179,7 @@ def runs_of(
     settings: Any,
     methods: dict[str, dict[str, Any]],
     given: argparse.Namespace,
-    started: Callable[[Path], bool] | None,
+    begun: Callable[[Path], dict[str, Any] | None] | None,
     run: Callable[[Any], Any],
     places: Collection[str],
 ) -> list[Any]:
@@ -165,20 +187,28 @@ def runs_of(
 
     Args:
         methods: name -> what it changes, see `changed`.
-        started: whether a run has left something in its folder to go on from; None, where no run can be resumed.
-        places: settings that may differ from those of a finished run.
+        begun: the settings of an interrupted run that has left something in its folder to go on from, else None; or None in place of the
+            function, where no run can be resumed.
+        places: settings that may differ from those of a finished or interrupted run.
 
     Raises:
-        ValueError: a finished run has other settings, before any is run.
+        ValueError: a run that is there has other settings, before any is run.
     """
     runs = [changed(settings, name, methods[name], seed) for seed in range(given.seeds) for name in given.methods]
-    finished = [(one.out / "results.json").is_file() for one in runs]
-    for one in (one for one, done in zip(runs, finished, strict=True) if done):
-        found = json.loads((one.out / "results.json").read_text())
-        check_same(one, found.get("config", found.get("settings", {})), places, one.out / "results.json")
-    for one in (one for one, done in zip(runs, finished, strict=True) if not done):
+    left: list[Any] = []
+    for one in runs:
+        path = one.out / "results.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            found = found.get("config", found.get("settings", {}))
+        else:
+            found = begun(one.out) if begun else None
+            left.append(one if begun is None else dataclasses.replace(one, resume=found is not None))
+        if found is not None:
+            check_same(one, found, places, path if path.is_file() else one.out)
+    for one in left:
         print(one.out, flush=True)
-        run(one if started is None else dataclasses.replace(one, resume=started(one.out)))
+        run(one)
     return [changed(settings, name, methods[name], seed) for name in given.methods for seed in range(given.seeds)]
 
 

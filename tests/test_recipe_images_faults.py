@@ -132,6 +132,56 @@ def test_a_study_does_not_take_finished_runs_for_others(cifar, tmp_path, monkeyp
     before = (tmp_path / "cram-0" / "last.pt").read_bytes()
     study.main()
     assert (tmp_path / "sgd-0" / "last.pt").is_file() and before == (tmp_path / "cram-0" / "last.pt").read_bytes()
+    (tmp_path / "sgd-0" / "results.json").unlink()  # as if it had been stopped in its last epoch, of others than are asked for now
+    shutil.rmtree(tmp_path / "cram-0")
+    message = f"lr must be 0.1 as in {tmp_path / 'sgd-0'}, got 0.2: another run needs another --out"
+    assert message in said(study.main, [*small, "--lr", "0.2"], monkeypatch, capsys)
+    assert not (tmp_path / "cram-0").exists()
+
+
+def test_a_run_that_was_stopped_between_its_checkpoints_goes_on(cifar, tmp_path, monkeypatch):
+    """last.pt is written first, so that the first epoch, too, leaves something to go on from. A resumed run makes up for best.pt."""
+    given = config(cifar, tmp_path, epochs=2, lr=0.01)
+    save = train.Checkpoints.save
+
+    def stopped(self, name, *args, **kwargs):
+        if name == "best.pt":
+            raise KeyboardInterrupt
+        save(self, name, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Checkpoints, "save", stopped)
+        train.train(given)
+    assert (tmp_path / "last.pt").is_file() and not (tmp_path / "best.pt").exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "one_epoch", lambda *_: stopped(None, "best.pt"))
+        train.train(dataclasses.replace(given, resume=True))
+    assert_same_bits(list(saved(tmp_path / "best.pt")["model"].values()), list(saved(tmp_path / "last.pt")["model"].values()))
+    assert saved(tmp_path / "best.pt").keys() == {"config", "history", "best", "classes", "model"}
+    assert len(train.train(dataclasses.replace(given, resume=True))["history"]) == 2
+
+
+def test_only_messages_for_users_are_a_line(monkeypatch, capsys):
+    """Where another library raises a ValueError, nobody could tell from its text what it is about."""
+    assert said(lambda: Config("cifar10", batch=0), [], monkeypatch, capsys).startswith("script.py: error: batch must")
+    assert "none.json" in said(lambda: Path("none.json").read_text(), [], monkeypatch, capsys)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        comparison.told(lambda: np.ma.masked_array(np.ones(3)).reshape(2).sum())
+
+
+def test_runs_may_start_from_networks_of_their_seed(cifar, tmp_path):
+    """A file for each seed is one experiment; files of networks that were trained in two ways are two."""
+    for name, seed in (("sgd", 0), ("sgd", 1), ("cram", 0)):
+        method = {"sgd": "sgd", "cram": "cram+"}[name]
+        train.train(config(cifar, tmp_path / f"{name}-{seed}", method=method, seed=seed))
+        start = tmp_path / f"{name}-{seed}" / "last.pt"
+        train.train(config(cifar, tmp_path / f"from-{name}-{seed}", method="sgd", seed=seed, start=start, start_pattern=0.5))
+    runs = [tmp_path / f"from-{name}" for name in ("sgd-0", "sgd-1", "cram-0")]
+    found = evaluate.evaluate(evaluate.Evaluation(runs, tmp_path / "out", patterns=[], repairs=[], checkpoint="last.pt"))
+    assert {label: row["dense"][2] for label, row in found["summary"].items()} == {
+        "SGD, from sgd at 50 %, 1 epoch": 2,
+        "SGD, from cram at 50 %, 1 epoch": 1,
+    }
 
 
 # Evaluation
@@ -159,14 +209,20 @@ def test_other_experiments_are_no_seeds(changes, message, run, tmp_path):
 @pytest.mark.parametrize("kind", ["config", "settings"])
 def test_means_are_of_runs_that_differ_by_their_seed(kind):
     """The records of images have their settings as config. What `reconstruct` has not seen yet has no figures to be averaged."""
-    runs = [{"label": "a", "dense": 1.0, "pruned": {}, kind: {"lr": 0.1, "seed": seed, "reconstruct": 128 * seed}} for seed in (0, 1)]
+    settings = [
+        {"lr": 0.1, "seed": 0, "reconstruct": 0, "start": "a/cram-0/last.pt", "compression": [0.5]},
+        {"lr": 0.1, "seed": 1, "reconstruct": 128, "start": "a/cram-1/last.pt", "compression": ["0.5"]},
+    ]
+    runs = [{"label": "a", "dense": 1.0, "pruned": {}, kind: of} for of in settings]
     assert comparison.summarise(runs)["a"]["dense"][2] == 2
     for name, value, message in (
         ("lr", 0.2, r"got lr 0\.1 and 0\.2 for 'a'"),
+        ("start", "b/cram-2/last.pt", "got start 'a/cram-0/last.pt' and 'b/cram-2/last.pt'"),
+        ("compression", [0.5, 0.6], r"got compression \[0\.5\] and \[0\.5, 0\.6\]"),
         ("reconstruct", 64, "got reconstruct 128 and 64"),
         ("seed", 0, "got seed 0 twice"),
     ):
-        other = runs[1] | {kind: {"lr": 0.1, "seed": 2, "reconstruct": 128, name: value}}
+        other = runs[1] | {kind: settings[1] | {"seed": 2, "start": "a/cram-2/last.pt", name: value}}
         with pytest.raises(ValueError, match=message):
             comparison.summarise([*runs, other])
 

@@ -120,7 +120,11 @@ def test_precision_and_eval_only(given, tmp_path):
     assert settings["patterns"] == [0.5] and settings["model"] == str(tmp_path / "a" / "model")
     alone = recipe.recorded(recipe.Settings(model=str(given / "model"), eval_only=True))
     assert "patterns" in alone and not set(recipe.TRAINING) & set(alone)
-    assert results["dense"] == json.loads((tmp_path / "a" / "results.json").read_text())["dense"]
+    record = (tmp_path / "a" / "results.json").read_text()
+    assert results["dense"] == json.loads(record)["dense"]
+    with pytest.raises(ValueError, match=r"out must be another folder than that of a training, whose results\.json would be lost, got .*a"):
+        classify.main([*again, f"--out={tmp_path / 'a'}"])
+    assert (tmp_path / "a" / "results.json").read_text() == record
 
 
 @pytest.mark.timeout(300)
@@ -190,6 +194,16 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
         classify_study.main()
     with pytest.raises(ValueError, match=r"out must be a folder without another run, got .*results\.json"):
         classify.main(options(given, runs[0]))
+    (runs[3] / "results.json").rename(tmp_path / "kept.json")  # as if it had been stopped
+    (runs[3] / "checkpoint-16").mkdir()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match=r"weight_decay must be 0\.0 as in .*split-twice-1, got 0\.1: another run"),
+    ):
+        patch.setattr(sys, "argv", [*sys.argv, "--weight_decay", "0.1", "--methods", "split-twice"])
+        shutil.rmtree(runs[2])
+        classify_study.main()
+    assert not runs[2].exists()
     (runs[0] / "repaired").mkdir()  # as a later run with --eval_only leaves it
     later = found[0] | {"reconstructed": {"50 %": {"accuracy": 12.5}}, "settings": found[0]["settings"] | {"reconstruct": 32}}
     (runs[0] / "repaired" / "results.json").write_text(json.dumps(later))

@@ -28,7 +28,7 @@ from train import PLACES, accuracy, data_of, device_of, versions
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, check_seeds, counted, parser_of, plain, summarise, table, told, write_json
+from comparison import Summary, check_seeds, counted, of_any_seed, parser_of, plain, summarise, table, told, write_json
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
 LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
@@ -93,7 +93,9 @@ def label(config: dict[str, Any]) -> str:
     parts += [passes if config["method"] != "sgd" else ""]
     if config.get("start"):
         pruned = config["start_pattern"]
-        parts += [f"from {Path(config['start']).stem}" + (f" at {pattern(pruned)}" if pruned is not None else "")]
+        start = Path(config["start"])
+        source = of_any_seed(start.parent.name) if start.name in ("best.pt", "last.pt") else start.stem
+        parts += [f"from {source}" + (f" at {pattern(pruned)}" if pruned is not None else "")]
         parts += ["zeros held" * config["hold_zeros"], "head alone" * (config["train_only"] == "head")]
     return ", ".join([part for part in parts if part] + [counted(config["epochs"], "epoch")])
 
@@ -193,7 +195,8 @@ def draw(summary: Summary, given: Evaluation) -> None:
             axes.errorbar(x, means, spreads, marker="o", markersize=3, label=f"{name}, {what}", **line)
     axes.set(xlabel="weights that are zero, %", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if axes.containers:  # none for repairs that are not drawn
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(given.out / "picture.png", dpi=120)
     plt.close(figure)

@@ -11,8 +11,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from checkpoints import read
 from config import parse
 from evaluate import REPAIRS, Evaluation, evaluate
 from train import PLACES, train
@@ -31,6 +33,11 @@ METHODS = {  # name: what it changes in the configuration
 }
 
 
+def begun(folder: Path) -> dict[str, Any] | None:
+    path = folder / "last.pt"
+    return read(path, "config")["config"] if path.is_file() else None
+
+
 def main() -> None:
     given, options = arguments("Train every method with every seed and evaluate them.", METHODS)
     evaluated = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
@@ -46,7 +53,7 @@ def main() -> None:
     config = parse(options)
     # Not the best epoch, which would be chosen on the test images.
     evaluation = Evaluation([], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs)
-    runs = runs_of(config, METHODS, given, lambda folder: (folder / "last.pt").is_file(), train, PLACES - {"data_path"})
+    runs = runs_of(config, METHODS, given, begun, train, PLACES - {"data_path"})
     evaluate(dataclasses.replace(evaluation, runs=[one.out for one in runs]))
 
 

@@ -231,6 +231,8 @@ def train(config: Config) -> dict[str, Any]:
         history, best = saved["history"], saved["best"]
         if scaler is not None:
             scaler.load_state_dict(saved["scaler"])
+        if best["epoch"] == len(history):  # the run may have been stopped before it wrote the better one
+            checkpoints.save("best.pt", {key: saved[key] for key in ("config", "history", "best", "classes")}, with_optimizer=False)
     writer = None
     if config.tensorboard and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -269,9 +271,9 @@ def train(config: Config) -> dict[str, Any]:
                 best = {"epoch": epoch + 1, "accuracy": now}
                 best["test"] = now if held is None else accuracy(module, judged[1], device, config.workers)
             content = {"config": plain(config), "history": history, "best": best, "classes": classes}
+            checkpoints.save("last.pt", content | {"scaler": None if scaler is None else scaler.state_dict()}, with_optimizer=True)
             if better:
                 checkpoints.save("best.pt", content, with_optimizer=False)
-            checkpoints.save("last.pt", content | {"scaler": None if scaler is None else scaler.state_dict()}, with_optimizer=True)
             if writer is not None:
                 for name in ("lr", "loss", "accuracy"):
                     writer.add_scalar(f"epoch/{name}", history[-1][name], steps)

@@ -57,10 +57,14 @@ def row(folder: Path) -> dict[str, Any]:
     return {"label": label(settings), "dense": found["dense"]["accuracy"], "pruned": pruned} | rest
 
 
+def begun(folder: Path) -> dict[str, Any] | None:
+    return recipe.settings_of(folder) if any(folder.glob("checkpoint-*")) else None
+
+
 def main() -> None:
     given, options = arguments("Fine-tune with every method and every seed, and prune all of them.", METHODS, ABLATIONS)
     s: Classify = recipe.parse(Classify, "Classify texts, and prune in one shot.", options)
-    runs = runs_of(s, METHODS, given, lambda folder: any(folder.glob("checkpoint-*")), classify, PLACES - {"train", "test"})
+    runs = runs_of(s, METHODS, given, begun, classify, PLACES - {"train", "test"})
     results = [row(one.out) for one in runs]
     patterns = list(results[0]["pruned"])
     text = table(summarise(results), patterns, ["as pruned", "reconstructed"])

@@ -181,7 +181,7 @@ def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torc
     if isinstance(trainer, CrAMTrainer):
         trainer.second_pass = s.second_pass
     if s.resume:
-        check_same_run(s)
+        check_same(s, settings_of(s.out), PLACES, s.out / "settings.json")
     elif is_first_process():
         s.out.mkdir(parents=True, exist_ok=True)
         write_json(s.out / "settings.json", plain(s))
@@ -210,6 +210,8 @@ def run(
     """
     if not s.resume and not s.eval_only:
         check_unused(s.out, "results.json", "checkpoint-*")
+    if s.eval_only and (s.out / "settings.json").is_file():
+        raise ValueError(f"out must be another folder than that of a training, whose results.json would be lost, got {s.out}")
     trained = None if s.eval_only else train(model, rows, collate, s)
     results: dict[str, Any] = {"settings": recorded(s), "versions": versions(), "training": trained, "zeros": {}}
     if not is_first_process():
@@ -253,11 +255,12 @@ def recorded(s: Settings) -> dict[str, Any]:
     return {name: v for name, v in plain(s).items() if name not in TRAINING} | {n: trained[n] for n in TRAINING if n in trained}
 
 
-def check_same_run(s: Settings) -> None:
-    path = s.out / "settings.json"
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Those with which the run in a folder was begun."""
+    path = folder / "settings.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: there is no run to resume, or one of version 0.2.0 or before; take another --out")
-    check_same(s, json.loads(path.read_text()), PLACES, path)
+    return json.loads(path.read_text())
 
 
 def versions() -> dict[str, str]:
