@@ -30,12 +30,13 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     return "\n".join([head, f"<title>{title}</title>", background, *parts, "</svg>", ""])
 
 
-def accuracy(report: dict) -> str:
-    """Accuracy over sparsity, a curve a method, with the standard deviation over the seeds; from the report of examples/mnist.py."""
+Curve = tuple[str, str, bool, dict[int, tuple[float, float]]]  # name, colour, broken; sparsity in % (0: dense) -> mean, spread
+
+
+def curves(title: str, lines: Sequence[Curve]) -> str:
+    """Accuracy over sparsity, with the standard deviation over the seeds."""
     width, height, left, right, top, bottom = 720, 340, 60, 690, 46, 290
-    methods = list(report["methods"].values())
-    rows = ["dense", *(row for row in methods[0]["summary"]["tuned"] if re.fullmatch(r"\d+ %", row))]
-    share = {row: 0 if row == "dense" else int(row.split()[0]) for row in rows}
+    shares = sorted(lines[0][3])
 
     def x(percent: float) -> float:
         """Each halving of what is left takes as much room."""
@@ -44,25 +45,49 @@ def accuracy(report: dict) -> str:
     def y(value: float) -> float:
         return bottom - (bottom - top) * value / 100
 
-    parts = [text(width / 2, 24, f"MNIST-5k: test accuracy after pruning in one shot, {report['settings']['seeds']} seeds", 15)]
+    parts = [text(width / 2, 24, title, 15)]
     for value in range(0, 101, 20):
         parts.append(f"<line x1='{left}' x2='{right}' y1='{y(value):g}' y2='{y(value):g}' stroke='#e3e3e3'/>")
         parts.append(text(left - 8, y(value) + 4, f"{value} %", 12, "end"))
-    for row in rows:
-        parts.append(text(x(share[row]), bottom + 18, row, 12))
+    for share in shares:
+        parts.append(text(x(share), bottom + 18, f"{share} %" if share else "dense", 12))
     parts.append(text(width / 2, height - 10, "share of the weights that are zero", 13))
-    for i, (method, colour) in enumerate(zip(methods, COLOURS, strict=False)):
-        found = method["summary"]["tuned"]
-        points = [(x(share[row]), y(found[row]["mean"]), found[row]["std"] or 0.0) for row in rows]
-        line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
-        parts.append(f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='2.5'/>")
+    for i, (name, colour, broken, found) in enumerate(lines):
+        points = [(x(share), y(found[share][0]), found[share][1]) for share in shares]
+        line, dash = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points), " stroke-dasharray='6 4'" * broken
+        parts.append(f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='2.5'{dash}/>")
         for px, py, std in points:
             reach = (bottom - top) * std / 100
             parts.append(f"<line x1='{px:.1f}' x2='{px:.1f}' y1='{py - reach:.1f}' y2='{py + reach:.1f}' stroke='{colour}'/>")
             parts.append(f"<circle cx='{px:.1f}' cy='{py:.1f}' r='4' fill='{colour}'/>")
-        parts.append(f"<rect x='{left + 20}' y='{y(60) + 24 * i:g}' width='14' height='4' fill='{colour}'/>")
-        parts.append(text(left + 42, y(60) + 24 * i + 6, f"trained with {LABELS[method['label']]}", 13, "start"))
+        row = y(60) + 24 * i
+        parts.append(f"<line x1='{left + 20}' x2='{left + 54}' y1='{row:g}' y2='{row:g}' stroke='{colour}' stroke-width='2.5'{dash}/>")
+        parts.append(text(left + 62, row + 4, name, 13, "start"))
     return svg(width, height, "Accuracy over sparsity", parts)
+
+
+def accuracy(report: dict) -> str:
+    """A curve a method; from the report of examples/mnist.py."""
+    lines: list[Curve] = []
+    for method, colour in zip(report["methods"].values(), COLOURS, strict=False):
+        tuned = {row: of for row, of in method["summary"]["tuned"].items() if row == "dense" or re.fullmatch(r"\d+ %", row)}
+        found = {0 if row == "dense" else int(row.split()[0]): (of["mean"], of["std"] or 0.0) for row, of in tuned.items()}
+        lines.append((f"trained with {LABELS[method['label']]}", colour, False, found))
+    return curves(f"MNIST-5k: test accuracy after pruning in one shot, {report['settings']['seeds']} seeds", lines)
+
+
+def at_equal_work(record: str, title: str, repair: str) -> str:
+    """SGD, CrAM+ and its `split`, as many passes over the images: full lines after batch-norm tuning, broken ones after `reconstruct`."""
+    known, patterns, _ = study_tables.summary(record)
+    shares = [name for name in patterns if name.endswith(" %")]
+    lines: list[Curve] = []
+    for head, colour in zip(("SGD, as much work", "CrAM+", "split, as much work"), COLOURS[:2] + COLOURS[3:], strict=True):
+        of = known[study_tables.COLUMNS[record][head]]
+        for what, name in (("batch norm tuned", "batch norms tuned"), (repair, "reconstructed")):
+            dense = "dense" if what == "reconstructed" else "dense, batch norm tuned"
+            found = {0: of[dense][:2]} | {int(share.split()[0]): of[f"{share}, {what}"][:2] for share in shares}
+            lines.append((f"{head.split(',')[0]}, {name}", colour, what == repair, found))
+    return curves(f"{title}: test accuracy after pruning in one shot, {of['dense'][2]} seeds", lines)
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, title: str, lines: Sequence[str]) -> list[str]:
@@ -201,6 +226,9 @@ def pictures() -> dict[str, str]:
     )
     return {
         "accuracy.svg": accuracy(json.loads((DATA / "mnist.json").read_text())),
+        "mnist5k.svg": at_equal_work("mnist5k-study", "MNIST-5k, equal work", "reconstructed"),
+        "fashion.svg": at_equal_work("fashion-study", "Fashion-MNIST, equal work", "dense tuned, reconstructed"),
+        "emoji.svg": at_equal_work("emoji-study", "Emoji drawings, equal work", "dense tuned, reconstructed"),
         "corruptions.svg": robustness(json.loads((DATA / "emoji-corrupted.json").read_text())),
         "bracket.svg": bracket(),
         "selection.svg": selection(),
