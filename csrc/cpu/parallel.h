@@ -66,6 +66,7 @@ void for_tasks(const Pool& pool, int64_t tasks, Body body) {
 // The same where neighbouring tasks share something: each worker begins with a stretch of its own, then takes from the ends of what others have left.
 template <class Body>
 void for_stretches(const Pool& pool, int64_t tasks, Body body) {
+  if (tasks >> 32) return for_tasks(pool, tasks, body);  // a stretch holds numbers of tasks in 32 bits
   struct alignas(64) Stretch {
     std::atomic<uint64_t> left;  // first task, and 2^32 times the one behind the last
   };
