@@ -401,6 +401,24 @@ def test_a_folder_of_images(tmp_path):
     assert_same_bits(list(saved(tmp_path / "2")["model"].values()), list(saved(tmp_path / "0")["model"].values()))
 
 
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
+def test_networks_of_torchvision(name, tmp_path):
+    """Steps on images of 224 x 224, then 2:4 with batch norms tuned. To reconstruct a ResNet-50 takes too long for a test."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision does not import ({error}): one of the same release and build as torch runs this")
+    folder = image_sets.write_folder(tmp_path / "images")
+    options = {"data": "imagefolder", "data_path": folder, "model": name, "batch": 4, "epochs": 1, "tensorboard": False}
+    results = train.train(Config(**options, compression=["2:4"], out=tmp_path / "run"))
+    assert math.isfinite(results["history"][0]["loss"])
+    given = evaluate.Evaluation(
+        [tmp_path / "run"], tmp_path / "out", patterns=["2:4"], checkpoint="last.pt", calibration=4, repairs=["batch norm tuned"]
+    )
+    (run,) = evaluate.evaluate(given)["runs"]
+    assert run["zeros"]["2:4"] == pytest.approx(0.5, abs=0.01) and run["pruned"]["2:4"].keys() == {"batch norm tuned"}
+
+
 def test_fashion(tmp_path):
     folder = image_sets.write_fashion(tmp_path / "data")
     results = train.train(Config(data="fashion_mnist", data_path=folder, epochs=1, batch=16, out=tmp_path / "run", tensorboard=False))
