@@ -44,23 +44,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def comparable(name: str, value: Any) -> Any:
-    """A setting as it is compared: a list may hold 0.5 or "0.5", and runs that start from networks of several seeds name a file of each."""
-    if name == "start" and value:
-        return of_any_seed(str(Path(value).parent)), Path(value).name
+def comparable(value: Any) -> Any:
+    """A setting as it is compared: a list may hold 0.5 or "0.5"."""
     return [str(item) for item in value] if isinstance(value, list) else value
 
 
-def of_any_seed(folder: str) -> str:
-    """The name of a run's folder without the number at its end, its seed."""
-    return re.sub(r"-\d+$", "", folder)
+def without_seed(folder: str, seed: int) -> str:
+    """The name of a run's folder without its seed, as in cram-0."""
+    return folder.removesuffix(f"-{seed}")
 
 
 def check_same(settings: Any, recorded: dict[str, Any], places: Collection[str], where: Path) -> None:
     """ValueError for a setting that `where` has otherwise. What an older record lacks had its default."""
     recorded = plain(type(settings)()) | recorded
     for name, value in plain(settings).items():
-        if name not in places and comparable("", recorded[name]) != comparable("", value):
+        if name not in places and comparable(recorded[name]) != comparable(value):
             raise ValueError(f"{name} must be {recorded[name]!r} as in {where}, got {value!r}: another run needs another --out")
 
 
@@ -71,19 +69,24 @@ def check_unused(out: Path, *files: str) -> None:
 
 
 def check_seeds(runs: list[dict[str, Any]]) -> None:
-    """ValueError for runs of one label that differ by more than their seed, or not even by that: a mean over them means nothing."""
+    """ValueError for runs of one label that differ by more than their seed, or not even by that: a mean over them means nothing.
+
+    Runs may start from a network of their own seed: `start` is cram-0/last.pt with seed 0, and cram-1/last.pt with seed 1.
+    """
     known: dict[tuple[str, str], Any] = {}
     seeds: set[tuple[str, int]] = set()
     for run in runs:
         label, settings = run["label"], run.get("config", run.get("settings", {}))
         for name, value in settings.items():
+            if name == "start" and value:
+                value = str(Path(without_seed(str(Path(value).parent), settings["seed"])) / Path(value).name)
             if name == "seed" and (label, value) in seeds:
                 raise ValueError(f"runs of one label must have seeds of their own, got seed {value} twice for {label!r}")
             if name == "seed":
                 seeds.add((label, value))
             elif name == "reconstruct" and value == 0:
                 continue  # this run has no figures after it
-            elif comparable(name, known.setdefault((label, name), value)) != comparable(name, value):
+            elif comparable(known.setdefault((label, name), value)) != comparable(value):
                 got = f"{known[label, name]!r} and {value!r}"
                 raise ValueError(f"runs of one label must differ by their seed alone, got {name} {got} for {label!r}")
 
@@ -154,6 +157,7 @@ def arguments(description: str, methods: dict[str, Any], named_only: Collection[
         usage=f"{Path(sys.argv[0]).name} [--seeds N] [--methods NAME ...] [options of a run, below]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
+        allow_abbrev=False,  # --method is an option of a run
     )
     parser.add_argument("--seeds", type=int, default=3, help="run each method with the seeds 0 to N - 1 (default: 3)", metavar="N")
     default = [name for name in methods if name not in named_only]

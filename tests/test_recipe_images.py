@@ -236,6 +236,15 @@ def test_published_checkpoints_have_our_names():
     assert {"layer3.2.bn2.weight", "fc.weight", "fc.bias"} < names
 
 
+def test_a_process_may_have_no_image_of_the_last_batch(tmp_path):
+    """Five images in batches of four for two processes: the second one has none of the last batch."""
+    images = data.load("imagefolder", image_sets.write_folder(tmp_path))[1].subset(torch.arange(5) % 2)
+    shares = [data.Batches(images, 4, False, 0, rank, 2) for rank in (0, 1)]
+    assert [[len(y) for _, y in of] for of in shares] == [[2, 1], [2, 0]]
+    x, y = shares[1][1]
+    assert x.shape == (0, 3, 224, 224) and models.make("resnet8", 2).eval()(x).shape == (0, 2) and y.shape == (0,)
+
+
 def test_other_networks_are_refused_or_need_torchvision():
     with pytest.raises(ValueError, match=r"model must be one of resnet8, .*, got 'resnet1'"):
         models.make("resnet1", 10)
@@ -338,6 +347,7 @@ def test_a_published_file_without_sam_is_sgd(tmp_path):
         ({"compression": []}, "compression must have a pattern"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"second_pass": "drawn", "precision": "fp16"}, "precision must be fp32 or bf16 with second_pass drawn"),
+        ({"second_pass": "split", "method": "sgd"}, "second_pass must be all with method sgd, which takes one pass a step, got split"),
         ({"validation": 1.0}, r"validation must be a share in \[0, 1\), got 1.0"),
     ],
 )

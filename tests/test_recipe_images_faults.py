@@ -122,6 +122,8 @@ def test_a_study_does_not_take_finished_runs_for_others(cifar, tmp_path, monkeyp
         ("--data_path", "elsewhere"): f"data_path must be '{cifar}' as in",
         ("--seeds", "0"): "--seeds must be at least 1, got 0",
         ("--patterns", "1.5"): "a pattern must be a share of zeros",
+        ("--method", "sgd"): "--method is what a study varies: its option is --methods",
+        ("--method=sgd",): "--method is what a study varies",
     }.items():
         assert message in said(study.main, [*small, *options], monkeypatch, capsys)
     assert not (tmp_path / "sgd-0").exists()
@@ -217,7 +219,8 @@ def test_means_are_of_runs_that_differ_by_their_seed(kind):
     assert comparison.summarise(runs)["a"]["dense"][2] == 2
     for name, value, message in (
         ("lr", 0.2, r"got lr 0\.1 and 0\.2 for 'a'"),
-        ("start", "b/cram-2/last.pt", "got start 'a/cram-0/last.pt' and 'b/cram-2/last.pt'"),
+        ("start", "b/cram-2/last.pt", "got start 'a/cram/last.pt' and 'b/cram/last.pt'"),
+        ("start", "a/cram-1/last.pt", "got start 'a/cram/last.pt' and 'a/cram-1/last.pt'"),  # not of this seed, 2
         ("compression", [0.5, 0.6], r"got compression \[0\.5\] and \[0\.5, 0\.6\]"),
         ("reconstruct", 64, "got reconstruct 128 and 64"),
         ("seed", 0, "got seed 0 twice"),

@@ -98,6 +98,8 @@ def test_methods_and_resuming(method, given, tmp_path):
     classify.main(options(given, tmp_path / "whole", **others))
     (tmp_path / "parts").mkdir()
     (tmp_path / "whole" / "checkpoint-16").rename(tmp_path / "parts" / "checkpoint-16")
+    (tmp_path / "parts" / "checkpoint-32").mkdir()  # as a run leaves it that is stopped while it writes
+    shutil.copy(tmp_path / "parts" / "checkpoint-16" / "model.safetensors", tmp_path / "parts" / "checkpoint-32")
     again = {**others, "out": tmp_path / "parts", "resume": "true"}
     with pytest.raises(FileNotFoundError, match=r"settings.json is missing: there is no run to resume"):
         classify.main(options(given, **again))
@@ -196,6 +198,7 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
         classify.main(options(given, runs[0]))
     (runs[3] / "results.json").rename(tmp_path / "kept.json")  # as if it had been stopped
     (runs[3] / "checkpoint-16").mkdir()
+    (runs[3] / "checkpoint-16" / "trainer_state.json").touch()
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(ValueError, match=r"weight_decay must be 0\.0 as in .*split-twice-1, got 0\.1: another run"),
@@ -208,6 +211,10 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
     later = found[0] | {"reconstructed": {"50 %": {"accuracy": 12.5}}, "settings": found[0]["settings"] | {"reconstruct": 32}}
     (runs[0] / "repaired" / "results.json").write_text(json.dumps(later))
     repaired = classify_study.row(runs[0])
+    foreign = later | {"settings": later["settings"] | {"seed": 1}}
+    (runs[0] / "repaired" / "results.json").write_text(json.dumps(foreign))
+    with pytest.raises(ValueError, match=r"repaired/results\.json must be of its run, with seed 0, got 1"):
+        classify_study.row(runs[0])
     assert repaired["pruned"]["50 %"] == {"as pruned": found[0]["pruned"]["50 %"]["accuracy"], "reconstructed": 12.5}
     assert repaired["settings"]["reconstruct"] == 32
 

@@ -105,6 +105,8 @@ class Config:
             raise ValueError(f"seed must be below 2**23, for other seeds are made of it, got {self.seed}")
         if self.second_pass == "drawn" and self.method in ("sgd", "sam"):
             raise ValueError(f"method must be cram or cram+ with second_pass drawn, which prunes in half of the steps, got {self.method}")
+        if self.second_pass != "all" and self.method == "sgd":
+            raise ValueError(f"second_pass must be all with method sgd, which takes one pass a step, got {self.second_pass}")
         if self.parallel == "fsdp2" and self.channels_last:
             raise ValueError("channels_last must be false with parallel fsdp2, whose parts of a weight have no such order, got true")
         if self.start_pattern is not None and self.start is None:

@@ -105,6 +105,8 @@ class Folder:
         return (x - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
 
     def take(self, indices: Tensor, seeds: Tensor | None) -> Tensor:
+        if len(indices) == 0:  # a process may have none of the last batch
+            return torch.empty(0, 3, self.size, self.size)
         images = []
         for position, i in enumerate(indices.tolist()):
             if seeds is None:
@@ -256,7 +258,8 @@ def _idx(path: Path, dims: int) -> Tensor:
                 content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
             break
     else:
-        raise FileNotFoundError(f"{path}(.gz) is missing: apt install dataset-fashion-mnist brings it to /usr/share/datasets/fashion-mnist")
+        bring = "`python examples/images/fashion_mnist.py --out FOLDER` brings it, or as root `apt install dataset-fashion-mnist`"
+        raise FileNotFoundError(f"{path}(.gz) is missing: {bring}, to /usr/share/datasets/fashion-mnist")
     shape = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1)]
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != 4 * dims + 4 + math.prod(shape):
         raise ValueError(f"{found} must be an idx file of bytes with {dims} dims, got a header of {content[:4]!r} and {len(content)} bytes")

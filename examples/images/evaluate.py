@@ -5,7 +5,8 @@
 
 A run is a folder that train.py has written. For each pattern: the network as pruned, after `tune_batchnorm` on 1,000 fixed training images,
 and, from the pruned one anew, after `reconstruct` on the same images: towards the dense network as trained, and towards the dense network
-after `tune_batchnorm`. Writes evaluation.json, table.md and picture.png.
+after `tune_batchnorm`. Writes evaluation.json, table.md and picture.png,
+and measured.json, from which it goes on.
 """
 
 import copy
@@ -28,7 +29,7 @@ from train import PLACES, accuracy, data_of, device_of, versions
 from cram_kernels import TopK, prune, reconstruct, tune_batchnorm
 
 sys.path.append(str(Path(__file__).parent.parent))
-from comparison import Summary, check_seeds, counted, of_any_seed, parser_of, plain, summarise, table, told, write_json
+from comparison import Summary, check_seeds, counted, parser_of, plain, summarise, table, told, without_seed, write_json
 
 REPAIRS = ("as pruned", "batch norm tuned", "reconstructed", "dense tuned, reconstructed")
 LINES = dict(zip(REPAIRS[1:], ("-", "--", ":"), strict=True))
@@ -94,7 +95,7 @@ def label(config: dict[str, Any]) -> str:
     if config.get("start"):
         pruned = config["start_pattern"]
         start = Path(config["start"])
-        source = of_any_seed(start.parent.name) if start.name in ("best.pt", "last.pt") else start.stem
+        source = without_seed(start.parent.name, config["seed"]) if start.name in ("best.pt", "last.pt") else start.stem
         parts += [f"from {source}" + (f" at {pattern(pruned)}" if pruned is not None else "")]
         parts += ["zeros held" * config["hold_zeros"], "head alone" * (config["train_only"] == "head")]
     return ", ".join([part for part in parts if part] + [counted(config["epochs"], "epoch")])
@@ -213,7 +214,8 @@ def key_of(folder: Path, given: Evaluation) -> str:
 def evaluate(given: Evaluation) -> dict[str, Any]:
     """Evaluate all runs and write the three files; returns what evaluation.json holds.
 
-    What is done of it is in `unfinished.json` until then: an evaluation that was stopped goes on with the next run.
+    `measured.json` keeps each run's accuracies, by its checkpoint, the options and the versions. So an evaluation that was stopped goes on
+    with the next run, and one of other runs in the same folder loses nothing. Remove it where the images have changed.
     """
     if not given.runs:
         raise ValueError("runs must be folders that train.py has written, got none")
@@ -226,15 +228,15 @@ def evaluate(given: Evaluation) -> dict[str, Any]:
     check_seeds([{"label": label(s), "config": {k: v for k, v in s.items() if k not in places}} for s in settings])
     given.out.mkdir(parents=True, exist_ok=True)
     kept: dict[Any, Any] = {}
-    unfinished = given.out / "unfinished.json"
-    done = json.loads(unfinished.read_text()) if unfinished.is_file() else {}
+    measured = given.out / "measured.json"
+    done = json.loads(measured.read_text()) if measured.is_file() else {}
     keys = [key_of(folder, given) for folder in given.runs]
     for key, folder in zip(keys, given.runs, strict=True):
         if key in done:
             print(f"{folder}: evaluated before", flush=True)
             continue
         done[key] = evaluate_run(folder, given, kept)
-        write_json(unfinished, done)
+        write_json(measured, done)
     results = [done[key] for key in keys]
     summary = summarise(results)
     text = table(summary, [str(pattern(p)) for p in given.patterns], list(given.repairs)) + images_of(results)
@@ -242,7 +244,6 @@ def evaluate(given: Evaluation) -> dict[str, Any]:
     write_json(given.out / "evaluation.json", found)
     (given.out / "table.md").write_text(text)
     draw(summary, given)
-    unfinished.unlink(missing_ok=True)
     print(text)
     return found
 

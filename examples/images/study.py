@@ -23,8 +23,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from comparison import arguments, in_one_word, runs_of, told
 
 METHODS = {  # name: what it changes in the configuration
-    "sgd": {"method": "sgd"},
-    "sgd-twice": {"method": "sgd", "epochs": 2, "warmup_epochs": 2},
+    "sgd": {"method": "sgd", "second_pass": "all"},
+    "sgd-twice": {"method": "sgd", "second_pass": "all", "epochs": 2, "warmup_epochs": 2},
     "cram": {"method": "cram+"},
     "half": {"method": "cram+", "second_pass": "half"},
     "split": {"method": "cram+", "second_pass": "split"},
@@ -40,7 +40,7 @@ def begun(folder: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     given, options = arguments("Train every method with every seed and evaluate them.", METHODS)
-    evaluated = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    evaluated = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     evaluated.add_argument("--patterns", type=json.loads, default=Evaluation([]).patterns, help="to prune to (0.9, 2:4)", metavar="A B ...")
     repairs = f"which states to test: {', '.join(map(repr, REPAIRS))}"
     evaluated.add_argument("--repairs", type=json.loads, default=list(REPAIRS), help=repairs, metavar="A B ...")
@@ -50,6 +50,8 @@ def main() -> None:
     if {"-h", "--help"} & set(options):
         print(evaluated.format_help().strip().replace("options:", "of the evaluation:"), end="\n\n")
     torch.set_num_threads(1)  # networks this small are all overhead on more
+    if any(option.partition("=")[0] == "--method" for option in options):
+        raise ValueError("--method is what a study varies: its option is --methods, with names such as sgd and cram")
     config = parse(options)
     # Not the best epoch, which would be chosen on the test images.
     evaluation = Evaluation([], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs)

@@ -221,6 +221,12 @@ def train(config: Config) -> dict[str, Any]:
         if rank() == 0:
             print(f"test accuracy {results['test']:.2f} %")
         return results
+    if rank() == 0 and config.resume and len(saved["history"]) == config.epochs:
+        print(f"{config.out} has all of its {config.epochs} epochs")
+    if rank() == 0 and config.epochs <= config.warmup_epochs:
+        print(
+            f"note: {config.epochs} epochs end within the warm-up of {config.warmup_epochs}, so the rate stays below lr or just comes to it"
+        )
     held_zeros = hold_zeros(model) if config.hold_zeros else nullcontext()
     config.out.mkdir(parents=True, exist_ok=True)
     batches = Batches(training, config.batch, True, config.seed, rank(), ranks())

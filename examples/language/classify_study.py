@@ -49,6 +49,9 @@ def row(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "results.json").read_text())
     later = folder / "repaired" / "results.json"
     repaired = json.loads(later.read_text()) if later.is_file() else found
+    for name in ("seed", "length") if later.is_file() else ():
+        if repaired["settings"].get(name) != found["settings"][name]:
+            raise ValueError(f"{later} must be of its run, with {name} {found['settings'][name]}, got {repaired['settings'].get(name)}")
     states = {"as pruned": found["pruned"], "reconstructed": repaired["reconstructed"]}
     pruned = {name: {what: scores[name]["accuracy"] for what, scores in states.items() if name in scores} for name in found["pruned"]}
     settings = {name: value for name, value in found["settings"].items() if name not in PLACES}
@@ -58,7 +61,7 @@ def row(folder: Path) -> dict[str, Any]:
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    return recipe.settings_of(folder) if any(folder.glob("checkpoint-*")) else None
+    return recipe.settings_of(folder) if recipe.last_checkpoint(folder) else None
 
 
 def main() -> None:

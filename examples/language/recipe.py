@@ -182,10 +182,12 @@ def train(model: nn.Module, rows: Rows, collate: Callable[[Rows], dict[str, torc
         trainer.second_pass = s.second_pass
     if s.resume:
         check_same(s, settings_of(s.out), PLACES, s.out / "settings.json")
+        if last_checkpoint(s.out) is None:
+            raise FileNotFoundError(f"{s.out} has no whole checkpoint to resume: a run writes them with save_steps, got {s.save_steps}")
     elif is_first_process():
         s.out.mkdir(parents=True, exist_ok=True)
         write_json(s.out / "settings.json", plain(s))
-    result = trainer.train(resume_from_checkpoint=s.resume or None)
+    result = trainer.train(resume_from_checkpoint=str(last_checkpoint(s.out)) if s.resume else None)
     return {"loss": result.training_loss, "steps": result.global_step, "seconds": result.metrics["train_runtime"]}
 
 
@@ -210,7 +212,7 @@ def run(
     """
     if not s.resume and not s.eval_only:
         check_unused(s.out, "results.json", "checkpoint-*")
-    if s.eval_only and (s.out / "settings.json").is_file():
+    if s.eval_only and ((s.out / "settings.json").is_file() or is_of_training(s.out / "results.json")):
         raise ValueError(f"out must be another folder than that of a training, whose results.json would be lost, got {s.out}")
     trained = None if s.eval_only else train(model, rows, collate, s)
     results: dict[str, Any] = {"settings": recorded(s), "versions": versions(), "training": trained, "zeros": {}}
@@ -235,6 +237,10 @@ def run(
     return results
 
 
+def is_of_training(path: Path) -> bool:
+    return path.is_file() and json.loads(path.read_text())["training"] is not None
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: the scores of the dense network and of each pattern."""
     names = list(results["pruned"])
@@ -253,6 +259,12 @@ def recorded(s: Settings) -> dict[str, Any]:
     own = Path(s.model).parent / "results.json"
     trained = json.loads(own.read_text())["settings"] if own.is_file() else {}
     return {name: v for name, v in plain(s).items() if name not in TRAINING} | {n: trained[n] for n in TRAINING if n in trained}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole one: Trainer writes trainer_state.json at the end of each, so one without it was cut off."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
