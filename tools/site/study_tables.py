@@ -62,7 +62,7 @@ COLUMNS = {  # of the pages' advice: record -> head of a column -> label of the 
 }
 # Patterns and repairs that the table of the advice leaves out: results.md has them.
 RESULTS_ONLY = {"mnist5k-study": {"50 %", "70 %", "as pruned", "dense tuned, reconstructed"}}
-DIGITS = {"novels-study": 3}  # of bits per character; accuracies have one
+DIGITS = {"novels-study": 3, "novels-ablation": 3, "novels-rho0": 3}  # of bits per character; accuracies have one
 REPAIRS = {
     "as pruned": "nothing",
     "batch norm tuned": "batch-norm tuning",
