@@ -168,9 +168,9 @@ def test_bars() -> None:
 
 
 def test_serial_phases_depend_on_the_type() -> None:
-    """Global top-k counts a second digit in float32 alone: three of fifteen accesses."""
+    """In float32 alone global top-k counts a second digit, and waits for another block's threshold: five of fifteen accesses."""
     assert model.serial("perturb_topk_", "fp32") == pytest.approx(15 * 0.7e-6)
-    assert model.serial("perturb_topk_", "bf16") == pytest.approx(12 * 0.7e-6)
+    assert model.serial("perturb_topk_", "bf16") == pytest.approx(10 * 0.7e-6)
     assert model.serial("perturb_nm_", "fp32") == model.serial("perturb_nm_", "bf16")
 
 

@@ -45,6 +45,13 @@ def test_in_all_ways(executed_in_all_ways, variant: str) -> None:
     check(executed_in_all_ways, "prune_topk_", pruning(MEDIUM, "half"))
 
 
+def test_one_set_of_16_bits_in_all_ways(executed_in_all_ways) -> None:
+    """Every block finds the threshold itself."""
+    case = Drawn("normal", [Spec((300, 200), torch.bfloat16), Spec((3000,), torch.bfloat16)])
+    check(executed_in_all_ways, "perturb_topk_", arguments_of(case, "tenth"))
+    check(executed_in_all_ways, "prune_topk_", pruning(case, "tenth"))
+
+
 def test_a_warp_of_many_chunks(executed_in_all_ways) -> None:
     """On a card of one SM, as on any with a large list, a warp that sets wrong guesses right goes from one chunk to the next."""
     executed_in_all_ways.variants = ("one sm", "one block")

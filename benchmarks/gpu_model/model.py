@@ -36,11 +36,15 @@ SERIAL: dict[str, dict[str, float]] = {
         BRACKET: 5,
         BRACKET_SENT: 2,
         "select: candidates beside the first digit": 1,
-        "the threshold on its way to the other blocks": 2,
     },
 }
-# The same, of float32 alone: 16-bit keys of a bracket are told apart by the first digit.
-SERIAL_FP32 = {"perturb_topk_": {"select: counts of the second digit, counter, second digit": 3}}
+# The same, of float32 alone. 16-bit keys of a bracket are told apart by the first digit, and every block finds the threshold of one set.
+SERIAL_FP32 = {
+    "perturb_topk_": {
+        "select: counts of the second digit, counter, second digit": 3,
+        "the threshold on its way to the other blocks": 2,
+    }
+}
 # Op -> phases in which memory is not idle: blocks have had their first weights sent for, into a part of the second-level cache in all.
 FILLING = {"perturb_topk_": (BRACKET, BRACKET_SENT)}
 FILLED = 1 / 3  # of the cache: kPrefetchedShare in csrc/cuda/tuning.h

@@ -92,8 +92,9 @@ class Bracketing {
 
   __device__ __forceinline__ Guess guess_of(const SampleRanks& ranks, int32_t key_step, int32_t samples) const {
     const Ranked &upper = ends_[0], &lower = ends_[1], &middle = ends_[2];
+    const auto has_one_key = [&](const Ranked& found) { return found.bin == 0 || key_step == 1 << 16; };
     // A bin of a single key that many weights share reaches over an end of the bracket: they are counted, not written down.
-    const auto tied = [&](const Ranked& end) { return (end.bin == 0 || key_step == 1 << 16) && end.count >= samples / kTied; };
+    const auto tied = [&](const Ranked& end) { return has_one_key(end) && end.count >= samples / kTied; };
     const bool has_upper = ranks.upper >= 1, has_lower = ranks.lower <= samples;
     const int32_t cut_low = below_bin(middle.bin), cut_high = top_of_bin(middle.bin, key_step);
     if (has_upper && tied(upper) && middle.bin == upper.bin) return {cut_high - 1, cut_high, cut_high, false};  // it is the threshold
@@ -101,7 +102,8 @@ class Bracketing {
     const bool ties_below = has_lower && tied(lower) && lower.bin != upper.bin;
     if (has_upper && tied(upper)) high -= key_step;
     if (ties_below) low = top_of_bin(lower.bin, key_step);
-    return {low, high, high - low > 1 ? min(max(cut_low / 2 + cut_high / 2, low), high) : high, ties_below};
+    const int32_t cut = has_one_key(middle) ? cut_high : cut_low / 2 + cut_high / 2;  // the guess: few weights will have to be set right
+    return {low, high, high - low > 1 ? min(max(cut, low), high) : high, ties_below};
   }
 
   uint32_t groups_[kSampleGroups];  // of this block's samples

@@ -67,8 +67,8 @@ struct Piece {
     return chunk;
   }
 
-  // Waits for the threshold of this lane's chunk, number `chunk` among all.
-  __device__ __forceinline__ Change settle(const TopkMemory& memory, int64_t chunk) const {
+  // Of this lane's chunk, number `chunk` among all. own: the threshold, if this block has found it for itself; else it is waited for.
+  __device__ __forceinline__ Change settle(const TopkMemory& memory, int64_t chunk, int32_t own) const {
     Change change = {};
     if (record.count == 0) return change;
     const SetState& state = memory.sets[record.set];
@@ -80,7 +80,7 @@ struct Piece {
     change.mask = entry.mask;
     change.begin = (chunk - tensor.first) * chunk_size(aligned(entry.param));
     if (entry.mask != nullptr && reinterpret_cast<uintptr_t>(entry.mask) % 4 == 0) change.mask_words = (entry.numel + 7) / 32;
-    const int32_t threshold = wait_for_threshold(state), cut = state.guess.cut;
+    const int32_t threshold = own != kUnknown ? own : wait_for_threshold(state), cut = state.guess.cut;
     change.low = min(cut, threshold), change.high = max(cut, threshold);
     change.keep = threshold < cut;
     return change;
@@ -93,9 +93,9 @@ __device__ __forceinline__ void turn_over(uint32_t* word, uint32_t bits) {
 }
 
 // Nothing is loaded once the threshold is known, but bytes of a mask that are not within a word of it. By a warp.
-__device__ __forceinline__ void fix_up(const TopkMemory& memory, Piece& piece, int64_t begin, Change (&changes)[kPiece]) {
+__device__ __forceinline__ void fix_up(const TopkMemory& memory, Piece& piece, int64_t begin, int32_t own, Change (&changes)[kPiece]) {
   __syncwarp();  // those of the piece before have been read
-  if (lane_of() < kPiece) changes[lane_of()] = piece.settle(memory, begin + lane_of());
+  if (lane_of() < kPiece) changes[lane_of()] = piece.settle(memory, begin + lane_of(), own);
   __syncwarp();
   const int total = piece.total();
   for (int from = 0; from < total; from += Piece::kAhead * 32) {
@@ -145,10 +145,15 @@ __global__ void __launch_bounds__(kThreads, kFinishBlocks)
   bool failed = false;
   for (int32_t s = threadIdx.x; s < memory.num_sets; s += kThreads) failed |= has_failed(memory.sets[s]);
   piece.begin_list(memory);  // its candidates are on their way while thresholds are found
-  claims.work(memory.slices, [&](uint32_t slice) { select(memory, slice, results); });
+  // Of one set of 16 bits every block finds the threshold for itself, which is quicker than to wait for another; all write the same results.
+  int32_t own = kUnknown;
+  if (memory.num_sets == 1 && needs_no_candidates(memory.sets[0]))
+    own = select(memory, 0, results);
+  else
+    claims.work(memory.slices, [&](uint32_t slice) { select(memory, slice, results); });
   if (fixes) {
     while (begin < memory.num_chunks) {
-      fix_up(memory, piece, begin, shared.changes[warp_of()]);
+      fix_up(memory, piece, begin, own, shared.changes[warp_of()]);
       begin += kWarps * apart;
       piece = Piece(memory, begin);
       piece.begin_list(memory);

@@ -66,32 +66,36 @@ static __device__ __forceinline__ Ranked last_digit(SetState& state, const TopkM
   return find_rank<kDigitBins>(state.digits, rank);
 }
 
-// Looks at a slice of a set's candidates, where that is needed; the block that looks at the last one finds the threshold. All threads of a block.
-static __device__ __forceinline__ void select(const TopkMemory& memory, uint32_t slice, const Results& results) {
+// Whether no two keys of the set have the same digits above the last `below` bits.
+static __device__ __forceinline__ bool tells_apart(const SetState& state, int below) { return 1 << below <= state.key_step; }
+
+// Whether slice 0 alone finds the threshold, from what `stream` has counted.
+static __device__ __forceinline__ bool needs_no_candidates(const SetState& state) { return tells_apart(state, first_shift(state.guess)); }
+
+// Looks at a slice of a set's candidates, where that is needed; the block that looks at the last one finds the threshold, which is returned; else
+// kUnknown. All threads of a block.
+static __device__ __forceinline__ int32_t select(const TopkMemory& memory, uint32_t slice, const Results& results) {
   const int32_t set = last_at_most(memory.num_sets, slice, [&](int32_t s) { return memory.sets[s].slices_before; });
   SetState& state = memory.sets[set];
   const uint32_t number = slice - state.slices_before;
   const auto found = [&](int32_t threshold, int64_t larger) {
-    if (threadIdx.x > 0) return;
-    atomicExch(&state.threshold, threshold);
-    results.write(state, set, threshold, larger, false);
+    if (threadIdx.x == 0) {
+      atomicExch(&state.threshold, threshold);
+      results.write(state, set, threshold, larger, false);
+    }
+    return threshold;
   };
   const int64_t above = static_cast<int64_t>(state.above), candidates = static_cast<int64_t>(state.candidates);
   const Where place = where(state);
   if (place != Where::kAmongCandidates || !writes_candidates(state.guess)) {
-    if (number > 0 || place == Where::kElsewhere) return;
-    if (place == Where::kSettled)
-      found(state.guess.low, state.guess.low == kKeepAll ? state.numel : 0);
-    else if (place == Where::kAmongCandidates)  // which all have the same key
-      found(state.guess.high, above);
-    else
-      found(state.guess.low, above + candidates);
-    return;
+    if (number > 0 || place == Where::kElsewhere) return kUnknown;
+    if (place == Where::kSettled) return found(state.guess.low, state.guess.low == kKeepAll ? state.numel : 0);
+    if (place == Where::kAmongCandidates) return found(state.guess.high, above);  // which all have the same key
+    return found(state.guess.low, above + candidates);
   }
   const int shift = first_shift(state.guess), second_shift = max(shift - 11, 0);
-  const auto tells_apart = [&](int digits_below) { return 1 << digits_below <= state.key_step; };  // no two keys have the same digits above
-  const bool one_digit = tells_apart(shift);
-  if (one_digit && number > 0) return;
+  const bool one_digit = needs_no_candidates(state);
+  if (one_digit && number > 0) return kUnknown;
   const uint32_t* const listed = memory.candidates + state.first;
   uint32_t own[kSelectAhead];
 #pragma unroll
@@ -108,18 +112,18 @@ static __device__ __forceinline__ void select(const TopkMemory& memory, uint32_t
       const int32_t place = from_low(state, own[j]);
       tally(state.digits + kDigitBins, (place & ((1 << shift) - 1)) >> second_shift, own[j] != kNoCandidate && place >> shift == key);
     }
-    if (!is_last(&state.slices_done, 1, max(1u, slices_of(state.capacity)))) return;
+    if (!is_last(&state.slices_done, 1, max(1u, slices_of(state.capacity)))) return kUnknown;
     digit = find_rank<kDigitBins>(state.digits + kDigitBins, digit.rank);
     key = (key << (shift - second_shift)) + digit.bin;
     below = second_shift;
-    if (!tells_apart(below)) {
+    if (!tells_apart(state, below)) {
       digit = last_digit(state, memory, key, below, digit.rank);
       key = (key << below) + digit.bin;
       below = 0;
     }
   }
   // The one key that has these digits.
-  found((state.guess.low + (key << below) + state.key_step) & -state.key_step, state.k - digit.rank);
+  return found((state.guess.low + (key << below) + state.key_step) & -state.key_step, state.k - digit.rank);
 }
 
 }  // namespace cuda
