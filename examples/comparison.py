@@ -165,6 +165,8 @@ def arguments(description: str, methods: dict[str, Any], named_only: Collection[
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(parser.format_help())
     given, others = parser.parse_known_args()
+    if any(option.partition("=")[0] == "--method" for option in others):
+        parser.error("--method is what a study varies: its option is --methods")
     if given.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {given.seeds}")
     return given, others

@@ -207,6 +207,10 @@ def test_the_study_runs_what_is_missing(given, tmp_path, monkeypatch, capsys):
         shutil.rmtree(runs[2])
         classify_study.main()
     assert not runs[2].exists()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", [*sys.argv, "--method", "adamw"])
+        classify_study.main()
+    assert "--method is what a study varies: its option is --methods" in capsys.readouterr().err
     (runs[0] / "repaired").mkdir()  # as a later run with --eval_only leaves it
     later = found[0] | {"reconstructed": {"50 %": {"accuracy": 12.5}}, "settings": found[0]["settings"] | {"reconstruct": 32}}
     (runs[0] / "repaired" / "results.json").write_text(json.dumps(later))

@@ -280,13 +280,7 @@ class SparseLinear(SparseLayer):
             with torch.inference_mode():
                 y = SparseLinear(pruned_linear)(x)
         """
-        slow = torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or input.requires_grad or not input.is_contiguous()
-        if slow:
-            return self._multiply(ops.sparse_linear, input)
-        # The same without two more calls in Python, which small products would notice.
-        own = self._buffers
-        bias = own["bias"]
-        return ops.sparse_linear._op(input, own["packed"], own["no_bias"] if bias is None else bias, own["form"])
+        return self._multiply(ops.sparse_linear, input)
 
     def _dense_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

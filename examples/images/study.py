@@ -50,8 +50,6 @@ def main() -> None:
     if {"-h", "--help"} & set(options):
         print(evaluated.format_help().strip().replace("options:", "of the evaluation:"), end="\n\n")
     torch.set_num_threads(1)  # networks this small are all overhead on more
-    if any(option.partition("=")[0] == "--method" for option in options):
-        raise ValueError("--method is what a study varies: its option is --methods, with names such as sgd and cram")
     config = parse(options)
     # Not the best epoch, which would be chosen on the test images.
     evaluation = Evaluation([], out=config.out, checkpoint="last.pt", patterns=what.patterns, repairs=what.repairs)
